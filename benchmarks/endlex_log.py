@@ -104,7 +104,7 @@ def train(mode: str, url: str | None, directory: Path, steps: int) -> Figures:
     if done.returncode:
         raise RuntimeError(f"the trainer of mode {mode} failed:\n{done.stderr}")
     if mode not in BASELINES:
-        from endlex.client.shipping import stop_shipper
+        from endlex.client.shipper.control import stop_shipper
 
         stop_shipper(directory / mode, seconds=1.0)
     return figures(*json.loads(done.stdout.splitlines()[-1]))

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -112,24 +112,24 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
         recipe.build(None)
         runtime = recipe.runtime
         recipe.sample = lambda step: {}  # type: ignore[method-assign]
-        if config.eval_every is None:
-            recipe.evaluations = []
+        # The reference measures the initial weights too.
+        recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
         if run.weights:
             recipe.model.load_state_dict(load_golden_weights(oracle / run.weights))
         peak = peak_flops(runtime, home.cache_dir)
-        loop = Loop(recipe, peak)
+        loop = Loop(recipe, peak.flops_per_second)
         steps = recipe.total_steps(0)
         with closing(recipe.loader), ProgressLine(Console(stderr=True), steps) as progress:
-            outcome = loop.run(NoCheckpoints(home.root, {}, 1), recorder, progress)
+            loop.run(NoCheckpoints(home.root, {}, 1), recorder, progress)
     return {
         "losses": list(recorder.series("train/last_micro_batch_loss").values()),
         "val_bpb": {str(step): bits for step, bits in recorder.series("val/bpb").items()},
         "norms": {name: p.double().norm().item() for name, p in recipe.model.named_parameters()},
-        "tokens_per_second": outcome.tokens_per_second,
-        "mfu": outcome.mfu,
+        "tokens_per_second": loop.speed.tokens_per_second,
+        "mfu": loop.speed.mfu,
         "peak_flops": peak.flops_per_second,
         "peak_memory_bytes": runtime.peak_memory_bytes(),
-        "data_wait_share": outcome.data_wait_share,
+        "data_wait_share": loop.speed.data_wait_share,
     }
 
 

@@ -28,7 +28,6 @@ from archerchat.model.attention import choose_backend
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
-from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
 from archerchat.training.loop import Loop
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
@@ -176,14 +175,14 @@ def learn(runtime: Runtime, seed: int) -> dict[str, Any]:
         tempfile.TemporaryDirectory(prefix="archerchat-gpu-") as folder,
         ProgressLine(Console(stderr=True), RUN_STEPS) as progress,
     ):
-        loop = Loop(recipe, PeakFlops(math.nan, "not needed"))
-        outcome = loop.run(NoCheckpoints(Path(folder), {}, 1), recorder, progress)
+        loop = Loop(recipe, math.nan)
+        loop.run(NoCheckpoints(Path(folder), {}, 1), recorder, progress)
     return {
         "backend": backend,
         "val_bpb": loop.state.last_val,
         "val_bpb_reference": golden["val"][-1]["val_bpb"],
         "first_loss_difference": abs(recorder.losses[0] - golden["loss"][0]),
-        "tokens_per_second": round(outcome.tokens_per_second),
+        "tokens_per_second": round(loop.speed.tokens_per_second),
     }
 
 

@@ -6,16 +6,18 @@ flags and their docstrings into help. Only the subcommand that needs a heavy mod
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from inspect import getdoc
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 from tyro import constructors as tc
@@ -32,12 +34,8 @@ class Command:
     function: str
     """Module below `archerchat` and name, such as "commands.data:build"."""
     help: str
-    positional: bool = False
-    """Whether required fields are positional arguments."""
     stage: str = ""
     """Stage whose saved settings `--resume TAG` loads; empty for commands without it."""
-    short: Mapping[str, str] = field(default_factory=dict)
-    """Usual names of flags by their aliases."""
 
     def load(self) -> tuple[Callable[[Any, Home], object], type[Any]]:
         """Import the function; return it and the type of its configuration."""
@@ -46,14 +44,12 @@ class Command:
         return function, get_type_hints(function)["config"]
 
 
-OFF = ("none", "None", "NONE", "-1")
-"""Words that switch an optional flag off."""
-MAX_TOKENS = {"--max-tokens": "--max-new-tokens"}
-# A subcommand named "" is what its command does where no other follows.
-COMMANDS: dict[str, Command | dict[str, Command]] = {
+Group = dict[str, Command]
+"""Subcommands by name; the one named "" is what the command does where no other follows."""
+COMMANDS: dict[str, Command | Group] = {
     "data": {
         "download": Command("commands.data:download", "download text shards from the hub"),
-        "build": Command("commands.data:build", "convert text files to shards", positional=True),
+        "build": Command("commands.data:build", "convert text files to shards"),
         "info": Command("commands.data:info", "list the data on this machine"),
         "identity": Command(
             "commands.data:identity", "write conversations about the assistant's identity"
@@ -69,66 +65,56 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "pretrain": Command("training.pretrain:pretrain", "train a base model", stage="base"),
     "sft": Command("training.sft:finetune", "fine-tune a base model on conversations", stage="sft"),
     "rl": Command("training.rl:reinforce", "train a chat model by reinforcement", stage="rl"),
-    "chat": Command(
-        "commands.chat:chat",
-        "chat with a model in the terminal",
-        short={"-p": "--prompt", **MAX_TOKENS},
-    ),
+    "chat": Command("commands.chat:chat", "chat with a model in the terminal"),
     "serve": Command("commands.serve:serve", "serve OpenAI's API and a chat page"),
-    "sample": Command("commands.sample:sample", "print text that a model writes", short=MAX_TOKENS),
+    "sample": Command("commands.sample:sample", "print text that a model writes"),
     "eval": {
         "base": Command("commands.eval_base:evaluate", "evaluate a base model"),
         "chat": Command("commands.eval_chat:evaluate", "evaluate a chat model"),
     },
     "report": {
-        "": Command("commands.report:report", "write a model's training report", positional=True),
-        "scaling": Command(
-            "commands.report:report_scaling",
-            "fit a scaling law to several runs",
-            positional=True,
-        ),
+        "": Command("commands.report:report", "write a model's training report"),
+        "scaling": Command("commands.report:report_scaling", "fit a scaling law to several runs"),
     },
-    "compare": Command("commands.compare:run_comparison", "compare two runs", positional=True),
+    "compare": Command("commands.compare:run_comparison", "compare two runs"),
     "models": {
         "": Command("commands.models:show", "list the models on this machine"),
-        "rename": Command("commands.models:rename", "rename a model", positional=True),
-        "remove": Command(
-            "commands.models:remove", "delete a model's checkpoints", positional=True
-        ),
-        "prune": Command(
-            "commands.models:prune", "delete a model's older checkpoints", positional=True
-        ),
+        "rename": Command("commands.models:rename", "rename a model"),
+        "remove": Command("commands.models:remove", "delete a model's checkpoints"),
+        "prune": Command("commands.models:prune", "delete a model's older checkpoints"),
     },
     "import": {
         "nanochat": Command(
-            "commands.imports:import_nanochat",
-            "import nanochat's checkpoint and tokenizer",
-            positional=True,
+            "commands.imports:import_nanochat", "import nanochat's checkpoint and tokenizer"
         ),
         "huggingface": Command(
-            "commands.imports:import_huggingface",
-            "import a Hugging Face folder",
-            positional=True,
+            "commands.imports:import_huggingface", "import a Hugging Face folder"
         ),
     },
     "export": {
         "huggingface": Command(
-            "commands.exports:export_huggingface",
-            "write a model as a Hugging Face folder",
-            positional=True,
+            "commands.exports:export_huggingface", "write a model as a Hugging Face folder"
         ),
         "conversations": Command(
             "commands.exports:export_conversations",
             "write conversations in a layout of other tools",
-            positional=True,
         ),
     },
-    "push": Command(
-        "commands.exports:push", "upload a model to the Hugging Face hub", positional=True
-    ),
-    "pull": Command("commands.imports:pull", "download a model from the hub", positional=True),
+    "push": Command("commands.exports:push", "upload a model to the Hugging Face hub"),
+    "pull": Command("commands.imports:pull", "download a model from the hub"),
     "doctor": Command("commands.doctor:doctor", "describe this machine and what is missing"),
 }
+OFF = ("none", "None", "NONE", "-1")
+"""Words that switch an optional flag off."""
+ALIASES = {"prompt": ("-p",), "max_new_tokens": ("--max-tokens",)}
+"""Other names of fields' flags."""
+RARE = """
+aspect_ratio head_dim num_kv_heads value_embeddings smear backout residual_lambdas qk_gain preset
+embedding_lr unembedding_lr matrix_lr scalar_lr weight_decay warmup_steps warmdown_ratio
+final_lr_frac attention sample_prompt packing optimizer_state core_metric_max_per_task core_bundle
+mixture_seed eval_tokens push_checkpoints
+"""
+"""Fields that -h leaves out, since few commands set them; --help describes every one."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +132,36 @@ def parse(argv: Sequence[str]) -> Parsed:
         UsageError, CheckpointError: `--resume` names a model without settings.
         SystemExit: 0 after --help or --version, 2 for what cannot be parsed.
     """
-    words = list(argv)
-    level: Command | dict[str, Command] | dict[str, Command | dict[str, Command]] = COMMANDS
-    path = "archerchat"
+    command, path, words = _find(argv)
+    function, configuration = command.load()
+    saved = {}
+    if command.stage:
+        resume = argparse.ArgumentParser(path, add_help=False, allow_abbrev=False)
+        resume.add_argument("--resume", metavar="TAG", default="auto")
+        found, words = resume.parse_known_args(words)
+        if found.resume != "auto":  # what every stage does by itself
+            load_settings = importlib.import_module("archerchat.training.resume").load_settings
+            home = Home.from_environment()
+            saved["default"] = load_settings(configuration, home, command.stage, found.resume)
+    is_brief = "-h" in words
+    usual = f"{getdoc(configuration)}\n\nThese are the usual options; `{path} --help` has all."
+    config = tyro.cli(
+        configuration,
+        prog=path,
+        description=usual if is_brief else None,
+        args=words,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=_rules(configuration, hidden=RARE.split() if is_brief else ()),
+        compact_help=not {"-h", "-H", "--help-verbose"}.isdisjoint(words),
+        **saved,
+    )
+    return Parsed(function, config)
+
+
+def _find(argv: Sequence[str]) -> tuple[Command, str, list[str]]:
+    """Return the subcommand that is asked for, its full name, and the other arguments."""
+    words, path = list(argv), "archerchat"
+    level: Command | Group | dict[str, Command | Group] = COMMANDS
     while isinstance(level, dict):
         if "" in level and (not words or words[0] not in level):  # a command by itself
             level = level[""]
@@ -165,43 +178,15 @@ def parse(argv: Sequence[str]) -> Parsed:
             print(f"error: {path} has no command {name!r}; it has {known}", file=sys.stderr)
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"
-    function, configuration = level.load()
-    words = _renamed(words, level.short)
-    saved = {}
-    if level.stage and "--resume" in words[:-1]:
-        at = words.index("--resume")
-        tag = words[at + 1]
-        if tag == "auto":  # what every stage does by itself
-            del words[at : at + 2]
-        else:
-            resume = importlib.import_module("archerchat.training.resume")
-            home = Home.from_environment()
-            saved["default"] = resume.load_settings(configuration, home, level.stage, tag)
-    positional = (tyro.conf.PositionalRequiredArgs,) if level.positional else ()
-    config = tyro.cli(
-        configuration,
-        prog=path,
-        args=words,
-        config=(tyro.conf.OmitArgPrefixes, *positional),
-        registry=_rules(),
-        compact_help=not {"-h", "-H", "--help-verbose"}.isdisjoint(words),
-        **saved,
-    )
-    return Parsed(function, config)
+    return level, path, words
 
 
-def _renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Use each flag's usual name, and write `--resume=TAG` as two words."""
-    made: list[str] = []
-    for word in words:
-        flag, equals, value = word.partition("=")
-        flag = names.get(flag, flag)
-        made += [flag, value] if equals and flag == "--resume" else [flag + equals + value]
-    return made
+def _rules(configuration: type[Any], hidden: Collection[str]) -> tc.ConstructorRegistry:
+    """Return how tyro reads options that may be left out, and how it describes fields.
 
-
-def _rules() -> tc.ConstructorRegistry:
-    """Return how tyro reads options that may be left out, and how it describes fields."""
+    Fields that have to be given come first; those of `configuration` itself are positional.
+    Help does not list `hidden` fields.
+    """
     rules, is_nested = tc.ConstructorRegistry(), False
 
     @rules.primitive_rule
@@ -235,12 +220,20 @@ def _rules() -> tc.ConstructorRegistry:
         spec = tc.ConstructorRegistry.get_struct_spec(info)
         is_nested = False
         assert isinstance(spec, tc.StructConstructorSpec)
-        return replace(spec, fields=tuple(map(_described, spec.fields)))
+        needed = {f.name for f in fields(info.type) if f.default is f.default_factory is MISSING}
+        is_top = info.type is configuration
+        described = [
+            _described(field, field.name in hidden, is_top and field.name in needed)
+            for field in sorted(spec.fields, key=lambda field: field.name not in needed)
+        ]
+        return replace(spec, fields=tuple(described))
 
     return rules
 
 
-def _described(field: tc.StructFieldSpec) -> tc.StructFieldSpec:
+def _described(
+    field: tc.StructFieldSpec, is_hidden: bool, is_positional: bool
+) -> tc.StructFieldSpec:
     """Put a field's help on one line, without a default that says nothing."""
 
     def describe() -> str:
@@ -248,17 +241,24 @@ def _described(field: tc.StructFieldSpec) -> tc.StructFieldSpec:
         return " ".join((text or "").split())
 
     says = isinstance(field.default, str | float | int | Path) and field.default is not False
-    hint = None if says else tyro.conf.arg(help_behavior_hint="")
-    return replace(field, helptext=describe, type=cast(Any, Annotated[field.type, hint]))
+    hint = tyro.conf.arg(
+        metavar=field.name.upper() if is_positional else None,
+        aliases=ALIASES.get(field.name),
+        help_behavior_hint=None if says else "",
+    )
+    kind: Any = Annotated[field.type, hint]
+    if is_hidden:
+        kind = Annotated[kind, tyro.conf.Suppress]
+    if is_positional and not is_dataclass(field.type):
+        kind = Annotated[kind, tyro.conf.Positional]
+    return replace(field, helptext=describe, type=kind)
 
 
-def _overview(
-    path: str, level: dict[str, Command] | dict[str, Command | dict[str, Command]]
-) -> str:
+def _overview(path: str, level: Group | dict[str, Command | Group]) -> str:
     """Return the help of a command that has subcommands."""
     lines = [
         f"usage: {path} COMMAND [OPTIONS]. Run `{path} COMMAND --help` for its options "
-        "(-h only lists them).",
+        "(-h lists the usual ones).",
         "",
     ]
     for name, entry in level.items():
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk or a missing permission that no other code explained
         print(f"error: {error}; check the disk and its permissions", file=sys.stderr)
         return 1
-    return 130 if getattr(result, "finished", True) is False else 0
+    return 130 if result is False else 0
 
 
 if __name__ == "__main__":

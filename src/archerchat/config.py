@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -25,8 +25,6 @@ DeviceName = Literal["cuda", "mps", "cpu"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 StateDtypeName = Literal["float32", "bfloat16"]
 AttentionName = Literal["sdpa", "matmul", "flex", "varlen", "flash"]
-
-
 T = TypeVar("T")
 
 
@@ -79,19 +77,17 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        limits = _limits(cast(Any, type(self)))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for limit in limits.get(field.name, ()):
-                if isinstance(value, int | float) and not limit.accepts(value):
-                    flag = field.name.replace("_", "-")
-                    raise UsageError(f"--{flag} is {value}; it must be {limit}")
+        for name, limit in _limits(cast(Any, type(self))):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not limit.accepts(value):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {value}; it must be {limit}")
 
 
 @cache
-def _limits(kind: Any) -> dict[str, tuple[Limit, ...]]:
+def _limits(kind: Any) -> list[tuple[str, Limit]]:
     hints = get_type_hints(kind, include_extras=True)
-    return {name: tuple(_iter_limits(hint)) for name, hint in hints.items()}
+    return [(name, limit) for name, hint in hints.items() for limit in _iter_limits(hint)]
 
 
 def _iter_limits(hint: Any) -> Iterator[Limit]:
@@ -113,13 +109,9 @@ class DeviceConfig(Config):
     """Compute dtype. Defaults to the fastest one that the device multiplies well."""
 
 
-def as_json(value: Any) -> Any:
-    """Return a configuration, or a value in one, as JSON's types; paths become text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def as_json(config: Any) -> Any:
+    """Return a configuration as JSON's types; paths become text."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def from_json(kind: type[T], saved: Mapping[str, Any]) -> T:

@@ -56,7 +56,7 @@ class LiveLine:
         transient: bool = True,
     ) -> None:
         self.console, self._live = console, console.is_terminal
-        self._shown = time.monotonic()
+        self._began = self._shown = time.monotonic()
         columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
         self._bar = Progress(
             *columns,
@@ -90,6 +90,14 @@ class LiveLine:
         self._bar.update(self._task, completed=done, total=total, description=text)
         if not self._live:
             self.note(text)
+
+    def rate(self, done: float) -> float:
+        """Return how much of `done` there was per second since the start."""
+        return done / max(time.monotonic() - self._began, 1e-9)
+
+    def left(self, done: float, total: float) -> str:
+        """Return the time that the rest will take at the same rate, for people."""
+        return duration_text((total - done) / self.rate(done)) if done else "?"
 
     def note(self, text: str) -> None:
         """Print a line above the live one."""

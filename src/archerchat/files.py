@@ -32,6 +32,7 @@ TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 """Errors for requests that a file system does not support."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+ELSEWHERE = "point ARCHERCHAT_HOME at another disk"
 
 
 @cache
@@ -157,16 +158,15 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def explained_writes(path: Path, kind: type[ArcherChatError] = DataError) -> Iterator[None]:
+def explained_writes(
+    path: Path, kind: type[ArcherChatError] = DataError, remedy: str = ELSEWHERE
+) -> Iterator[None]:
     """Turn the system's error about writing `path` into one with a remedy."""
     try:
         yield
     except OSError as error:
-        remedy = "free some space, or point" if error.errno in FULL else "point"
-        raise kind(
-            f"cannot write {path} ({error.strerror or error}): {remedy} ARCHERCHAT_HOME at another "
-            "disk"
-        ) from error
+        space = "free some space, or " if error.errno in FULL else ""
+        raise kind(f"cannot write {path} ({error.strerror or error}): {space}{remedy}") from error
 
 
 def current(path: Path) -> Path:

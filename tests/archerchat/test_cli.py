@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from archerchat import __version__, cli
-from archerchat.cli import COMMANDS, Command, main, parse
+from archerchat.cli import COMMANDS, RARE, Command, main, parse
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.training.pretrain import PretrainConfig
 
@@ -74,15 +75,39 @@ def test_every_flag_of_every_command_has_help(
         assert f"default: {nothing}" not in output
 
 
-def test_h_lists_the_flags_on_fewer_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    lengths = []
-    for word in ("-h", "-H", "--help"):
-        assert exit_of(["pretrain", word]) == 0
-        output = capsys.readouterr().out
-        assert "--final-lr-frac FLOAT" in output
-        assert "--save-every {none}|INT|{time}" in output
-        lengths.append(len(output.splitlines()))
-    assert lengths[0] < 75 < 120 < lengths[1] == lengths[2]
+def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert exit_of([*words]) == 0
+    return capsys.readouterr().out
+
+
+def test_h_lists_the_usual_flags_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    short, full = (help_of(capsys, "pretrain", word) for word in ("-h", "--help"))
+    assert help_of(capsys, "pretrain", "-H") == full
+    assert len(short.splitlines()) < 50 < 120 < len(full.splitlines())
+    assert "`archerchat pretrain --help` has all" in short
+    assert "--save-every {none}|INT|{time}" in short
+    groups = [short.index(name) for name in ("dial options", "--depth INT", "--max-seq-len")]
+    assert groups == sorted(groups)
+    assert groups[-1] < short.index("checkpoint options")
+
+
+def test_what_h_leaves_out_is_in_the_full_help(capsys: pytest.CaptureFixture[str]) -> None:
+    full = "".join(help_of(capsys, name, "--help") for name in ("pretrain", "sft"))
+    short = "".join(
+        help_of(capsys, name, "-h") for name, command in all_commands() if command.stage
+    )
+    for name in RARE.split():
+        flag = re.compile(rf"--{name.replace('_', '-')}[ ,\n]")
+        assert flag.search(full)
+        assert not flag.search(short)
+    assert parse(["pretrain", "--depth", "4", "--matrix-lr", "0.1"]).config.dial.matrix_lr == 0.1
+
+
+def test_the_help_of_sft_says_what_downloads(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("-h", "--help"):
+        output = " ".join(help_of(capsys, "sft", word).split())
+        assert "The default is downloaded." in output
+        assert "--mixture none --jsonl FILE" in output
 
 
 def test_the_references_flags_keep_their_names() -> None:
@@ -110,6 +135,13 @@ def test_none_is_a_text_where_texts_are_expected() -> None:
         assert parse(["chat", "-p", text, "--top-k", text]).config.prompt == text
         assert parse(["chat", f"--prompt={text}", "--top-k", text]).config.sampling.top_k is None
     assert parse(["compare", "a", "b", "--json", "none"]).config.json == Path("none")
+
+
+def test_flags_have_their_usual_names_in_every_command() -> None:
+    assert parse(["sample", "-p", "Hi", "--max-tokens", "3"]).config.prompt == "Hi"
+    for command in ("chat", "sample", "eval chat"):
+        words = [*command.split(), "--max-tokens=3"]
+        assert parse(words).config.sampling.max_new_tokens == 3
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

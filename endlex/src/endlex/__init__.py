@@ -14,27 +14,14 @@ and names of the run in a directory. `endlex.Api` reads the runs of a server.
 
 from typing import TYPE_CHECKING, Any
 
-from endlex.client.run import (
-    Run,
-    alert,
-    current_run,
-    finish,
-    init,
-    log,
-    log_file,
-    log_histogram,
-    log_image,
-    log_table,
-    log_text,
-    save,
-)
-from endlex.client.run_directory import given_run_id, read_run_file
+from endlex.client.directories import given_run_id, read_run_file
+from endlex.client.run import Run, init, of_current
 from endlex.protocol import EndlexError
 from endlex.reading import read_run
 
 if TYPE_CHECKING:
     from endlex.api import Api
-    from endlex.client.surroundings import describe_environment
+    from endlex.client.environment import describe_environment
 
     run: Run | None
     __version__: str
@@ -60,12 +47,21 @@ __all__ = [
     "save",
 ]
 
-LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.surroundings"}
+log = of_current(Run.log)
+log_text = of_current(Run.log_text)
+log_table = of_current(Run.log_table)
+log_histogram = of_current(Run.log_histogram)
+log_image = of_current(Run.log_image)
+log_file = of_current(Run.log_file)
+alert = of_current(Run.alert)
+save = of_current(Run.save)
+finish = of_current(Run.finish)
+LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.environment"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "run":
-        return current_run()
+        return Run.current
     if name in LATE:  # what a trainer rarely needs: importing it takes long
         from importlib import import_module
 

@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.client.run_directory import server_token, server_url
+from endlex.client.directories import server_token, server_url
 from endlex.client.transport import Refused, Transport, quoted
-from endlex.protocol import CONSOLE, RUN_ID, EndlexError
+from endlex.protocol import CONSOLE, NON_FINITE, RUN_ID, EndlexError
 
 PAGE = 200
 NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
@@ -34,7 +34,6 @@ class Api:
     Args:
         url: its address; `ENDLEX_URL` if not given.
         token: `ENDLEX_TOKEN`, or the file `~/.config/endlex/token`, if not given.
-        read_only: refuse to change anything.
 
     Raises:
         EndlexError: no server is named, or the address or the token is not one.
@@ -92,7 +91,7 @@ class Api:
         """
         if RUN_ID.fullmatch(word):
             try:
-                return RunInfo(self, self.get(run_path(word)))
+                return RunInfo(self, self.get(quoted("runs", word)))
             except Refused as refusal:
                 if refusal.status != 404:
                     raise
@@ -108,21 +107,21 @@ class Api:
         if len(found) > 1:
             listed = ", ".join(f"{run.id} ({run.project}/{run.name})" for run in found[:20])
             raise EndlexError(f"{word!r} is the name of {len(found)} runs: give an id of {listed}")
-        return RunInfo(self, self.get(run_path(found[0].id)))
+        return RunInfo(self, self.get(quoted("runs", found[0].id)))
 
     def get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
-        """Return what `GET path` answers; query values that are None are left out.
-
-        Raises:
-            Retry: no answer, or one that says later.
-            Refused: an answer that asking again will not change.
-        """
+        """Return what `GET path` answers; query values that are None are left out."""
         return self.send("GET", path, query=query)
 
     def send(
         self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None
     ) -> Any:
-        """Send a request with a JSON body, and return what it answers; raises as `get`."""
+        """Send a request with a JSON body, and return what it answers.
+
+        Raises:
+            Retry: no answer, or one that says later.
+            Refused: an answer that asking again will not change.
+        """
         if self.read_only and method != "GET":
             raise EndlexError("this Api only reads: make it with endlex.Api(read_only=False)")
         given = {name: value for name, value in (query or {}).items() if value is not None}
@@ -132,7 +131,7 @@ class Api:
         return answer.content
 
     def download(self, path: str, file: IO[bytes]) -> None:
-        """Write what `GET path` answers to a file; raises as `get`."""
+        """Write what `GET path` answers to a file; raises as `send`."""
         with self.transport.download(path) as blocks:
             for block in blocks:
                 file.write(block)
@@ -159,7 +158,7 @@ class RunInfo:
     def whole(self) -> dict[str, Any]:
         """All that `GET /runs/RUN` answers."""
         known = "sessions" in self._listed
-        return self._listed if known else dict(self._api.get(run_path(self.id)))
+        return self._listed if known else dict(self._api.get(quoted("runs", self.id)))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -196,13 +195,12 @@ class RunInfo:
         """
         query = "".join(f"&metric={quoted(name)[1:]}" for name in metrics)
         content = io.BytesIO()
-        self._api.download(f"{run_path(self.id, 'export')}?format=csv{query}", content)
+        self._api.download(f"{quoted('runs', self.id, 'export')}?format=csv{query}", content)
         content.seek(0)
         name, library = _frames(frame)
-        numbers = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": -float("inf")}
         points = library.read_csv(content)
         if name == "pandas":
-            points["value"] = points["value"].replace(numbers).astype(float)
+            points["value"] = points["value"].replace(NON_FINITE).astype(float)
             if long:
                 return points
             wide = points.pivot(index="step", columns="metric", values="value")
@@ -217,13 +215,13 @@ class RunInfo:
         Endlex's own texts are returned only by name: run/environment, run/changes, run/exception.
         """
         query = {"name": name, "limit": limit}
-        return list(self._api.get(run_path(self.id, "texts"), query)["texts"])
+        return list(self._api.get(quoted("runs", self.id, "texts"), query)["texts"])
 
     def console(self) -> str:
         """Return what the run printed, as far as it was kept."""
         pieces: list[dict[str, Any]] = []
         query: dict[str, Any] = {"name": CONSOLE, "limit": 1000}
-        while page := self._api.get(run_path(self.id, "texts"), query)["texts"]:
+        while page := self._api.get(quoted("runs", self.id, "texts"), query)["texts"]:
             pieces += page
             query["before_step"] = page[-1]["step"]
         return "\n".join(piece["text"] for piece in reversed(pieces))
@@ -241,7 +239,7 @@ class RunInfo:
 
     def update(self, **changes: Any) -> None:
         """Change name, tags, group, notes or archived; the `Api` must not be read-only."""
-        self._listed = dict(self._api.send("PATCH", run_path(self.id), changes))
+        self._listed = dict(self._api.send("PATCH", quoted("runs", self.id), changes))
         self.__dict__.pop("whole", None)
         self.name, self.tags = self._listed["name"], self._listed["tags"]
 
@@ -255,7 +253,7 @@ def _frames(wanted: str | None) -> tuple[str, Any]:
             return name, importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-    asked = wanted or "pandas or polars"
+    asked = wanted or " or ".join(names)
     raise EndlexError(f"history needs {asked}: pip install {wanted or names[0]}")
 
 
@@ -286,8 +284,3 @@ def choose_checkpoint(
         hint = "; no checkpoint has the alias best" if which == BEST else ""
         raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
     return at_step[0]
-
-
-def run_path(run: str, *rest: str) -> str:
-    """Return the API's path of a run, or of something below it."""
-    return quoted("runs", run, *rest)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from endlex.client.directories import require_run_file
 from endlex.client.process import is_running, try_lock
-from endlex.client.run_directory import require_run_file
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
@@ -40,11 +40,8 @@ from endlex.protocol import (
 
 def session_files(directory: Path) -> list[Path]:
     """The journals of a run's directory, in the order in which their sessions began."""
-    found = [
-        path
-        for path in (directory / JOURNAL_DIR).glob("*.jsonl")
-        if SESSION_ID.fullmatch(path.stem)
-    ]
+    paths = (directory / JOURNAL_DIR).glob("*.jsonl")
+    found = [path for path in paths if SESSION_ID.fullmatch(path.stem)]
     return sorted(found, key=lambda path: (session_number(path), path.stem))
 
 
@@ -218,8 +215,8 @@ def summarize(directory: Path) -> dict[str, Any]:
     # The newest trainer speaks for the run; of several ranks the first.
     for session in [s for s in trainers if s["rank"] == 0][-1:] or trainers[-1:]:
         summary["status"] = session["status"]
-    for session in sessions[:1]:
-        summary["created"] = session["started"] or summary["created"]
+    if sessions and sessions[0]["started"]:
+        summary["created"] = sessions[0]["started"]
     summary["sessions"] = sessions
     move_aliases(summary["checkpoints"])
     summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]

@@ -66,4 +66,4 @@ def test_patience_ends_and_progress_renews_it(clock: Clock) -> None:
         with pytest.raises(Retry):
             patience.keep_trying(fail)
         assert 50 < times[-1] - times[0] <= 60
-        patience.progressed(progress)
+        patience.report(progress, 2)

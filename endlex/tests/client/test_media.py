@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import endlex
-from endlex.client.recorder import encode_image
+from endlex.client.log import encode_image
 from endlex.reading import read_run
 
 

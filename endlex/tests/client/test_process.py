@@ -16,9 +16,14 @@ import pytest
 import endlex
 from endlex.client import process
 from endlex.client.process import is_running, process_name, warn_once
-from endlex.client.run_directory import SHIPPER_LOCK
-from endlex.client.shipping import BACKGROUND, shipper_process, stop_shipper, take_lock
-from endlex.client.sync import sync_directory
+from endlex.client.shipper.control import (
+    BACKGROUND,
+    LOCK_FILE,
+    shipper_process,
+    stop_shipper,
+    take_lock,
+)
+from endlex.client.transfers import sync_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files, writer_is_alive
 
@@ -56,7 +61,7 @@ def test_a_process_id_of_elsewhere_is_not_signalled(
     name = process_name(sleeper.pid).split()
     name[part] = "1"
     with take_lock(tmp_path, BACKGROUND):  # type: ignore[union-attr]
-        (tmp_path / SHIPPER_LOCK).write_text(f"{name[0]} {BACKGROUND} {' '.join(name[1:])}\n")
+        (tmp_path / LOCK_FILE).write_text(f"{name[0]} {BACKGROUND} {' '.join(name[1:])}\n")
         with pytest.raises(EndlexError, match=f"process {sleeper.pid} .*wait for it, or end it"):
             stop_shipper(tmp_path)
     assert sleeper.poll() is None
@@ -92,7 +97,7 @@ def test_without_locks_the_process_that_is_named_keeps_others_out(
     sleeper: Any, tmp_path: Path
 ) -> None:
     pid, _, name = process_name(sleeper.pid).partition(" ")
-    (tmp_path / SHIPPER_LOCK).write_text(f"{pid} {BACKGROUND} {name}\n")
+    (tmp_path / LOCK_FILE).write_text(f"{pid} {BACKGROUND} {name}\n")
     assert take_lock(tmp_path, BACKGROUND) is None
     sleeper.kill()
     sleeper.wait()

@@ -10,7 +10,7 @@ import pytest
 
 import endlex
 from endlex.api import choose_checkpoint
-from endlex.client.run_directory import read_run_file
+from endlex.client.directories import read_run_file
 from endlex.protocol import EndlexError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.run_directory import read_run_file
+from endlex.client.directories import read_run_file
 
 
 def run_of(directory: Path) -> str:

@@ -10,9 +10,9 @@ import pytest
 
 import endlex
 from endlex.client.checkpoints import drop_replaced, note_path, staged_names
-from endlex.client.sync import compare_directory
+from endlex.client.shipper.send_checkpoints import Uploader
 from endlex.client.transport import Transport
-from endlex.client.uploads import Uploader
+from endlex.client.verify import compare_directory
 
 
 def save(run: endlex.Run, step: int, replaces: str | None = "last", text: str = "") -> None:

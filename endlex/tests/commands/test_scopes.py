@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.run_directory import read_run_file
+from endlex.client.directories import read_run_file
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import endlex
-from endlex.client.run_directory import read_run_file
-from endlex.client.system_stats import SystemRecorder
+from endlex.client.directories import read_run_file
+from endlex.client.shipper.system_stats import SystemRecorder
 from endlex.server.api.auth import list_tokens
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.shipping import read_state, unsent
+from endlex.client.shipper.control import read_state, unsent
 from endlex.commands import transfer
 from endlex.reading import session_files
 

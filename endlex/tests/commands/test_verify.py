@@ -10,8 +10,8 @@ import pytest
 
 import endlex
 from endlex.client import checkpoints
-from endlex.client.run_directory import read_run_file
-from endlex.client.shipping import unsent
+from endlex.client.directories import read_run_file
+from endlex.client.shipper.control import unsent
 from endlex.client.transport import Answer, Transport
 from endlex.reading import session_files
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from endlex.client.run_directory import read_run_file
+from endlex.client.directories import read_run_file
 from endlex.protocol import METRICS, SESSION, SYSTEM, decode_number
 from endlex.reading import content_length, read_journal, session_files
 

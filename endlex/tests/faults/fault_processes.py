@@ -13,8 +13,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from endlex.client.run_directory import read_run_file
-from endlex.client.shipping import shipper_process
+from endlex.client.directories import read_run_file
+from endlex.client.shipper.control import shipper_process
 from endlex.reading import session_files, writer_is_alive
 
 TRAINER = Path(__file__).with_name("faulty_trainer.py")

@@ -32,8 +32,9 @@ from fault_processes import (
 from fault_proxy import FaultProxy, Seen, always_pass, random_faults
 from fault_uploads import Upload
 
-from endlex.client.sync import compare_directory, sync_directory
+from endlex.client.transfers import sync_directory
 from endlex.client.transport import Transport
+from endlex.client.verify import compare_directory
 from endlex.reading import session_files
 
 Report = Callable[[str], None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,13 +19,14 @@ from rich.console import Console
 from archerchat.commands.sample import CONTROLS
 from archerchat.console import build_console
 from archerchat.errors import UsageError
-from archerchat.files import write_bytes
+from archerchat.files import explained_writes
 from archerchat.home import Home
 from archerchat.inference.chat import CHAT_SAMPLING, ChatSession
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.tools import PartType, Piece
+from archerchat.inference.tools import PartType
+from archerchat.tasks.layouts import write_lines
 
 HELP = """\
 /clear            start a new conversation
@@ -38,6 +38,7 @@ HELP = """\
 /quit             leave (or Ctrl-D)
 Ctrl-C stops an answer. To send a message that starts with a slash, type two slashes."""
 HISTORY_LINES = 1000
+OPENING = {"text": "", "python": "[", "python_output": "[= "}
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,9 @@ def chat(config: ChatConfig, home: Home) -> None:
     if config.prompt is not None:
         show_answer(session, config.prompt, console)
         return
-    if not sys.stdin.isatty():
-        Dialogue(session, console).run()
-        return
-    console.print("/help lists the commands", style="dim")
-    _keep_history(home.root / "chat_history")
+    if sys.stdin.isatty():
+        console.print("/help lists the commands", style="dim")
+        _keep_history(home.root / "chat_history")
     Dialogue(session, console).run()
 
 
@@ -78,14 +77,6 @@ class Dialogue:
 
     def __init__(self, session: ChatSession, console: Console) -> None:
         self.session, self.console = session, console
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/clear": self._clear,
-            "/temperature": lambda text: self._set("temperature", float, text),
-            "/top_k": lambda text: self._set("top_k", _count_or_none, text),
-            "/max_tokens": lambda text: self._set("max_new_tokens", int, text),
-            "/save": self._save,
-            "/help": lambda text: self.console.print(HELP),
-        }
 
     def run(self) -> None:
         """Read until /quit or the end of the input."""
@@ -112,20 +103,27 @@ class Dialogue:
             UsageError: the line cannot be understood; the conversation is unchanged.
         """
         word, _, rest = line.strip().partition(" ")
-        if not word:
-            return
-        if word.startswith("//"):
-            show_answer(self.session, line.strip()[1:], self.console)
-        elif not word.startswith("/"):
-            show_answer(self.session, line, self.console)
-        elif word in self._commands:
-            self._commands[word](rest.strip())
-        else:
-            raise UsageError(f"there is no {word}: /help lists the commands")
-
-    def _clear(self, text: str) -> None:
-        self.session.clear()
-        self.console.print("a new conversation", style="dim")
+        match word:
+            case "":
+                return
+            case "/clear":
+                self.session.clear()
+                self.console.print("a new conversation", style="dim")
+            case "/temperature":
+                self._set("temperature", float, rest.strip())
+            case "/top_k":
+                self._set("top_k", _count_or_none, rest.strip())
+            case "/max_tokens":
+                self._set("max_new_tokens", int, rest.strip())
+            case "/save":
+                self._save(rest.strip())
+            case "/help":
+                self.console.print(HELP)
+            case _ if word.startswith("/") and not word.startswith("//"):
+                raise UsageError(f"there is no {word}: /help lists the commands")
+            case _:
+                message = line.strip()[1:] if word.startswith("//") else line
+                show_answer(self.session, message, self.console)
 
     def _set(self, name: str, parse: Callable[[str], Any], text: str) -> None:
         command = name.replace("_new", "")
@@ -142,13 +140,10 @@ class Dialogue:
         if not self.session.turns:
             raise UsageError("there is nothing to save yet")
         path = Path(text).expanduser()
-        if path.exists():
-            raise UsageError(f"{path} exists: choose another name")
-        try:
-            line = json.dumps(self.session.to_conversation(), ensure_ascii=False)
-            write_bytes(path, f"{line}\n".encode())
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        with explained_writes(path, UsageError, "choose another name"):
+            if path.exists():
+                raise UsageError(f"{path} exists: choose another name")
+            write_lines(path, [self.session.to_conversation()])
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
 
 
@@ -159,6 +154,8 @@ def _count_or_none(text: str) -> int | None:
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
     """Print the answer while it is generated; Ctrl-C stops it.
 
+    A calculator call is shown as `[6*7 = 42]`.
+
     Raises:
         UsageError: there is nothing to answer, or no room for an answer.
     """
@@ -167,55 +164,29 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
         console.print(
             f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
         )
-    printer, stopped = _AnswerPrinter(console), False
+    part: PartType = "text"
+    note = {
+        "length": "the context is full: /clear begins a new conversation",
+        "max_tokens": "cut at /max_tokens",
+    }
     try:
         for piece in pieces:
-            printer.show(piece)
+            if piece.starts:
+                between = OPENING[piece.type] if part == "text" else f"]{OPENING[piece.type]}"
+                if (part, piece.type) == ("python", "python_output"):
+                    between = " = "
+                console.print(between, end="", style="cyan")
+                part = piece.type
+            style = None if part == "text" else "cyan"
+            console.print(piece.text.translate(CONTROLS), end="", style=style)
+            console.file.flush()
+        ending = note.get(session.completion.finish_reason or "")
     except KeyboardInterrupt:
         pieces.close()
-        stopped = True
-    printer.end()
-    if stopped:
-        console.print("stopped", style="dim")
-    elif session.completion.finish_reason == "length":
-        console.print("the context is full: /clear begins a new conversation", style="dim")
-    elif session.completion.finish_reason == "max_tokens":
-        console.print("cut at /max_tokens", style="dim")
-
-
-class _AnswerPrinter:
-    """Print pieces of an answer; a calculator call is shown as `[6*7 = 42]`."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._open: PartType = "text"
-
-    def show(self, piece: Piece) -> None:
-        """Print a piece, and the bracket or sign between it and the part before."""
-        if piece.starts:
-            if piece.type == "python_output" and self._open == "python":
-                self._write(" = ")
-            else:
-                self._close()
-                if piece.type != "text":
-                    self._write("[" if piece.type == "python" else "[= ")
-            self._open = piece.type
-        self._write(piece.text.translate(CONTROLS))
-
-    def end(self) -> None:
-        """End the answer's last line."""
-        self._close()
-        self._console.print()
-
-    def _close(self) -> None:
-        if self._open != "text":
-            self._write("]")
-            self._open = "text"
-
-    def _write(self, text: str) -> None:
-        style = None if self._open == "text" and text not in ("[", "]", "[= ") else "cyan"
-        self._console.print(text, end="", style=style)
-        self._console.file.flush()
+        ending = "stopped"
+    console.print("" if part == "text" else "]", style="cyan")
+    if ending:
+        console.print(ending, style="dim")
 
 
 def _keep_history(path: Path) -> None:
@@ -228,8 +199,7 @@ def _keep_history(path: Path) -> None:
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
 
+    @atexit.register
     def write() -> None:
         with contextlib.suppress(OSError):
             readline.write_history_file(path)
-
-    atexit.register(write)

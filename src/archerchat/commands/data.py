@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +25,17 @@ from archerchat.data.shards import (
     split_shards,
 )
 from archerchat.data.stdlib import describe_stdlib, iter_stdlib, list_stdlib, stdlib_directory
+from archerchat.downloads import Report
 from archerchat.errors import DataError, UsageError
-from archerchat.files import remove_leftovers, write_bytes
+from archerchat.files import explained_writes, remove_leftovers, write_bytes
 from archerchat.home import Home
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
+from archerchat.tasks.layouts import write_lines
+from archerchat.text_files import iter_lines
 
 STDLIB = "stdlib"
 DEFAULT_SHARDS = 8
+WRITABLE = "name a place that can be written"
 
 
 @dataclass(frozen=True)
@@ -113,28 +115,53 @@ def download(config: DataDownloadConfig, home: Home) -> None:
         console.print(f"depth {config.depth} trains on {num_shards} shards")
     remove_leftovers(directory)
     with LiveLine(console, "connecting") as line:
-        progress = _DownloadProgress(line, num_shards + 1)
         fetched = download_shards(
             source,
             num_shards,
             directory,
             workers=config.workers,
             endpoint=config.endpoint,
-            report=progress.report,
+            report=report_to(line, num_shards + 1),
             notify=console.print,
         )
     there = num_shards + 1 - len(fetched)
     console.print(f"downloaded {len(fetched)} shards, {there} already existed: {directory}")
 
 
+def report_to(line: LiveLine, num_files: int) -> Report:
+    """Return a function that shows how much of the files has arrived, the rate and the time left.
+
+    Sizes that are not known yet are estimated by the mean of the known ones.
+    """
+    files: dict[str, tuple[int, int]] = {}  # by name: bytes that have arrived, and size
+    there: dict[str, int] = {}  # bytes that an earlier command fetched, which make no rate
+    lock = threading.Lock()
+
+    def report(name: str, arrived: int, size: int) -> None:
+        with lock:
+            there.setdefault(name, arrived)
+            files[name] = arrived, size
+            done, known = (sum(column) for column in zip(*files.values(), strict=True))
+            finished = sum(arrived == size for arrived, size in files.values())
+            total = known * num_files / len(files)
+            rate = line.rate(max(1, done - sum(there.values())))
+            line.show(
+                f"{finished} of {num_files} shards, {done / 1e6:,.0f} of {total / 1e6:,.0f} "
+                f"MB at {rate / 1e6:,.1f} MB/s, {duration_text((total - done) / rate)} left",
+                done,
+                total,
+            )
+
+    return report
+
+
 def build(config: DataBuildConfig, home: Home) -> None:
     """Build shards from the standard library or from a folder of text."""
-    console = build_console()
-    directory = home.data_dir(config.name or _default_name(config.source))
+    console, directory = build_console(), home.data_dir(config.name or _default_name(config.source))
+    reading = Reading(config.text_column, config.skip_bad)
     unchanged = "is built already: nothing to do"
     groups: Iterable[Group]
     held_out: Iterable[Group] = ()
-    reading = Reading(config.text_column, config.skip_bad)
     if config.source == STDLIB:
         root = stdlib_directory()
         files = list_stdlib(root)
@@ -174,57 +201,6 @@ def build(config: DataBuildConfig, home: Home) -> None:
     console.print(_describe(directory) if written else f"{directory} {unchanged}")
 
 
-def info(config: DataInfoConfig, home: Home) -> None:
-    """Print a table of splits, shards, row groups, documents and bytes per source."""
-    if config.data is not None:
-        directories = [data_directory(config.data, home)]
-    elif not (directories := list_sources(home)):
-        raise DataError(f"no data in {home.root / 'data'}: {MAKE_DATA}")
-    console = build_console()
-    for directory in directories:
-        console.print(_describe(directory, list_each=config.shards))
-
-
-def identity(config: DataIdentityConfig, home: Home) -> None:
-    """Draw the conversations and write them, one JSON object per line."""
-    console = build_console()
-    if config.save_template is not None:
-        if config.save_template.exists():
-            raise UsageError(f"{config.save_template} exists: name a new file for the template")
-        _write(config.save_template, default_template())
-        console.print(f"wrote the template to {config.save_template}")
-        return
-    values = {"name": config.name.strip(), "creator": config.creator.strip()}
-    for flag, value in values.items():
-        if not value:
-            raise UsageError(f"--{flag} is empty: give the assistant's {flag}")
-    text, where = default_template(), "the template"
-    if config.template is not None:
-        where = str(config.template)
-        try:
-            text = config.template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"cannot read the template {where} ({error}): give a TOML file"
-            ) from error
-    template = parse_template(text, values, where)
-    conversations = draw_identity(template, config.num_conversations, config.seed)
-    lines = [json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations]
-    _write(config.output, "".join(lines))
-    console.print(
-        f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_bytes(path, text.encode())
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path} ({error.strerror or error}): name a place that can be written"
-        ) from error
-
-
 def _default_name(source: str) -> str:
     if source == STDLIB:
         return STDLIB
@@ -244,13 +220,23 @@ def _counted(groups: Iterable[Group], line: LiveLine, name: str) -> Iterator[Gro
         yield group
 
 
+def info(config: DataInfoConfig, home: Home) -> None:
+    """Print a table of splits, shards, row groups, documents and bytes per source."""
+    given = config.data
+    directories = list_sources(home) if given is None else [data_directory(given, home)]
+    if not directories:
+        raise DataError(f"no data in {home.root / 'data'}: {MAKE_DATA}")
+    for directory in directories:
+        build_console().print(_describe(directory, list_each=config.shards))
+
+
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
     columns = ("split", "shards", "row groups", "documents", "text", "files")
     table = build_table(*columns, title=str(directory))
 
     def add(name: str, count: str, figures: Sequence[int]) -> None:
-        counts, sizes = figures[:2], figures[2:]
-        table.add_row(name, count, *(f"{n:,}" for n in counts), *map(bytes_text, sizes))
+        row_groups, documents, *sizes = figures
+        table.add_row(name, count, f"{row_groups:,}", f"{documents:,}", *map(bytes_text, sizes))
 
     train, validation = split_shards(list_shards(directory))
     for split, shards in (("train", train), ("validation", validation)):
@@ -267,31 +253,27 @@ def _measure(path: Path) -> tuple[int, int, int, int]:
         return shard.num_row_groups, shard.num_documents, shard.text_bytes, path.stat().st_size
 
 
-class _DownloadProgress:
-    """Show the number of bytes that have arrived, their rate and the time left.
-
-    Sizes that are not known yet are estimated by the mean of the known ones.
-    """
-
-    def __init__(self, line: LiveLine, num_files: int) -> None:
-        self._line, self._num_files, self._lock = line, num_files, threading.Lock()
-        self._files: dict[str, tuple[int, int]] = {}
-        """By name: bytes that have arrived, and size."""
-        self._began, self._received = time.monotonic(), 0
-
-    def report(self, name: str, arrived: int, size: int) -> None:
-        with self._lock:
-            # Bytes that an earlier command fetched do not count for this one's rate.
-            before, _ = self._files.get(name, (arrived, size))
-            self._received += arrived - before
-            self._files[name] = (arrived, size)
-            done, known = (sum(column) for column in zip(*self._files.values(), strict=True))
-            finished = sum(arrived == size for arrived, size in self._files.values())
-            total = known * self._num_files / len(self._files)
-            rate = max(self._received, 1) / max(time.monotonic() - self._began, 1e-9)
-            self._line.show(
-                f"{finished} of {self._num_files} shards, {done / 1e6:,.0f} of {total / 1e6:,.0f} "
-                f"MB at {rate / 1e6:,.1f} MB/s, {duration_text((total - done) / rate)} left",
-                done,
-                total,
-            )
+def identity(config: DataIdentityConfig, home: Home) -> None:
+    """Draw the conversations and write them, one JSON object per line."""
+    console = build_console()
+    if config.save_template is not None:
+        if config.save_template.exists():
+            raise UsageError(f"{config.save_template} exists: name a new file for the template")
+        with explained_writes(config.save_template, remedy=WRITABLE):
+            write_bytes(config.save_template, default_template().encode())
+        console.print(f"wrote the template to {config.save_template}")
+        return
+    values = {"name": config.name.strip(), "creator": config.creator.strip()}
+    for flag, value in values.items():
+        if not value:
+            raise UsageError(f"--{flag} is empty: give the assistant's {flag}")
+    text = default_template()
+    if config.template is not None:
+        text = "".join(line for _, line in iter_lines(config.template))
+    template = parse_template(text, values, str(config.template or "the template"))
+    conversations = draw_identity(template, config.num_conversations, config.seed)
+    with explained_writes(config.output, remedy=WRITABLE):
+        write_lines(config.output, conversations)
+    console.print(
+        f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
+    )

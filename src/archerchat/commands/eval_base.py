@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,9 @@ from archerchat.evals.core.results import (
 )
 from archerchat.files import sha256_file, write_json
 from archerchat.home import Home
-from archerchat.inference.loading import InferenceModel, LoadedModel, ModelOptions
+from archerchat.inference.loading import LoadedModel, ModelOptions, build_inference_model
 from archerchat.model.loss import token_losses
+from archerchat.model.transformer import Transformer
 from archerchat.runtime import Runtime, dtype_name
 
 EVALUATIONS = ("core", "bpb", "sample")
@@ -86,55 +89,55 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     console = build_console(quiet=not runtime.is_master)
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "core" in asked:
-        core = _evaluate_core(loaded, runtime, home, console, config.bundle, config.core)
-        results["core"] = core.to_json()
+        results["core"] = _evaluate_core(config, home, loaded, runtime, console).to_json()
     if not runtime.is_master:
         return
     if "bpb" in asked:
-        results["bits_per_byte"] = _measure_splits(config, splits, home, loaded, runtime, console)
+        results["bits_per_byte"] = _measure_texts(config, home, splits, loaded, console)
     if "sample" in asked:
         print_samples(loaded, SampleConfig(), console)
     if config.json is not None:
         write_json(config.json, results)
 
 
+def _names(given: str, flag: str, known: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"{flag} {given}: {unknown[0]!r} is not one of {', '.join(known)}")
+    return names
+
+
 def _evaluate_core(
-    loaded: LoadedModel,
-    runtime: Runtime,
-    home: Home,
-    console: Console,
-    bundle: str | None,
-    options: CoreOptions,
+    config: EvalBaseConfig, home: Home, loaded: LoadedModel, runtime: Runtime, console: Console
 ) -> CoreResult:
     """Evaluate CORE, resuming an interrupted call, and write the results on the first rank."""
+    model, options = build_inference_model(loaded.model), config.core
     with joined_ranks(runtime) as ranks:
-        folder = ranks.first_alone(
-            lambda: find_bundle(bundle, home.cache_dir, notify=console.print)
-        )
-        tasks = load_bundle(folder)
-        evaluation = CoreEvaluation(tasks, loaded.tokenizer, options, ranks)
+        find = partial(find_bundle, config.bundle, home.cache_dir, notify=console.print)
+        bundle = load_bundle(ranks.first_alone(find))
+        evaluation = CoreEvaluation(bundle, loaded.tokenizer, options, ranks)
         if not runtime.is_master:
-            return evaluation.run(InferenceModel(loaded.model).model)
-        about = {
+            return evaluation.run(model)
+        about: dict[str, Any] = {
             "checkpoint": str(loaded.path),
             "step": loaded.step,
             "checkpoint_sha256": sha256_file(loaded.path / META),
             "tokenizer": loaded.tokenizer.fingerprint,
-            "bundle": str(tasks.directory),
-            "bundle_sha256": tasks.fingerprint(),
+            "bundle": str(bundle.directory),
+            "bundle_sha256": bundle.fingerprint(),
             "dtype": dtype_name(runtime.compute_dtype),
             "device": runtime.device_name,
             "options": asdict(options),
         }
         # Partial evaluations have their own names, so they never replace the whole of CORE.
-        offline = is_offline(tasks.tasks)
+        offline = is_offline(bundle.tasks)
         parts = [f"{'offline' if offline else 'core'}_{loaded.step:06d}"]
         parts += [f"max{options.max_per_task}"] if options.max_per_task else []
         parts += [f"length{options.max_length}"] if options.max_length else []
-        parts += [tasks.fingerprint()[:8]] if bundle and not offline else []
+        parts += [about["bundle_sha256"][:8]] if config.bundle and not offline else []
         path = home.eval_dir("base", loaded.tag) / f"{'_'.join(parts)}.json"
         kept = PartialResults(path.with_suffix(".partial.json"), about)
-        result = _run_core(evaluation, loaded, kept, console)
+        result = _run_core(evaluation, model, kept, console)
     write_json(path, {**about, **result.to_json()})
     kept.remove()
     for note in describe(result):
@@ -149,32 +152,27 @@ def _evaluate_core(
 
 
 def _run_core(
-    evaluation: CoreEvaluation, loaded: LoadedModel, kept: PartialResults, console: Console
+    evaluation: CoreEvaluation, model: Transformer, kept: PartialResults, console: Console
 ) -> CoreResult:
     """Evaluate with a progress bar on a terminal, or with one line per task elsewhere."""
-    model = InferenceModel(loaded.model).model
     if kept.tasks:
         console.print(f"resuming after {', '.join(kept.tasks)}")
     expected = evaluation.estimate(model.config.windows, kept.tasks)
     examples = sum(each.examples for each in expected.values())
-    total, spent = sum(each.tokens for each in expected.values()), 0.0
+    total = sum(each.tokens for each in expected.values())
     console.print(
         f"CORE: {examples:,} examples in {len(expected)} tasks, about {total / 1e6:,.1f} million "
         "tokens to run"
     )
     table = build_table("task", "examples", "accuracy", "centred", "per second", title="CORE")
-    started = time.monotonic()
+    shares: dict[str, float] = {}
 
     def on_progress(label: str, share: float) -> None:
-        done = spent + share * expected[label].tokens
-        seconds = time.monotonic() - started
-        left = duration_text((total - done) * seconds / done) if done else "?"
-        line.show(f"{label} | about {left} left in all", done)
+        shares[label] = share
+        done = sum(expected[label].tokens * share for label, share in shares.items())
+        line.show(f"{label} | about {line.left(done, total)} left in all", done)
 
     def on_task(result: CoreTaskResult) -> None:
-        nonlocal spent
-        if result.label in expected:  # it was not kept from an earlier call
-            spent += expected[result.label].tokens
         accuracy, centred = f"{result.accuracy:.4f}", f"{result.centred:.4f}"
         rate = f"{result.examples_per_second:,.1f}"
         table.add_row(result.label, f"{result.examples:,}", accuracy, centred, rate)
@@ -189,24 +187,11 @@ def _run_core(
     return result
 
 
-def _names(given: str, flag: str, known: tuple[str, ...]) -> list[str]:
-    """Return the names in a list separated by commas."""
-    names = [name.strip() for name in given.split(",")]
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"{flag} {given}: {unknown[0]!r} is not one of {', '.join(known)}")
-    return names
-
-
-def _measure_splits(
-    config: EvalBaseConfig,
-    splits: list[str],
-    home: Home,
-    loaded: LoadedModel,
-    runtime: Runtime,
-    console: Console,
+def _measure_texts(
+    config: EvalBaseConfig, home: Home, splits: list[str], loaded: LoadedModel, console: Console
 ) -> dict[str, float]:
     """Measure bits per byte on the splits and the text file; print one table."""
-    trained = loaded.meta.get("config") or {}
+    trained, device = loaded.meta.get("config") or {}, loaded.model.device
     length, rows = loaded.model.config.sequence_length, config.device_batch_size
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
     results: dict[str, float] = {}
@@ -216,33 +201,32 @@ def _measure_splits(
             raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
         table.title = f"Bits per byte on {data}"
         train, val = split_shards(list_shards(data_directory(data, home)))
-        steps = max(1, config.split_tokens // (rows * length))
-        for split in splits:
-            with TextLoader(
-                train if split == "train" else val,
-                loaded.tokenizer,
-                batch_size=rows,
-                sequence_length=length,
-                packing=trained.get("packing", "best-fit"),
-            ) as loader:
-                batches = _iter_batches(loader, runtime, steps, f"{split} bits per byte", console)
-                results[split] = _measure(split, batches, loaded, table)
+    for split in splits:
+        with TextLoader(
+            train if split == "train" else val,
+            loaded.tokenizer,
+            batch_size=rows,
+            sequence_length=length,
+            packing=trained.get("packing", "best-fit"),
+        ) as loader:
+            steps = max(1, config.split_tokens // (rows * length))
+            batches = _iter_batches(loader, device, steps, f"{split} bits per byte", console)
+            results[split] = _measure(split, batches, loaded, table)
     if config.text:
-        batches = iter_text_batches(config.text, loaded.tokenizer, rows, length, runtime.device)
+        batches = iter_text_batches(config.text, loaded.tokenizer, rows, length, device)
         results[str(config.text)] = _measure(config.text.name, batches, loaded, table)
     console.print(table)
     return results
 
 
 def _iter_batches(
-    loader: TextLoader, runtime: Runtime, steps: int, title: str, console: Console
+    loader: TextLoader, device: torch.device, steps: int, title: str, console: Console
 ) -> Iterator[tuple[Tensor, Tensor]]:
     with LiveLine(console, title, steps) as line:
-        for step in range(steps):
+        for step, batch in enumerate(islice(loader, steps)):
             line.show(f"{title} | batch {step + 1} of {steps}", step)
-            batch = next(loader)
-            inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-            yield inputs.to(runtime.device), targets.to(runtime.device)
+            inputs, targets = torch.from_numpy(batch.stacked).to(device)
+            yield inputs, targets
 
 
 def _measure(

@@ -7,19 +7,17 @@ sampling options get another file name, so they never replace the whole of ChatC
 from __future__ import annotations
 
 import hashlib
-import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from archerchat.config import PositiveInt
-from archerchat.console import LiveLine, build_console, build_table, duration_text
-from archerchat.distributed import Ranks, joined_ranks
+from archerchat.console import LiveLine, build_console, build_table
+from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.chat import (
     ANSWER_TOKENS,
@@ -29,14 +27,15 @@ from archerchat.evals.chat import (
     evaluate_task,
     limited,
 )
-from archerchat.files import write_bytes, write_json
+from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import LoadedModel, ModelOptions
+from archerchat.inference.loading import ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
 from archerchat.tasks.hub import TaskFiles
+from archerchat.tasks.layouts import write_lines
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
 
 SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=50)
@@ -63,23 +62,27 @@ class EvalChatConfig(ModelOptions):
     answers: Path | None = None
     """File for every generated answer, one JSON object per line."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sampling = self.sampling
+        sampling.refuse_changes("logprobs")
+        if sampling.num_samples > 1 and sampling.temperature == 0:
+            raise UsageError(
+                f"{sampling.num_samples} samples at temperature 0 are all the same: give a "
+                "temperature, such as 1, or a single sample"
+            )
+
 
 def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one and return the figures.
 
     The results are written after each task, to a `.partial.json` until all tasks are done.
     """
-    limits = parse_tasks(config.tasks, config.max_problems)
-    sampling = config.sampling
-    sampling.refuse_changes("logprobs")
-    if sampling.num_samples > 1 and sampling.temperature == 0:
-        raise UsageError(
-            f"{sampling.num_samples} samples at temperature 0 are all the same: give a "
-            "temperature, such as 1, or a single sample"
-        )
+    limits, sampling = parse_tasks(config.tasks, config.max_problems), config.sampling
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
-    about = {
+    files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=console.print)
+    figures: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "model_tag": loaded.tag,
         "source": config.source,
@@ -92,52 +95,41 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     }
     folder = home.eval_dir(config.source, loaded.tag)
     path = config.json or folder / file_name(loaded.step, limits, sampling)
-    partial = path.with_suffix(".partial.json")
-    results: list[ChatTaskResult] = []
-    answers: list[str] = []
+    unfinished = path.with_suffix(".partial.json")
+    results, answers = list[ChatTaskResult](), list[dict[str, Any]]()
     with joined_ranks(runtime) as ranks:
         # All files are read before any task is evaluated; one rank downloads what is missing.
-        tasks = ranks.first_alone(lambda: _build_tasks(config, limits, home, console))
-        on_cuda = loaded.model.device.type == "cuda"
+        tasks = ranks.first_alone(
+            lambda: [limited(build_task(name, "test", files), n) for name, n in limits.items()]
+        )
+        tokenizer, on_cuda = loaded.tokenizer, loaded.model.device.type == "cuda"
         engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
-            results.append(_evaluate_task(engine, loaded, task, sampling, ranks, console, answers))
-            figures = about | _figures(results, complete=len(results) == len(tasks))
+            judged: list[Answer] = []
+            with LiveLine(console, task.name) as line:
+                show, keep = partial(_show, line, task), judged.append
+                result = evaluate_task(engine, tokenizer, task, sampling, ranks, show, keep)
+            console.print(_sentence(result))
+            results.append(result)
+            answers += [_describe(task, answer) for answer in judged]
+            figures |= _figures(results, complete=len(results) == len(tasks))
             if runtime.is_master:
-                write_json(path if figures["complete"] else partial, figures)
+                write_json(path if figures["complete"] else unfinished, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
                 target = config.answers.with_name(config.answers.name + suffix)
-                write_bytes(target, "".join(answers).encode())
+                write_lines(target, answers)
     if runtime.is_master:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
     console.print(f"figures in {path}", style="dim")
     return figures
 
 
-def _build_tasks(
-    config: EvalChatConfig, limits: Mapping[str, int | None], home: Home, console: Console
-) -> list[Task]:
-    files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=console.print)
-    return [limited(build_task(name, "test", files), limit) for name, limit in limits.items()]
-
-
-def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
-    """Return the results so far as JSON."""
-    tasks = {result.label: result.to_json() for result in results}
-    figures: dict[str, Any] = {"complete": complete, "tasks": tasks}
-    if (core := chatcore(results)) is not None:
-        figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
-    return figures
-
-
 def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, int | None]:
-    """Return each task's limit by name; None means the whole task.
+    """Return the limit of each task in a list such as `GSM8K:200,MMLU`; None is a whole task.
 
-    Args:
-        text: `GSM8K:200,MMLU`; None means ChatCORE's tasks.
-        max_problems: limit for tasks without their own.
+    Without a list they are ChatCORE's tasks. `max_problems` limits those without their own limit.
 
     Raises:
         UsageError: the list cannot be read, or a task is unknown or named twice.
@@ -162,46 +154,33 @@ def file_name(step: int, limits: Mapping[str, int | None], sampling: SamplingPar
     return f"{name}.json"
 
 
-def _evaluate_task(
-    engine: Engine,
-    loaded: LoadedModel,
-    task: Task,
-    sampling: SamplingParams,
-    ranks: Ranks,
-    console: Console,
-    answers: list[str],
-) -> ChatTaskResult:
-    """Evaluate one task with a progress line; add its answers to `answers` as lines of JSON."""
+def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
     unit = "questions" if task.kind == "categorical" else "answers"
-    started = time.monotonic()
+    speed = f"{line.rate(done):,.1f} {unit}/s | {line.left(done, total)} left"
+    line.show(f"{task.name}: {done}/{total} | {speed}", done, total)
 
-    def on_progress(done: int, total: int) -> None:
-        rate = done / max(time.monotonic() - started, 1e-9)
-        left = duration_text((total - done) / rate)
-        line.show(f"{task.name}: {done}/{total} | {rate:,.1f} {unit}/s | {left} left", done, total)
 
-    def on_answer(answer: Answer) -> None:
-        value = {
-            "task": task.name,
-            "problem": answer.problem,
-            "sample": answer.sample,
-            "right": answer.right,
-            "lenient": answer.lenient,
-            "finish_reason": answer.completion.finish_reason,
-            "text": answer.text,
-        }
-        answers.append(json.dumps(value, ensure_ascii=False) + "\n")
+def _describe(task: Task, answer: Answer) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "problem": answer.problem,
+        "sample": answer.sample,
+        "right": answer.right,
+        "lenient": answer.lenient,
+        "finish_reason": answer.completion.finish_reason,
+        "text": answer.text,
+    }
 
-    with LiveLine(console, task.name) as line:
-        result = evaluate_task(
-            engine, loaded.tokenizer, task, sampling, ranks, on_progress, on_answer
-        )
-    console.print(_sentence(result))
-    return result
+
+def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
+    tasks = {result.label: result.to_json() for result in results}
+    figures: dict[str, Any] = {"complete": complete, "tasks": tasks}
+    if (core := chatcore(results)) is not None:
+        figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
+    return figures
 
 
 def _sentence(result: ChatTaskResult) -> str:
-    """Summarise a task in one line."""
     low, high = result.interval
     text = (
         f"{result.label}: {100 * result.accuracy:.2f} % of {result.examples:,} "

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
 from jinja2 import Environment, StrictUndefined
 
-from archerchat.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    find_model,
-    list_models,
-    load_checkpoint,
-)
+from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
 from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
-from archerchat.files import write_bytes
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
-from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.report.charts import compact
 from archerchat.report.results import SCORES, latest, load_results
@@ -35,7 +26,7 @@ from archerchat.report.runs import STAGES
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.layouts import Layout, render_layout
+from archerchat.tasks.layouts import Layout, render_layout, write_lines
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
 FORMATS = {"archerchat": OURS, "transformers": THEIRS}
@@ -82,6 +73,23 @@ class PushConfig(ExportOptions):
     one is refused."""
 
 
+@dataclass(frozen=True)
+class ConversationsConfig(Config):
+    """Write conversations as JSON lines in a layout of other tools.
+
+    `archerchat export conversations SOURCE FILE --layout sharegpt`
+    """
+
+    source: str
+    """A file or folder of conversations in any layout, or a mixture such as Arithmetic:500."""
+    file: Path
+    """The file to write, which must be new."""
+    layout: Layout = "openai"
+    """`openai` (a list of messages), `sharegpt` or `alpaca`."""
+    data_dir: Path | None = None
+    """Folder with the tasks' files. By default they are downloaded once."""
+
+
 def export_huggingface(config: ExportConfig, home: Home) -> None:
     """Write the folder and print its size."""
     _write(config, home, config.directory, config.directory.name)
@@ -110,21 +118,52 @@ def push(config: PushConfig, home: Home) -> None:
     build_console().print(f"pushed {config.tag} to {config.repo}: {done.commit_url}")
 
 
-@dataclass(frozen=True)
-class ConversationsConfig(Config):
-    """Write conversations as JSON lines in a layout of other tools.
+def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:
+    """Export a model to `directory`; users will load it by `name`."""
+    if options.dtype == "float16":
+        raise UsageError("--dtype float16: its squared ReLUs overflow; choose bfloat16 or float32")
+    stages = [s for s in STAGES if options.tag in {path.name for path in list_models(home, s)}]
+    stage = options.stage or (stages or ["base"])[-1]
+    path = find_checkpoint(find_model(home, stage, options.tag), options.step)
+    checkpoint = load_checkpoint(path, sections=("model",))
+    config, tokenizer = read_model_config(checkpoint), find_model_tokenizer(home, checkpoint)
+    model_type = FORMATS.get(options.format or "", OURS if lost_parts(config) else THEIRS)
+    results = load_results(home, stage, options.tag)
+    try:
+        loop = load_checkpoint(path, sections=("loop",)).state["loop"]
+    except CheckpointError:  # an imported model has none
+        loop = None
+    card = _render_card(
+        name=name,
+        stage=stage,
+        step=checkpoint.step,
+        meta=checkpoint.meta,
+        config=config,
+        parameters=count_parameters(config).total,
+        parts=[part.partition(" (")[0].replace("_", " ") for part in lost_parts(config)],
+        ours=model_type == OURS,
+        loop=loop,
+        results=[found for kind in SCORES if (found := latest(results, kind))],
+        scores=SCORES,
+    )
+    write_folder(
+        directory,
+        checkpoint.state["model"],
+        config,
+        tokenizer,
+        card,
+        about={"stage": stage, "step": checkpoint.step, "tokenizer": tokenizer.fingerprint},
+        model_type=model_type,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+    )
 
-    `archerchat export conversations SOURCE FILE --layout sharegpt`
-    """
 
-    source: str
-    """A file or folder of conversations in any layout, or a mixture such as Arithmetic:500."""
-    file: Path
-    """The file to write, which must be new."""
-    layout: Layout = "openai"
-    """`openai` (a list of messages), `sharegpt` or `alpaca`."""
-    data_dir: Path | None = None
-    """Folder with the tasks' files. By default they are downloaded once."""
+def _render_card(**values: Any) -> str:
+    """Return the model card: what the model is, how it was trained, what it scored."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"compact": compact, "duration": duration_text}
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return environment.from_string(template).render(values)
 
 
 def export_conversations(config: ConversationsConfig, home: Home) -> None:
@@ -138,62 +177,6 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
         mixture = MixtureConfig(mixture=config.source, data_dir=config.data_dir)
         files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=print)
         rows, _ = build_mixtures(mixture, files)
-    lines = [
-        json.dumps(render_layout(rows[index], config.layout), ensure_ascii=False)
-        for index in range(len(rows))
-    ]
-    write_bytes(config.file, "".join(f"{line}\n" for line in lines).encode())
+    chosen = (rows[index] for index in range(len(rows)))
+    write_lines(config.file, (render_layout(row, config.layout) for row in chosen))
     build_console().print(f"wrote {len(rows):,} conversations to {config.file}")
-
-
-def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:
-    """Export a model to `directory`; users will load it by `name`."""
-    if options.dtype == "float16":
-        raise UsageError("--dtype float16: its squared ReLUs overflow; choose bfloat16 or float32")
-    stages = [s for s in STAGES if options.tag in {path.name for path in list_models(home, s)}]
-    stage = options.stage or (stages or ["base"])[-1]
-    path = find_checkpoint(find_model(home, stage, options.tag), options.step)
-    checkpoint = load_checkpoint(path, sections=("model",))
-    config, tokenizer = read_model_config(checkpoint), find_model_tokenizer(home, checkpoint)
-    about = {"stage": stage, "step": checkpoint.step, "tokenizer": tokenizer.fingerprint}
-    model_type = FORMATS.get(options.format or "", OURS if lost_parts(config) else THEIRS)
-    write_folder(
-        directory,
-        checkpoint.state["model"],
-        config,
-        tokenizer,
-        _render_card(home, name, stage, checkpoint, config, model_type == OURS),
-        about,
-        model_type=model_type,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-    )
-
-
-def _render_card(
-    home: Home, name: str, stage: str, checkpoint: Checkpoint, config: ModelConfig, ours: bool
-) -> str:
-    """Return the model card: what the model is, how it was trained, what it scored."""
-    results = load_results(home, stage, checkpoint.path.parent.name)
-    try:
-        loop = load_checkpoint(checkpoint.path, sections=("loop",)).state["loop"]
-    except CheckpointError:  # an imported model has none
-        loop = None
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"compact": compact, "duration": duration_text}
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        name=name,
-        stage=stage,
-        step=checkpoint.step,
-        parameters=count_parameters(config).total,
-        config=config,
-        parts=[part.partition(" (")[0].replace("_", " ") for part in lost_parts(config)],
-        ours=ours,
-        identity=checkpoint.meta.get("identity", {}),
-        data=checkpoint.meta.get("config", {}).get("data"),
-        hardware=checkpoint.meta.get("hardware"),
-        source=checkpoint.meta.get("source", "?"),
-        loop=loop,
-        results=[found for kind in SCORES if (found := latest(results, kind))],
-        scores=SCORES,
-    )

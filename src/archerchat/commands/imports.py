@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,7 @@ from archerchat.downloads import explained_hub
 from archerchat.errors import UsageError
 from archerchat.exchange.hf_tokenizer import load_hf_tokenizer
 from archerchat.exchange.huggingface import read_about, read_folder
-from archerchat.exchange.nanochat import (
-    TOKENIZER_FILE,
-    load_model,
-    load_optimizer,
-    load_tokenizer,
-)
+from archerchat.exchange.nanochat import TOKENIZER_FILE, load_model, load_optimizer, load_tokenizer
 from archerchat.exchange.weights import ImportedModel
 from archerchat.files import remove_directory
 from archerchat.home import Home
@@ -83,15 +79,13 @@ class PullConfig(Config):
 
 def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
     """Import one step, with the optimizer's state and the tokenizer if they are found."""
-    source = config.directory.resolve()
+    source, console = config.directory.resolve(), build_console()
     tag = source.name if config.tag is None else config.tag
     _require_free(home, config.stage, tag)
     model = load_model(source, config.step, config.qk_gain)
-    tokenizer = _find_tokenizer(config.tokenizer, source)
-    optimizer = load_optimizer(model)
-    more = {"nanochat_meta": model.meta}
-    _save(home, config.stage, tag, f"nanochat {model.path}", model, tokenizer, optimizer, **more)
-    console = build_console()
+    tokenizer, optimizer = _find_tokenizer(config.tokenizer, source), load_optimizer(model)
+    meta = {"source": f"nanochat {model.path}", "nanochat_meta": model.meta}
+    _save(home, config.stage, tag, model, tokenizer, optimizer, meta)
     if tokenizer is None:
         console.print("no tokenizer.pkl was found: to use text, import again with --tokenizer")
     console.print(f"optimizer state: {'imported' if optimizer else 'none was found'}")
@@ -107,7 +101,7 @@ def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
     """Import the model and the tokenizer of a Hugging Face folder."""
     source = config.directory.resolve()
     tag, about = config.tag or source.name, read_about(source)
-    said = about.get("stage")
+    said: str = about.get("stage", "")
     stage = config.stage or (said if said in ("base", "sft", "rl") else "base")
     _require_free(home, stage, tag)
     model = read_folder(source)
@@ -117,7 +111,7 @@ def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
             f"{source / 'tokenizer.json'} is not the tokenizer that the model was exported with: "
             "its ids differ. Copy it again"
         )
-    _save(home, stage, tag, f"huggingface {source.name}", model, tokenizer, {})
+    _save(home, stage, tag, model, tokenizer, {}, {"source": f"huggingface {source.name}"})
 
 
 def pull(config: PullConfig, home: Home) -> None:
@@ -154,46 +148,42 @@ def _save(
     home: Home,
     stage: str,
     tag: str,
-    source: str,
     model: ImportedModel,
     tokenizer: Tokenizer | None,
     optimizer: dict[str, Any],
-    **more: Any,
+    meta: dict[str, Any],
 ) -> None:
     """Write the tokenizer and the checkpoint, or neither."""
-    wrote = tokenizer is not None and _save_tokenizer(tokenizer, model, tag, home)
-    meta = {
-        "model_config": asdict(model.config),
+    config, tensors = model.config, model.tensors
+    sections = {"model": tensors} | ({"optimizer": optimizer} if optimizer else {})
+    meta |= {
+        "model_config": asdict(config),
         "tokenizer": tokenizer and {"name": tag, "fingerprint": tokenizer.fingerprint},
-        "source": source,
         "stage": stage,
-        **more,
     }
-    sections = {"model": model.tensors} | ({"optimizer": optimizer} if optimizer else {})
-    try:
+    with ExitStack() as undo:
+        directory = home.tokenizer_dir(tag)
+        if tokenizer is not None and _save_tokenizer(tokenizer, config.vocab_size, directory):
+            undo.callback(remove_directory, directory)
         path = save_checkpoint(home.checkpoint_dir(stage, tag), model.step, sections, meta)
-    except BaseException:
-        if wrote:
-            remove_directory(home.tokenizer_dir(tag))
-        raise
-    parameters = sum(tensor.numel() for tensor in model.tensors.values())
+        undo.pop_all()
+    parameters = sum(tensor.numel() for tensor in tensors.values())
     build_console().print(
-        f"imported step {model.step}: {model.config.num_layers} layers, width "
-        f"{model.config.model_dim}, {parameters:,} parameters: {path}"
+        f"imported step {model.step}: {config.num_layers} layers, width {config.model_dim}, "
+        f"{parameters:,} parameters: {path}"
     )
 
 
-def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: Home) -> bool:
-    """Write a tokenizer unless it exists; return whether it was written."""
-    if tokenizer.vocab_size != model.config.vocab_size:
+def _save_tokenizer(tokenizer: Tokenizer, vocab_size: int, directory: Path) -> bool:
+    """Write the tokenizer of a model unless it exists; return whether it was written."""
+    if tokenizer.vocab_size != vocab_size:
         raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}: give the one it was trained with (--tokenizer)"
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: give the "
+            "one it was trained with (--tokenizer)"
         )
-    directory = home.tokenizer_dir(tag)
-    if directory.exists():
-        if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
-            raise UsageError(f"{directory} holds a different tokenizer: choose another --tag")
-        return False
-    tokenizer.save(directory)
-    return True
+    if not directory.exists():
+        tokenizer.save(directory)
+        return True
+    if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
+        raise UsageError(f"{directory} holds a different tokenizer: choose another --tag")
+    return False

@@ -15,7 +15,6 @@ from archerchat.runtime import build_runtime, prepare_process
 from archerchat.serving.config import ServeConfig
 
 SHUTDOWN_SECONDS = 5
-MAX_CONNECTIONS = 1000
 
 
 def serve(config: ServeConfig, home: Home) -> None:
@@ -31,8 +30,8 @@ def serve(config: ServeConfig, home: Home) -> None:
             f"serve needs {error.name}: install the extra, pip install 'archerchat[serve]'"
         ) from error
     if not config.is_local and config.key is None:
-        print(f"no API key: everyone who reaches {config.host} may use this server; set --api-key",
-              file=sys.stderr)  # fmt: skip
+        warning = f"no API key: everyone who reaches {config.host} may use this server"
+        print(f"{warning}; set --api-key", file=sys.stderr)
     runtime = build_runtime(config.device, config.dtype)
     app = build_app(home, runtime, config)
     gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
@@ -42,14 +41,13 @@ def serve(config: ServeConfig, home: Home) -> None:
         prepare_process(runtime)
     listener = _listen(config.host, config.port)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"http://{host}:{listener.getsockname()[1]}/ is the page; "
-          f"the API is under /v1", flush=True)  # fmt: skip
+    url = f"http://{host}:{listener.getsockname()[1]}/"
+    print(f"{url} is the page; the API is under /v1", flush=True)
     settings = uvicorn.Config(
         app,
         http=Connection,
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
     )
     gc.freeze()  # so that the collector does not scan all libraries' objects while clients wait

@@ -19,13 +19,7 @@ from archerchat.data.shards import data_directory, iter_documents, list_shards, 
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
-from archerchat.tokenizer.bpe import (
-    SPECIAL_TOKENS,
-    Phase,
-    Tokenizer,
-    find_tokenizer,
-    train_tokenizer,
-)
+from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, find_tokenizer, train_tokenizer
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
@@ -37,6 +31,7 @@ from archerchat.tokenizer.compression import (
 
 OURS = "ArcherChat"
 END_BYTES = 65_536
+SETTINGS = ("vocab_size", "max_chars", "doc_cap")
 
 
 @dataclass(frozen=True)
@@ -86,25 +81,22 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         _require_same(Tokenizer.load(directory), config, shards)
         console.print(f"tokenizer {config.name!r} already exists: nothing to do")
         return
-
-    shards_read: list[Path] = []
-    started, characters = time.monotonic(), 0
+    merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    made_from = {"data": str(data.resolve()), **settings, "characters": 0, "shards": list[Any]()}
 
     def iter_texts() -> Iterator[str]:
         for shard in shards:
-            shards_read.append(shard)
+            made_from["shards"].append(_identify(shard))
             yield from iter_documents([shard])
 
-    def report(phase: Phase, read: int) -> None:
-        nonlocal characters
-        characters, millions = read, read / 1e6
-        rate = millions / max(time.monotonic() - started, 1e-9)
-        text = f"read {millions:,.1f} M characters at {rate:,.2f} M/s"
-        if phase == "merge":
-            merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
-            text += f", learning {merges:,} merges"
+    def report(phase: str, read: int) -> None:
+        made_from["characters"] = read
+        text = f"read {read / 1e6:,.1f} M characters at {line.rate(read) / 1e6:,.2f} M/s"
+        text += f", learning {merges:,} merges" if phase == "merge" else ""
         line.show(text, always=phase == "merge")
 
+    started = time.monotonic()
     with LiveLine(console, "reading") as line:
         tokenizer = train_tokenizer(
             iter_texts(),
@@ -113,47 +105,35 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
             document_chars=config.doc_cap,
             on_progress=report,
         )
-    tokenizer.provenance = {
-        "data": str(data.resolve()),
-        "vocab_size": config.vocab_size,
-        "max_chars": config.max_chars,
-        "doc_cap": config.doc_cap,
-        "characters": characters,
-        "shards": [_identify(shard) for shard in shards_read],
-    }
+    tokenizer.provenance = made_from
     tokenizer.save(directory)
     console.print(
-        f"trained {tokenizer.vocab_size:,} tokens on {characters:,} characters in "
+        f"trained {tokenizer.vocab_size:,} tokens on {made_from['characters']:,} characters in "
         f"{time.monotonic() - started:.1f} s: {directory}"
     )
 
 
-def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
-    """Print, and optionally write, a table of bytes per token by text and vocabulary."""
-    console = build_console()
-    tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
-    vocabularies = {OURS: tokenizer}
-    for published, given, flag in (
-        (GPT2, config.gpt2_ranks, "--gpt2-ranks"),
-        (GPT4, config.gpt4_ranks, "--gpt4-ranks"),
-    ):
-        vocabulary = _find_published(published, given, flag, home.cache_dir, console)
-        if vocabulary is not None:
-            vocabularies[published.title] = vocabulary
-    sizes = {title: int((found.token_bytes > 0).sum()) for title, found in vocabularies.items()}
-    encoders = {title: found.encode for title, found in vocabularies.items()}
-    texts = _shard_texts(config, tokenizer, home, console)
-    texts |= {name: [text] for name, text in load_samples().items()}
-    rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
-    console.print(_table(rows, sizes))
-    if config.json is not None:
-        figures = {
-            "tokenizer": config.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocabulary_sizes": sizes,
-            "texts": {row.text: _as_json(row) for row in rows},
-        }
-        write_json(config.json, figures)
+def _require_same(
+    existing: Tokenizer, config: TokenizerTrainConfig, shards: Sequence[Path]
+) -> None:
+    """Raise unless `config` and `shards` would give the existing tokenizer again."""
+    recorded = existing.provenance
+    differences = [
+        f"--{name.replace('_', '-')} {recorded.get(name)} (now {getattr(config, name)})"
+        for name in SETTINGS
+        if recorded.get(name) != getattr(config, name)
+    ]
+    if not differences:
+        before = recorded["shards"]
+        # Shards that were added later count only if there was less text than asked for.
+        same = len(before) == len(shards) or recorded["characters"] >= recorded["max_chars"]
+        if not same or before != [_identify(shard) for shard in shards[: len(before)]]:
+            differences = [f"other text ({recorded['data']}, now {config.data})"]
+    if differences:
+        raise UsageError(
+            f"there is a tokenizer {config.name!r} with {', '.join(differences)}: choose another "
+            "--name, or replace it with --force (models trained with it cannot use the new one)"
+        )
 
 
 def _identify(shard: Path) -> dict[str, Any]:
@@ -169,46 +149,48 @@ def _identify(shard: Path) -> dict[str, Any]:
     return {"name": shard.name, "bytes": size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
 
 
-def _require_same(
-    existing: Tokenizer, config: TokenizerTrainConfig, shards: Sequence[Path]
-) -> None:
-    """Raise unless `config` and `shards` would give the existing tokenizer again."""
-    recorded = existing.provenance
-    differences = [
-        f"--{key.replace('_', '-')} {recorded.get(key)} (now {getattr(config, key)})"
-        for key in ("vocab_size", "max_chars", "doc_cap")
-        if recorded.get(key) != getattr(config, key)
-    ]
-    if not differences:
-        before = recorded["shards"]
-        # Shards that were added later count only if there was less text than asked for.
-        same = len(before) == len(shards) or recorded["characters"] >= recorded["max_chars"]
-        if not same or before != [_identify(shard) for shard in shards[: len(before)]]:
-            differences = [f"other text ({recorded['data']}, now {config.data})"]
-    if differences:
-        raise UsageError(
-            f"there is a tokenizer {config.name!r} with {', '.join(differences)}: choose another "
-            "--name, or replace it with --force (models trained with it cannot use the new one)"
-        )
+def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
+    """Print, and optionally write, a table of bytes per token by text and vocabulary."""
+    console = build_console()
+    tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
+    vocabularies = {OURS: tokenizer}
+    for published, given in ((GPT2, config.gpt2_ranks), (GPT4, config.gpt4_ranks)):
+        if (found := _find_published(published, given, home.cache_dir, console)) is not None:
+            vocabularies[published.title] = found
+    sizes = {title: int((each.token_bytes > 0).sum()) for title, each in vocabularies.items()}
+    encoders = {title: each.encode for title, each in vocabularies.items()}
+    texts = _shard_texts(config, tokenizer, home, console)
+    texts |= {name: [text] for name, text in load_samples().items()}
+    rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
+    console.print(_table(rows, sizes))
+    if config.json is not None:
+        figures = {
+            "tokenizer": config.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocabulary_sizes": sizes,
+            "texts": {row.text: _as_json(row) for row in rows},
+        }
+        write_json(config.json, figures)
 
 
 def _find_published(
-    published: PublishedVocabulary, given: Path | None, flag: str, cache_dir: Path, console: Console
+    published: PublishedVocabulary, given: Path | None, cache_dir: Path, console: Console
 ) -> Tokenizer | None:
     """Load a vocabulary from the given file, and cache the file, or from the cache."""
     cached = cache_dir / published.file_name
-    if given is not None and not given.is_file():
+    source, flag = given or cached, f"--{published.title.lower().replace('-', '')}-ranks"
+    if given and not given.is_file():
         raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
-    if given is None and not cached.is_file():
+    if not source.is_file():
         console.print(
             f"no {published.title} vocabulary to compare with: give {published.file_name} with "
             f"{flag}, or put it in {cache_dir}"
         )
         return None
-    vocabulary = published.load(given or cached)
-    if given is not None and not cached.exists():
+    vocabulary = published.load(source)
+    if not cached.exists():
         with contextlib.suppress(OSError):
-            write_bytes(cached, given.read_bytes())
+            write_bytes(cached, source.read_bytes())
     return vocabulary
 
 
@@ -220,16 +202,14 @@ def _shard_texts(
     try:
         if data is None:
             raise DataError("the tokenizer does not say what it was trained on")
-        train, validation = split_shards(list_shards(data_directory(data, home)))
+        splits = split_shards(list_shards(data_directory(data, home)))
     except (DataError, UsageError) as error:
         if config.data is not None:
             raise
         console.print(f"built-in samples only: {error}")
         return {}
-    return {
-        "train": _take(iter_documents(train), config.max_chars),
-        "validation": _take(iter_documents(validation), config.max_chars),
-    }
+    texts = [_take(iter_documents(shards), config.max_chars) for shards in splits]
+    return dict(zip(("train", "validation"), texts, strict=True))
 
 
 def _take(documents: Iterable[str], max_chars: int) -> list[str]:

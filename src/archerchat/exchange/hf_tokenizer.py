@@ -30,37 +30,27 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     lengths = tokenizer.token_bytes
     names = {i: MARK + tokenizer.token(i).decode() for i, n in enumerate(lengths) if n == 0}
     ranks = {tokenizer.token(i): i for i, n in enumerate(lengths) if n}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    bos, split = names[tokenizer.bos_id], {"Regex": tokenizer.pattern}
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    flags["normalized"] = False
+    bos, pattern = names[tokenizer.bos_id], {"Regex": tokenizer.pattern}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level["use_regex"] = False
+    without_mark = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": each, "type_id": 0}} for each in "AB")
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": n, "special": True} | flags for i, n in names.items()
-        ],
+        "added_tokens": [{"id": i, "content": name} | flags for i, name in names.items()],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [begin, *({"Sequence": {"id": each, "type_id": 0}} for each in "AB")],
+            "single": [begin, first],
+            "pair": [begin, first, second],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": MARK}, "content": ""},
-                byte_level,
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [without_mark, byte_level]},
         "model": {
             "type": "BPE",
             "ignore_merges": True,

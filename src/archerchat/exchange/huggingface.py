@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.hf_tokenizer import MARK, TOKENIZER_FILE, tokenizer_json
-from archerchat.exchange.weights import ImportedModel, fit, parse_config, rename
+from archerchat.exchange.weights import PARTS, ImportedModel, fit, parse_config, rename
 from archerchat.files import exclusive, fsync_path, new_directory, write_bytes, write_json
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import LOGIT_CAP
@@ -49,13 +49,7 @@ NAMES = {
     "model.layers.{i}.mlp.fc2.weight": "blocks.{i}.mlp.down.weight",
     "lm_head.weight": "unembedding.weight",
 }
-PLAIN: dict[str, Any] = {
-    "value_embeddings": False,
-    "smear": False,
-    "backout": False,
-    "residual_lambdas": False,
-    "qk_gain": 1.0,
-}
+PLAIN: dict[str, Any] = {**dict.fromkeys(PARTS, False), "qk_gain": 1.0}
 """Settings that a model needs for `NanoChatForCausalLM`, besides full windows."""
 FIXED = {
     "hidden_act": "relu2",
@@ -111,26 +105,36 @@ def write_folder(
             "export the model with its own"
         )
     state = {name: t if dtype is None else t.to(dtype) for name, t in tensors.items()}
+    files = ["chat_template.jinja", "modeling_archerchat.py"]
     if model_type == THEIRS:
+        files.pop()
         state = rename(state, {ours: theirs for theirs, ours in NAMES.items()})
         for table in ("model.embed_tokens.weight", "lm_head.weight"):  # there is no padding there
             state[table] = state[table][: config.vocab_size].clone()
-    package, there = Path(__file__).parent, directory.exists()
-    part = directory / "part" if there else directory
-    with exclusive(directory) if there else nullcontext():
+    with _filled(directory) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        for name, content in _describe(config, tokenizer, about, model_type, dtype).items():
+            write_json(temporary / name, content)
+        for name in files:
+            shutil.copy(Path(__file__).with_name(name), temporary)
+        write_bytes(temporary / "README.md", card.encode())
+
+
+@contextmanager
+def _filled(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory whose files become those of `directory`, new or empty."""
+    if not directory.exists():
+        with new_directory(directory) as temporary:
+            yield temporary
+        return
+    part = directory / "part"  # a mount point, or somebody's current directory, stays what it is
+    with exclusive(directory):
         with new_directory(part) as temporary:
-            save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-            for name, content in _describe(config, tokenizer, about, model_type, dtype).items():
-                write_json(temporary / name, content)
-            shutil.copy(package / "chat_template.jinja", temporary)
-            if model_type == OURS:
-                shutil.copy(package / "modeling_archerchat.py", temporary)
-            write_bytes(temporary / "README.md", card.encode())
-        if there:  # it may be a mount point, or somebody's current directory
-            for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
-                file.rename(directory / file.name)
-            part.rmdir()
-            fsync_path(directory)
+            yield temporary
+        for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
+            file.rename(directory / file.name)
+        part.rmdir()
+        fsync_path(directory)
 
 
 def _describe(
@@ -150,11 +154,9 @@ def _describe(
     else:
         content |= values | {"windows": config.windows, "tie_word_embeddings": False}
         content["architectures"] = ["ArcherChatForCausalLM"]
-        classes = (
-            ("AutoConfig", "ArcherChatConfig"),
-            ("AutoModelForCausalLM", "ArcherChatForCausalLM"),
-        )
-        content["auto_map"] = {auto: f"modeling_archerchat.{name}" for auto, name in classes}
+        names = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+        own = "modeling_archerchat.ArcherChat"
+        content["auto_map"] = {auto: own + name for auto, name in names.items()}
     ids = {name: tokenizer.special_id(name) for name in (bos, end)}
     ends = {"bos_token_id": ids[bos], "eos_token_id": [ids[end], ids[bos]]}
     # No padding id for the model: the library would give that row of the table no gradient.

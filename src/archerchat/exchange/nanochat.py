@@ -25,7 +25,7 @@ from torch import Tensor
 
 from archerchat.dial import LearningRates
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
-from archerchat.exchange.weights import ImportedModel, fit, listed, parse_config, rename
+from archerchat.exchange.weights import PARTS, ImportedModel, fit, listed, parse_config, rename
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
@@ -50,14 +50,6 @@ NAMES = {
 }
 """The reference's name of each tensor, and ours; {i} is the layer."""
 
-PARTS = {
-    "value_embeddings": "value_embeddings.",
-    "smear": "smear_gate.",
-    "backout": "backout_lambda",
-    "residual_lambdas": "residual_lambdas",
-}
-"""The switch of each part that older checkpoints lack, and the prefix of its tensors' names."""
-
 CONFIG_NAMES = {
     "sequence_len": "sequence_length",
     "vocab_size": "vocab_size",
@@ -74,42 +66,30 @@ BUFFERS = {
     "second_momentum_buffer": "variance",
 }
 """The reference's name of each buffer of its optimizer, and ours."""
-COMPILED_PREFIX = "_orig_mod."
 MODEL_FILE = re.compile(r"model_(\d{6,})\.pt")
 
 TOKENIZER_FILE = "tokenizer.pkl"
 LARGEST_TOKENIZER = 16 * 2**20
 """Bytes; a vocabulary of 200,000 tokens takes about 3 MiB."""
-ENCODING_CLASS = ("tiktoken.core", "Encoding")
 ENCODING_STATE = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
-# fmt: off
-ALLOWED_OPCODES = frozenset({
-    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET",
-    "STACK_GLOBAL", "EMPTY_TUPLE", "NEWOBJ", "BUILD", "EMPTY_DICT", "SETITEM", "SETITEMS",
-    "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES",
-    "BININT", "BININT1", "BININT2",
-})
-# fmt: on
+ALLOWED_OPCODES = (
+    {"PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET"}
+    | {"STACK_GLOBAL", "EMPTY_TUPLE", "NEWOBJ", "BUILD", "EMPTY_DICT", "SETITEM", "SETITEMS"}
+    | {"SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"}
+    | {"BININT", "BININT1", "BININT2"}
+)
 """The opcodes of a pickled `tiktoken.Encoding` since protocol 4, the default; none is a call."""
 
 
 def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of the reference's state dict, compiled or not, to ours.
-
-    Raises:
-        CheckpointError: a name is not the reference's.
-    """
-    plain = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
-    return rename(plain, NAMES)
+    """Rename the tensors of the reference's state dict, compiled or not, to ours."""
+    return rename({name.removeprefix("_orig_mod."): t for name, t in state.items()}, NAMES)
 
 
 def load_model(
     directory: Path, step: int | None = None, qk_gain: float = ModelConfig.qk_gain
 ) -> ImportedModel:
     """Read one of the reference's checkpoints; the latest for None.
-
-    Embedding tables keep bfloat16 where they have it; every other tensor becomes float32, which
-    changes no value.
 
     Args:
         qk_gain: factor on queries and keys, which nanochat's files do not record.
@@ -129,12 +109,13 @@ def load_model(
     path = directory / paths[step]
     meta, config = _load_meta(directory / f"meta_{step:06d}.json")
     try:
-        state = to_archerchat_names(_load_state(path))
-        lacking = tuple(
-            part
-            for part, beginning in PARTS.items()
-            if not any(name.startswith(beginning) for name in state)
-        )
+        content = _load_file(path)
+        pairs = content.items() if isinstance(content, dict) else [(None, None)]
+        if not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in pairs):
+            raise CheckpointError("it does not hold a state dict of named tensors")
+        state = to_archerchat_names(content)
+        there = [part for part in PARTS if any(name.startswith(part) for name in state)]
+        lacking = tuple(part for part in PARTS if part not in there)
         off: dict[str, Any] = dict.fromkeys(lacking, False)
         config = replace(config, qk_gain=qk_gain, **off)
         tensors = fit(state, config)
@@ -163,15 +144,6 @@ def _load_file(path: Path) -> Any:
     except Exception as error:  # a broken or hostile file can fail anywhere in the reader
         first_line = str(error).partition("\n")[0]
         raise CheckpointError(f"not a readable state dict ({first_line})") from error
-
-
-def _load_state(path: Path) -> dict[str, Tensor]:
-    state = _load_file(path)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError("it does not hold a state dict of named tensors")
-    return state
 
 
 def load_optimizer(model: ImportedModel) -> dict[str, Any]:
@@ -230,7 +202,7 @@ class _EncodingUnpickler(pickle.Unpickler):
     """Admit one class by name, and return its replacement."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ENCODING_CLASS:
+        if (module, name) == ("tiktoken.core", "Encoding"):
             return _EncodingState
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not admitted")
 
@@ -242,8 +214,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         TokenizerError: the file is missing, too large, holds anything but a tiktoken encoding,
             or one that is not ours to run (see `Tokenizer`).
     """
-    state = _load_encoding(path)
     try:
+        state = _load_encoding(path)
         ranks, specials = state["mergeable_ranks"], state["special_tokens"]
         if sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
             raise TokenizerError("the special tokens' ids do not follow the ranks")
@@ -263,21 +235,19 @@ def _load_encoding(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(LARGEST_TOKENIZER + 1)
     except OSError as error:
-        raise TokenizerError(f"cannot read {path}: {error.strerror}") from error
+        raise TokenizerError(f"cannot read it: {error.strerror}") from error
     if len(content) > LARGEST_TOKENIZER:
-        raise TokenizerError(f"{path} is larger than {LARGEST_TOKENIZER:,} bytes: not a tokenizer")
+        raise TokenizerError(f"larger than {LARGEST_TOKENIZER:,} bytes: not a tokenizer")
     try:
         for opcode, _, position in pickletools.genops(content):
             if opcode.name not in ALLOWED_OPCODES:
                 raise pickle.UnpicklingError(f"opcode {opcode.name} at byte {position}")
         encoding = _EncodingUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a broken or hostile file can fail anywhere in the reader
-        raise TokenizerError(
-            f"{path} is not a pickled tiktoken encoding and was not run: {error}"
-        ) from error
+        raise TokenizerError(f"no pickled tiktoken encoding, so not run: {error}") from error
     state = encoding.state if isinstance(encoding, _EncodingState) else None
     if isinstance(state, str):
-        raise TokenizerError(f"{path} only names tiktoken's encoding {state!r}: it has no ranks")
+        raise TokenizerError(f"it only names tiktoken's encoding {state!r}, without its ranks")
     if not isinstance(state, dict) or state.keys() != ENCODING_STATE:
-        raise TokenizerError(f"{path} does not hold what a tiktoken encoding consists of")
+        raise TokenizerError("it does not hold what a tiktoken encoding consists of")
     return state

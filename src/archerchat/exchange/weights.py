@@ -15,6 +15,9 @@ from archerchat.errors import CheckpointError
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 
+PARTS = ("value_embeddings", "smear", "backout", "residual_lambdas")
+"""Parts that a model may lack: their switches in the configuration, which tensors begin with."""
+
 
 @dataclass(frozen=True)
 class ImportedModel:
@@ -71,7 +74,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Check names, shapes and dtypes; return float32, but tables in bfloat16 if they were."""
+    """Check names, shapes and dtypes; return float32, but bfloat16 tables as they are."""
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state, state.keys() - expected

@@ -26,6 +26,7 @@ from dataclasses import replace
 import torch
 
 from archerchat.errors import UsageError
+from archerchat.inference.loading import refresh_weights
 from archerchat.inference.model_runner import Fetch, ModelRunner
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.scheduler import Scheduler
@@ -102,7 +103,7 @@ class Engine:
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
         assert not self._running, "sequences in work were started with the old weights"
-        self._runner.inference.refresh()
+        refresh_weights(self.model)
         self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:

@@ -1,12 +1,12 @@
 """Load a model with its tokenizer, and put its weights in the form that inference wants.
 
     loaded = load_model(home, runtime, "sft", "d12")
-    fast = InferenceModel(loaded.model).model
+    fast = build_inference_model(loaded.model)
 
 In training a linear layer keeps float32 masters and casts them at each use. A decoding step uses
-each weight once, for a few rows, so the cast would cost more than the product. `InferenceModel`
-casts the matrices once. On CPUs it also packs bfloat16 matrices in the order that oneDNN's kernels
-read, where this torch can (docs/LOG.md has figures). In float32 the model itself serves.
+each weight once, for a few rows, so the cast would cost more than the product. The inference model
+has its matrices cast already. On CPUs bfloat16 ones are also packed in the order that oneDNN's
+kernels read, where this torch can (docs/LOG.md has figures).
 """
 
 from __future__ import annotations
@@ -174,31 +174,25 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.allclose(packed, F.linear(x, layer.weight.to(x.dtype)), atol=0.05)
 
 
-class InferenceModel:
-    """A model in the form that computes fastest without gradients.
+def build_inference_model(source: Transformer) -> Transformer:
+    """Return a model in the form that computes fastest without gradients: the source in float32.
 
-    Args:
-        source: the model; embeddings and scalars stay shared with it.
-
-    Attributes:
-        model: the model to run; the source itself in float32.
-        packed: whether its matrices are packed, which the compiler cannot handle.
+    Embeddings and scalars stay shared with the source.
     """
+    if source.compute_dtype == torch.float32:
+        return source
+    packs = can_pack(source.device, source.compute_dtype)
+    model = deepcopy(source, {id(p): p for p in source.parameters()})
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                packed = packs and min(child.weight.shape) >= MIN_PACKED
+                setattr(module, name, CastLinear(child, source.compute_dtype, packed))
+    return model
 
-    def __init__(self, source: Transformer) -> None:
-        self.model = source
-        self.packed = can_pack(source.device, source.compute_dtype)
-        if source.compute_dtype == torch.float32:
-            return
-        self.model = deepcopy(source, {id(p): p for p in source.parameters()})
-        for module in list(self.model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Linear):
-                    packed = self.packed and min(child.weight.shape) >= MIN_PACKED
-                    setattr(module, name, CastLinear(child, source.compute_dtype, packed))
 
-    def refresh(self) -> None:
-        """Copy the source's weights after they have changed."""
-        for module in self.model.modules():
-            if isinstance(module, CastLinear):
-                module.refresh()
+def refresh_weights(model: Transformer) -> None:
+    """Copy the source's weights into its inference model after they have changed."""
+    for module in model.modules():
+        if isinstance(module, CastLinear):
+            module.refresh()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
-from archerchat.inference.loading import InferenceModel
+from archerchat.inference.loading import build_inference_model, can_pack
 from archerchat.inference.sampler import Sampler, SamplingPlan
 from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
@@ -85,13 +85,13 @@ class ModelRunner:
 
     def __init__(self, model: Transformer, rows: int, max_length: int, compile: bool) -> None:
         device = model.device
-        self.inference = InferenceModel(model)
-        self.model, self.max_rows = self.inference.model, rows
+        self.model, self.max_rows = build_inference_model(model), rows
         self.cache = KVCache(model.config, rows, max_length, model.compute_dtype, device)
         self.sampler = Sampler(rows, model.config.vocab_size, device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)
-        whole = compile and device.type == "cpu" and not self.inference.packed
+        # Packed matrices are beyond the compiler.
+        whole = compile and device.type == "cpu" and not can_pack(device, model.compute_dtype)
         self._single: Forward | None = compiled(forward_token) if whole else None
         self._captures = device.type == "cuda"
         regions = Regions.compiled(dynamic=True) if compile and self._captures else None

@@ -33,14 +33,12 @@ document lengths like the web's (mean 800 to 1,000 tokens); 0.95 for short, even
 TOKENS_PER_SHARD = int(CHARACTERS_PER_SHARD / CHARACTERS_PER_TOKEN * KEPT_BY_PACKING)
 TRAIN_SHARDS = 6542
 """Training shards of climbmix-400b-shuffle (SPEC section 4)."""
-
 VOCAB_SIZE = 32768
 EVAL_EVERY = 250
 EVAL_TOKENS = 41_943_040
 """Pretraining's defaults: steps between evaluations, and validation tokens of each."""
 FORWARD_SHARE = 1 / 3
 """Share of a training token's operations that an evaluated token takes."""
-
 MFU_DATA_CENTRE = 0.40
 MFU_GEFORCE = 0.65
 """Slower tensor cores are easier to keep busy: SPEC section 11's speeds on the RTX 5060 Ti are 66 %
@@ -85,24 +83,21 @@ class PlanConfig(Config):
 
 
 def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
-    """Return the figures of a run, as `archerchat plan --json` prints them.
+    """Return the figures of a run, as `archerchat plan --depth N --json` prints them.
 
-    Args:
-        cache_dir: keeps this machine's measured rate, if it is needed.
+    `cache_dir` keeps this machine's measured rate, if it is needed.
 
     Raises:
-        UsageError: the run is impossible, or the card is unknown.
+        UsageError: the card is unknown, or no micro-batch divides the batch.
     """
     hp = build_hyperparameters(config.dial, config.vocab_size)
     schedule = build_schedule(config.dial, hp)
-    # Refuses, with a remedy, a batch that no micro-batch divides.
     rows = grad_accum_steps(hp.total_batch_tokens, 1, hp.model.sequence_length, config.num_gpus)
     runtime, gpu = _choose_device(config.gpu)
     memory_bytes = gpu.memory_gib * 2**30 if gpu and config.gpu else runtime.total_memory_bytes()
     if config.gpu_memory:
         memory_bytes = int(config.gpu_memory * 2**30)
     peak = peak_flops(runtime, cache_dir)
-    mfu = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
     machine = {
         "name": runtime.device_name,
         "device_type": runtime.device.type,
@@ -110,7 +105,7 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
         "flops_per_second": peak.flops_per_second,
         "flops_source": peak.source,
         "memory_bytes": memory_bytes,
-        "assumed_mfu": mfu if runtime.device.type == "cuda" else MFU_CPU,
+        "assumed_mfu": assume_mfu(runtime.device.type, gpu),
         "gpu": gpu and asdict(gpu),
     }
     return {
@@ -123,6 +118,12 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
         "memory": _plan_memory(config, hp, runtime, memory_bytes, rows),
         "time": _plan_time(config, hp, gpu, machine),
     }
+
+
+def assume_mfu(device_type: str, gpu: Gpu | None) -> float:
+    """Return the share of the peak rate that training is assumed to reach."""
+    share = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
+    return share if device_type == "cuda" else MFU_CPU
 
 
 def _choose_device(gpu_name: str | None) -> tuple[Runtime, Gpu | None]:
@@ -139,7 +140,6 @@ def _choose_device(gpu_name: str | None) -> tuple[Runtime, Gpu | None]:
 
 
 def _describe_hyperparameters(hp: Hyperparameters) -> dict[str, Any]:
-    """Return them with what is derived from them."""
     model, counts = hp.model, hp.parameters
     return asdict(hp) | {
         "parameters": asdict(counts) | {"total": counts.total, "scaling": counts.scaling},

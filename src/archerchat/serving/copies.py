@@ -29,10 +29,10 @@ from starlette.types import Receive, Scope, Send
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.runtime import build_runtime, prepare_process
-from archerchat.serving.app import build_app, build_guarded, in_time, until_gone
+from archerchat.serving.app import build_app, show_stats
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.guard import refusal
-from archerchat.serving.info import show_stats
+from archerchat.serving.errors import APIError
+from archerchat.serving.guard import build_guarded
 
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
@@ -67,15 +67,29 @@ class Copy:
                 raise UsageError(f"copy {self.index} of the server ended as it started")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def ask(self, request: Request) -> httpx.Response:
-        """Hand on a request; return what is to be streamed."""
+
+class Forwarded(StreamingResponse):
+    """What a copy answers to a request, as it comes. A client that leaves ends it there too."""
+
+    def __init__(self, copy: Copy, request: Request) -> None:
+        super().__init__(())
+        self._copy, self._request = copy, request
+
+    async def stream_response(self, send: Send) -> None:
+        request, client = self._request, self._copy.client
         path, query = request.scope["raw_path"], request.scope["query_string"]
-        target = path + b"?" + query if query else path
-        asked = self.client.build_request(
-            request.method, "/", content=await request.body(),
-            headers=_without_hop(request.headers.raw), extensions={"target": target},
-        )  # fmt: skip
-        return await self.client.send(asked, stream=True)
+        asked = client.build_request(
+            request.method,
+            "/",
+            content=await request.body(),
+            headers=_without_hop(request.headers.raw),
+            extensions={"target": path + b"?" + query if query else path},
+        )
+        async with aclosing(await client.send(asked, stream=True)) as found:
+            self.status_code, self.body_iterator = found.status_code, found.aiter_raw()
+            self.raw_headers = _without_hop(found.headers.raw)
+            self.headers["archerchat-copy"] = str(self._copy.index)
+            await super().stream_response(send)
 
 
 def _without_hop(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -107,18 +121,10 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
     scratch = tempfile.TemporaryDirectory(prefix="archerchat-")
     copies = [Copy(config, home, index, Path(scratch.name)) for index in range(count)]
 
-    async def restart() -> None:
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            for copy in copies:
-                if not copy.process.is_alive():
-                    with suppress(UsageError):
-                        await copy.start()
-
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(*(copy.start() for copy in copies))
-        restarting = asyncio.create_task(restart())
+        restarting = asyncio.create_task(_restart(copies))
         yield
         restarting.cancel()
         for copy in copies:
@@ -131,7 +137,7 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
 
     @app.exception_handler(httpx.TransportError)
     async def explain(request: Request, error: httpx.TransportError) -> Response:
-        return refusal(503, "a copy of the server ended: try again")
+        return APIError("a copy of the server ended: try again", status=503).response()
 
     @app.get("/stats")
     @app.get("/metrics")
@@ -147,21 +153,24 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
         return show_stats(request, total)
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request to a copy, and its answer back as it comes."""
         request = Request(scope, receive)
         beginning = (await request.body())[:BEGINNING_BYTES]
         copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
         copy.in_flight += 1
         try:
-            if (found := await until_gone(receive, copy.ask(request))) is None:
-                return
-            async with aclosing(found):
-                response = StreamingResponse(found.aiter_raw(), found.status_code)
-                response.raw_headers = _without_hop(found.headers.raw)
-                response.headers["archerchat-copy"] = str(copy.index)
-                await response(scope, receive, in_time(send))
+            await Forwarded(copy, request)(scope, receive, send)
         finally:
             copy.in_flight -= 1
 
     app.mount("/", forward)
     return app
+
+
+async def _restart(copies: Sequence[Copy]) -> None:
+    """Start copies again that ended."""
+    while True:
+        await asyncio.sleep(POLL_SECONDS)
+        for copy in copies:
+            if not copy.process.is_alive():
+                with suppress(UsageError):
+                    await copy.start()

@@ -1,13 +1,10 @@
-"""Answers in JSON: which tokens may come next under a schema, as llguidance says.
-
-mask = build_mask(read_vocabulary(tokenizer), {"type": "object"})
-Request(prompt, params, mask=mask)
-"""
+"""Answers in JSON: which tokens may come next under a schema, as llguidance says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -17,29 +14,24 @@ from archerchat.errors import UsageError
 from archerchat.inference.sequence import TokenMask
 from archerchat.tokenizer.bpe import Tokenizer
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-LAYOUT: JsonCompileOptions = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One layout, since a small model given the choice may write spaces without end."""
 
 
-def read_vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
+@lru_cache(maxsize=4)
+def _read_vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     """Return the tables that masks are computed from; they take a moment."""
     end = tokenizer.special_id("<|assistant_end|>")
     return lltokenizer_from_encoding(tokenizer.encoding, eos_token=end)
 
 
-def build_mask(vocabulary: LLTokenizer, schema: Mapping[str, Any]) -> Callable[[], TokenMask]:
+def build_mask(tokenizer: Tokenizer, schema: Mapping[str, Any]) -> Callable[[], TokenMask]:
     """Return what builds the masks of answers in JSON that fits `schema`.
 
     Raises:
         UsageError: no value fits the schema, or it is none that llguidance can keep to.
     """
+    vocabulary = _read_vocabulary(tokenizer)
     grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=LAYOUT)
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
     if failed:

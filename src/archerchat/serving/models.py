@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-
-from llguidance import LLTokenizer
 
 from archerchat.checkpoint import (
     find_checkpoint,
@@ -23,20 +21,14 @@ from archerchat.inference.loading import load_model, read_bits_per_byte, read_mo
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.grammar import read_vocabulary
-from archerchat.serving.worker import Overloaded, Worker
+from archerchat.serving.errors import APIError
+from archerchat.serving.worker import Worker
 from archerchat.tokenizer.bpe import Tokenizer
 
 STAGES = ("rl", "sft", "base")
 """The first that there is answers requests that name no model."""
 KEPT_CONTEXTS = 4
 """How many contexts of tokens to keep of prompts, for the next turns of conversations."""
-
-
-class UnknownModel(UsageError):
-    """Report a model that the server does not offer."""
-
-
 Card = dict[str, Any]
 """What `GET /v1/models` says of a model."""
 
@@ -48,12 +40,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     engine: Engine
-    last_used: float
-
-    @cached_property
-    def vocabulary(self) -> LLTokenizer:
-        """What answers under a schema are kept to; made on first use."""
-        return read_vocabulary(self.tokenizer)
+    last_used: float = field(default_factory=time.monotonic)
 
 
 class Models:
@@ -64,48 +51,47 @@ class Models:
         CheckpointError: one is damaged.
     """
 
-    def __init__(self, home: Home, runtime: Runtime, worker: Worker, config: ServeConfig) -> None:
-        self._home, self._runtime, self._worker, self._config = home, runtime, worker, config
-        self.cards = {name: _read_card(home, name) for name in config.model or _find_names(home)}
-        """By TAG:STAGE, or TAG:STAGE@STEP where the step was asked for."""
+    def __init__(self, home: Home, runtime: Runtime, config: ServeConfig) -> None:
+        self._home, self._runtime, self._config = home, runtime, config
+        self.worker = Worker(config.max_batch + config.max_queue)
+        names = config.model or _find_names(home)
+        self.cards = {name: _read_card(home, name) for name in names}
         self.loaded: dict[str, ServedModel] = {}
         if not self.cards:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
 
     def find(self, name: str | None) -> Card:
-        """Return the card of a name or a tag, or the first for None; UnknownModel if none fits."""
+        """Return the card of a name or a tag, or the first for None."""
         for card in self.cards.values():
             if name in (None, card["id"], card["tag"]):
                 return card
-        raise UnknownModel(f"there is no model {name!r}; there is {', '.join(self.cards)}")
+        message = f"there is no model {name!r}; there is {', '.join(self.cards)}"
+        raise APIError(message, "model", "model_not_found", status=404)
 
     async def get(self, name: str | None) -> ServedModel:
-        """Return a model, loaded if need be; raises as `find`, `_load` and `load_model` do."""
+        """Return a model, loaded if need be; APIError if there is none, or no room now."""
         card = self.find(name)
         found = self.loaded.get(card["id"])
         if found is None:
-            found = await self._worker.call(partial(self._load, card))
+            found = await self.worker.call(partial(self._load, card))
         found.last_used = time.monotonic()
         return found
 
     def _load(self, card: Card) -> ServedModel:
-        """Load a model in the place of the one used longest ago; run by the worker's thread.
-
-        Raises:
-            Overloaded: all that may be in memory are at work.
-        """
+        """Load a model in the place of the one used longest ago; run by the worker's thread."""
         name, config = card["id"], self._config
         if name in self.loaded:  # by a request that came at the same time
             return self.loaded[name]
         if len(self.loaded) >= config.max_loaded:
             idle = [each for each in self.loaded.values() if not each.engine.busy]
             if not idle:
-                raise Overloaded("the models in memory are at work: try again in a moment")
+                message = "the models in memory are at work: try again in a moment"
+                raise APIError(message, code="queue_full", status=429)
             del self.loaded[min(idle, key=lambda each: each.last_used).name]
         found = load_model(self._home, self._runtime, card["stage"], card["tag"], card["step"])
         kept = KEPT_CONTEXTS * card["context"]
         engine = Engine(found.model, max_batch=config.max_batch, kept_tokens=kept)
-        self.loaded[name] = ServedModel(name, found.tokenizer, engine, time.monotonic())
+        self.loaded[name] = ServedModel(name, found.tokenizer, engine)
         return self.loaded[name]
 
 
@@ -127,8 +113,15 @@ def _read_card(home: Home, name: str) -> Card:
     checkpoint = load_checkpoint(path, sections=())
     config = read_model_config(checkpoint)
     return {
-        "id": name, "object": "model", "created": saved_at(path) // 10**9, "owned_by": "archerchat",
-        "tag": tag, "stage": stage, "step": checkpoint.step, "depth": config.num_layers,
-        "parameters": count_parameters(config).total, "context": config.sequence_length,
+        "id": name,
+        "object": "model",
+        "created": saved_at(path) // 10**9,
+        "owned_by": "archerchat",
+        "tag": tag,
+        "stage": stage,
+        "step": checkpoint.step,
+        "depth": config.num_layers,
+        "parameters": count_parameters(config).total,
+        "context": config.sequence_length,
         "val_bpb": read_bits_per_byte(path),
-    }  # fmt: skip
+    }

@@ -11,13 +11,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, cycle
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from archerchat.errors import UsageError
 from archerchat.inference.chat import CHAT_SAMPLING
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
+from archerchat.serving.errors import APIError
 from archerchat.tasks.conversation import PART_TYPES
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -28,6 +29,7 @@ MAX_PROMPTS = 256
 MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_SCHEMA_BYTES = 64_000
 MAX_SAMPLES = 128
+TURNS = "after an optional system message, user and assistant take turns"
 COMPLETION_TOKENS = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""
 
@@ -36,14 +38,14 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+NUMBERS = {"temperature", "top_p", "min_p"} | PENALTIES
 
 
-class BadRequest(UsageError):
-    """Report a request that cannot be answered, by the field that is wrong and what is."""
-
-    def __init__(self, param: str, problem: str, code: str | None = None) -> None:
-        super().__init__(f"{param} {problem}")
-        self.param, self.code = param, code
+def require(fits: object, param: str, problem: str) -> None:
+    """Refuse a request whose field `param` does not fit."""
+    if not fits:
+        raise APIError(f"{param} {problem}", param)
 
 
 class _Body(BaseModel):
@@ -73,19 +75,13 @@ class Sampled(_Body):
     stream_options: StreamOptions | None = None
 
     def sampling(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
-        """Return the engine's parameters: `defaults`, what the request gives, and `more`.
-
-        Raises:
-            UsageError: a value, or the text of a token id, is out of range.
-        """
-        numbers = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                   "frequency_penalty"}  # fmt: skip
-        given = self.model_dump(include=numbers, exclude_none=True)
+        """Return the engine's parameters: `defaults`, what the request gives, and `more`."""
+        given = self.model_dump(include=NUMBERS, exclude_none=True)
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
         for key in self.logit_bias or ():
-            if not re.fullmatch(r"[0-9]{1,9}", key):
-                raise BadRequest("logit_bias", f"has {key[:20]!r} where a token id is due")
+            problem = f"has {key[:20]!r} where a token id is due"
+            require(re.fullmatch("[0-9]{1,9}", key), "logit_bias", problem)
         return replace(
             defaults,
             **given,
@@ -98,7 +94,6 @@ class Sampled(_Body):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -113,13 +108,28 @@ class Part(BaseModel):
     text: str
 
 
-Role = Literal["system", "developer", "user", "assistant"]
-
-
 class Message(BaseModel):
     type: Literal["message"] = "message"
-    role: Annotated[Role, _called({"developer": "system"})]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"], _called({"developer": "system"})
+    ]
     content: str | list[Part]
+
+    def read(self, where: str) -> tuple[dict[str, Any], int]:
+        """Return what `chat_format` renders, and its characters; `where` is the content's place."""
+        content, is_answer = self.content, self.role == "assistant"
+        parts = [Part(type="text", text=content)] if isinstance(content, str) else content
+        allowed = PART_TYPES if is_answer else ("text",)
+        for number, part in enumerate(parts):
+            problem = f"is {part.type[:40]!r}, not {' or '.join(allowed)}"
+            require(part.type in allowed, f"{where}[{number}].type", problem)
+        text = "".join(part.text for part in parts)
+        fits = len(text) <= MAX_MESSAGE_CHARACTERS
+        require(fits, where, f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
+        require(is_answer or text.strip(), where, "is empty: write something")
+        plain = all(part.type == "text" for part in parts)
+        said = text if plain else [dict(part) for part in parts]
+        return {"role": self.role, "content": said}, len(text)
 
 
 class ConversationRequest(_Body):
@@ -128,45 +138,22 @@ class ConversationRequest(_Body):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages in the form that `chat_format` renders.
-
-        Raises:
-            BadRequest: one is empty or too long, its role is not due, or none is the user's.
-        """
+        """Return the messages in the form that `chat_format` renders."""
         found: list[dict[str, Any]] = []
         name, total = self.MESSAGES, 0
         first = int(self.messages[0].role == "system")
-        for index, message in enumerate(self.messages):
-            where, role = f"{name}[{index}]", message.role
-            due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
-            if role != due:
-                turns = "after an optional system message, user and assistant take turns"
-                raise BadRequest(f"{where}.role", f"is {role!r} where {due!r} is due: {turns}")
-            content, size = _read_content(f"{where}.content", role, message.content)
-            found.append({"role": role, "content": content})
+        due = chain(["system"] * first, cycle(["user", "assistant"]))
+        for index, (message, role) in enumerate(zip(self.messages, due, strict=False)):
+            where = f"{name}[{index}]"
+            problem = f"is {message.role!r} where {role!r} is due: {TURNS}"
+            require(message.role == role, f"{where}.role", problem)
+            said, size = message.read(f"{where}.content")
+            found.append(said)
             total += size
-        if total > MAX_CONVERSATION_CHARACTERS:
-            raise BadRequest(name, f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
-        if len(found) == first:
-            raise BadRequest(name, "hold nothing to answer: add one of the user's")
+        fits = total <= MAX_CONVERSATION_CHARACTERS
+        require(fits, name, f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
+        require(len(found) > first, name, "hold nothing to answer: add one of the user's")
         return found
-
-
-def _read_content(where: str, role: str, content: str | list[Part]) -> tuple[Any, int]:
-    """Return the content as text, or as parts if some are not text; and its characters."""
-    parts = [Part(type="text", text=content)] if isinstance(content, str) else content
-    allowed = PART_TYPES if role == "assistant" else ("text",)
-    for number, part in enumerate(parts):
-        if part.type not in allowed:
-            problem = f"is {part.type[:40]!r}, not {' or '.join(allowed)}"
-            raise BadRequest(f"{where}[{number}].type", problem)
-    text = "".join(part.text for part in parts)
-    if len(text) > MAX_MESSAGE_CHARACTERS:
-        raise BadRequest(where, f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
-    if role != "assistant" and not text.strip():
-        raise BadRequest(where, "is empty: write something")
-    plain = all(part.type == "text" for part in parts)
-    return text if plain else [dict(part) for part in parts], len(text)
 
 
 def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
@@ -175,15 +162,15 @@ def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
-
-
 class AnswerFormat(BaseModel):
-    """The form of an answer; /v1/responses has a schema where chats have another level."""
+    """The form of an answer. Chats have the schema in `json_schema`, responses all in `format`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
+    format: AnswerFormat | None = None
     json_schema: AnswerFormat | None = None
-    content: Schema | None = Field(None, alias="schema")
+    content: Annotated[dict[str, Any], AfterValidator(_is_small)] | None = Field(
+        None, alias="schema"
+    )
 
 
 class ChatRequest(Sampled, ConversationRequest):
@@ -203,34 +190,24 @@ class ChatRequest(Sampled, ConversationRequest):
     response_format: AnswerFormat | None = None
 
     def params(self) -> SamplingParams:
-        """Return the engine's parameters."""
         most = self.max_completion_tokens or self.max_tokens or CHAT_SAMPLING.max_new_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most, logprobs=logprobs)
 
-    def answer_format(self) -> AnswerFormat | None:
-        """Return the form of the answer that was asked for."""
-        return self.response_format
-
     def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema that the answer must fit; None for text."""
-        form = self.answer_format()
-        if form is None or form.type == "text":
+        form = self.response_format and (self.response_format.format or self.response_format)
+        if form is None:
             return None
-        if form.type == "json_object":
-            return {"type": "object"}
-        schema = form.json_schema.content if form.json_schema else form.content
-        if schema is None:
-            raise BadRequest(f"{self.FORMAT}.{self.SCHEMA}", "is missing")
+        if form.type != "json_schema":
+            return {"type": "object"} if form.type == "json_object" else None
+        schema = (form.json_schema or form).content
+        require(schema is not None, f"{self.FORMAT}.{self.SCHEMA}", "is missing")
         return schema
 
 
 def _as_messages(given: Any) -> Any:
     return [{"role": "user", "content": given}] if given and isinstance(given, str) else given
-
-
-class TextOptions(BaseModel):
-    format: AnswerFormat | None = None
 
 
 class ResponsesRequest(ChatRequest):
@@ -244,8 +221,8 @@ class ResponsesRequest(ChatRequest):
     ] = Field(alias="input", min_length=1, max_length=MAX_MESSAGES - 1)
     instructions: str | None = Field(None, max_length=MAX_MESSAGE_CHARACTERS)
     """A system message, put before that of the input."""
-    max_output_tokens: Tokens | None = None
-    text: TextOptions | None = None
+    max_completion_tokens: Tokens | None = Field(None, alias="max_output_tokens")
+    response_format: AnswerFormat | None = Field(None, alias="text")
     previous_response_id: None = None
     n: None = None
     logprobs: None = None
@@ -257,13 +234,6 @@ class ResponsesRequest(ChatRequest):
             own = [found.pop(0)["content"]] if found[0]["role"] == "system" else []
             found.insert(0, {"role": "system", "content": "\n\n".join([self.instructions, *own])})
         return found
-
-    def params(self) -> SamplingParams:
-        most = self.max_output_tokens or CHAT_SAMPLING.max_new_tokens
-        return self.sampling(CHAT_SAMPLING, max_new_tokens=most)
-
-    def answer_format(self) -> AnswerFormat | None:
-        return self.text.format if self.text else None
 
 
 class CompletionRequest(Sampled):
@@ -283,10 +253,8 @@ class CompletionRequest(Sampled):
     def params(self, tokenizer: Tokenizer) -> SamplingParams:
         """Return the engine's parameters; `max_tokens: 0` is for the caller to see."""
         most = COMPLETION_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
-        stops = (tokenizer.bos_id,)
-        return self.sampling(
-            SamplingParams(), max_new_tokens=most, logprobs=self.logprobs, stop_token_ids=stops
-        )
+        defaults = SamplingParams(stop_token_ids=(tokenizer.bos_id,))
+        return self.sampling(defaults, max_new_tokens=most, logprobs=self.logprobs)
 
     @property
     def is_text(self) -> bool:
@@ -317,6 +285,6 @@ class DetokenizeRequest(_Body):
 
 
 def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    """Refuse ids that the vocabulary does not have."""
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-        raise BadRequest(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")
+    size = tokenizer.vocab_size
+    known = not ids or 0 <= min(ids) <= max(ids) < size
+    require(known, field, f"has a token id outside 0 to {size - 1}")

@@ -1,8 +1,9 @@
 """The thread that owns the engines, and the streams of events that it sends to the event loop.
 
-    stream = worker.submit(engine, requests)    # one HTTP request: a prompt or several
+    stream = Stream(worker, engine, requests)   # one HTTP request: a prompt or several
+    worker.submit(stream)
     events = await stream.next()                # what happened to them since the last call
-    stream.close()                              # their rows are free with the next step
+    worker.close(stream)                        # their rows are free with the next step
 
     found = await worker.call(function)         # runs between two steps, with the models at rest
 
@@ -16,232 +17,182 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import accumulate
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from archerchat.errors import ArcherChatError, UsageError
 from archerchat.inference.engine import Engine
 from archerchat.inference.sequence import Event, Request
+from archerchat.serving.errors import APIError
 
 logger = logging.getLogger("archerchat")
 T = TypeVar("T")
-TASK_SECONDS = 0.05
-"""How long other work, such as scoring, may hold up the next step; one piece of it always runs."""
 CROSSING_SECONDS = 0.05
 """Least time between crossings that bring neither the first token nor the end of an answer."""
 SWITCH_SECONDS = 0.001
 """How long the thread may hold up the loop; Python's own 5 ms would make first tokens late."""
 
 
-class Overloaded(Exception):
-    """The queue is full; the client may try again."""
-
-
-class GenerationFailed(ArcherChatError):
-    """Report that the model stopped with an error, such as a lack of memory."""
-
-
-@dataclass(eq=False)
 class Stream:
-    """What happens to the requests of one HTTP request.
+    """What happens to the requests of one HTTP request, which have the same parameters.
 
     Attributes:
-        first_number: the number of the first request; the others follow.
+        numbers: the requests' numbers while they are in work.
         open_samples: samples whose last event has not been returned.
-        started, first_token, last_token: `time.monotonic()` of its start and its tokens.
-        cached: prompt tokens that were not run again, by request.
+        cached: prompt tokens that were not run again.
         tokens: said so far, stop tokens included.
     """
 
-    worker: Worker
-    engine: Engine
-    requests: Sequence[Request]
-    first_number: int = 0
-    open_samples: int = 0
-    started: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
-    last_token: float = 0.0
-    cached: dict[int, int] = field(default_factory=dict)
-    tokens: int = 0
+    def __init__(self, worker: Worker, engine: Engine, requests: Sequence[Request]) -> None:
+        self.worker, self.engine, self.requests = worker, engine, requests
+        self.prompt_tokens = sum(len(request.prompt) for request in requests)
+        self.num_samples = sum(request.params.num_samples for request in requests)
+        self.numbers = range(0)
+        self.open_samples = self.cached = self.tokens = 0
+        self._started = time.monotonic()
+        self._first_token: float | None = None
+        self._last_token = 0.0
+        self._events: dict[int, list[Event]] = {}
+        self.error: APIError | None = None
+        self.arrived = asyncio.Event()
 
-    def __post_init__(self) -> None:
-        samples = [request.params.num_samples for request in self.requests]
-        self.num_samples = sum(samples)
-        self._first_samples = list(accumulate(samples, initial=0))
-        self._events: list[tuple[int, Event]] = []
-        self._error: str | None = None
-        self._arrived = asyncio.Event()
-
-    async def next(self, patience: float | None = None) -> list[tuple[int, Event]]:
-        """Return new events, each with the number of its sample among all of this stream's.
-
-        Args:
-            patience: seconds to wait for one; after that none is returned.
+    async def next(self, patience: float | None = None) -> dict[int, list[Event]]:
+        """Return each sample's new events, by its number; none after `patience` seconds.
 
         Raises:
-            GenerationFailed: the model stopped with an error.
+            APIError: the model stopped with an error, such as a lack of memory.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                await self._arrived.wait()
-        if self._error is not None:
-            raise GenerationFailed(self._error)
-        self._arrived.clear()
-        events, self._events = self._events, []
-        self.open_samples -= sum(event.finish_reason is not None for _, event in events)
+                await self.arrived.wait()
+        if self.error is not None:
+            raise self.error
+        self.arrived.clear()
+        events, self._events = self._events, {}
+        self.open_samples -= sum(each[-1].finish_reason is not None for each in events.values())
         return events
 
     def put(self, event: Event, now: float) -> None:
         """Take an event; called on the loop."""
-        index = event.request - self.first_number
-        self.cached.setdefault(index, event.cached)
+        if event.first and event.sample == 0:
+            self.cached += event.cached
         self.tokens += 1
-        self.first_token = self.first_token or now
-        self.last_token = now
-        self._events.append((self._first_samples[index] + event.sample, event))
-        self._arrived.set()
-
-    def fail(self, message: str) -> None:
-        """Let `next` raise; called on the loop."""
-        self._error = message
-        self._arrived.set()
-
-    def close(self) -> None:
-        """End what is still running; may be called twice."""
-        self.worker.close(self)
+        self._first_token = self._first_token or now
+        self._last_token = now
+        before = self.numbers.index(event.request) * self.requests[0].params.num_samples
+        self._events.setdefault(before + event.sample, []).append(event)
+        self.arrived.set()
 
     def timings(self) -> dict[str, float]:
         """Return counts and speeds, under llama.cpp's names."""
-        cached, first = sum(self.cached.values()), self.first_token or time.monotonic()
-        run = sum(len(request.prompt) for request in self.requests) - cached
-        waited, decoded = first - self.started, self.last_token - first
+        first = self._first_token or time.monotonic()
+        ran = self.prompt_tokens - self.cached
+        waited, decoded = first - self._started, self._last_token - first
         decoding = max(self.tokens - self.num_samples, 0)
-        found = {
-            "cache_n": cached, "prompt_n": run, "prompt_ms": 1000 * waited,
-            "prompt_per_second": run / max(waited, 1e-9), "predicted_n": self.tokens,
-            "predicted_ms": 1000 * decoded if decoding else 0.0,
-            "predicted_per_second": decoding / max(decoded, 1e-9),
-        }  # fmt: skip
-        return {name: round(value, 3) for name, value in found.items()}
+        return {
+            "cache_n": self.cached,
+            "prompt_n": ran,
+            "prompt_ms": round(1000 * waited, 3),
+            "prompt_per_second": round(ran / max(waited, 1e-9), 3),
+            "predicted_n": self.tokens,
+            "predicted_ms": round(1000 * decoded, 3) if decoding else 0.0,
+            "predicted_per_second": round(decoding / max(decoded, 1e-9), 3),
+        }
 
 
 class Worker:
-    """Run engines in a thread of its own.
-
-    Args:
-        max_waiting: samples in work beyond which `submit` refuses more.
+    """Run engines in a thread of its own, for at most `max_samples` samples in work.
 
     Attributes:
         samples: samples in work, running or waiting.
         counts: what happened since the start, under the names of /stats.
     """
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
-        self._inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+    def __init__(self, max_samples: int) -> None:
+        self._max_samples = max_samples
+        self._thread = ThreadPoolExecutor(1, "engines")
+        self._turn = asyncio.Lock()
         self._streams: dict[int, Stream] = {}  # by the number of each request, on the loop
-        self._engines: dict[Engine, None] = {}  # those that may be busy, on the thread
+        self._engines: set[Engine] = set()  # those that are busy, on the thread
         self._events: list[Event] = []  # that have not crossed over, on the thread
         self._crossed = 0.0
-        self._next_number = 0
+        self._next_number, self.started = 0, time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self.samples = 0
         names = ("requests", "errors", "prompt_tokens", "cached_tokens", "generated_tokens")
         self.counts = {f"{name}_total": 0 for name in names}
 
     def start(self) -> None:
-        """Start the thread; called on the event loop that will use it."""
+        """Get ready; called on the event loop that will use it."""
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(SWITCH_SECONDS)
-        self._thread.start()
 
     def stop(self) -> None:
         """End the thread after the running step."""
-        self._inbox.put(None)
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Return what `function` returns, run by the thread between two steps."""
-        future: Future[T] = Future()
+        """Return what `function` returns, run by the thread; one such call between two steps."""
+        async with self._turn:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
-        def run() -> None:
-            if future.set_running_or_notify_cancel():  # or else the client went away
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
+    def check(self, stream: Stream) -> None:
+        """Refuse what the engine cannot serve, or what there is no room for, ever or now."""
+        samples, most = stream.num_samples, self._max_samples
+        if samples > most:
+            raise APIError(f"{samples} answers are more than the {most} of a queue")
+        if self.samples + samples > most:
+            message = f"{self.samples} answers are in work: try again in a moment"
+            raise APIError(message, code="queue_full", status=429)
+        for request in stream.requests:
+            stream.engine.check(request)
 
-        self._inbox.put(run)
-        return await asyncio.wrap_future(future)
-
-    def check(self, samples: int) -> None:
-        """Refuse more samples than there ever (UsageError) or now (Overloaded) is room for."""
-        if samples > self._max_waiting:
-            raise UsageError(f"{samples} answers are more than the {self._max_waiting} of a queue")
-        if self.samples + samples > self._max_waiting:
-            raise Overloaded(f"{self.samples} answers are in work: try again in a moment")
-
-    def submit(self, engine: Engine, requests: Sequence[Request]) -> Stream:
-        """Queue the requests of one HTTP request, all or none; raises as both `check` do."""
-        stream = Stream(self, engine, requests, self._next_number)
-        samples = stream.open_samples = stream.num_samples
-        self.check(samples)
-        for request in requests:
-            engine.check(request)
-        numbers = range(self._next_number, self._next_number + len(requests))
-        self._next_number = numbers.stop
+    def submit(self, stream: Stream) -> None:
+        """Queue the requests of one HTTP request, all or none; raises as `check` does."""
+        self.check(stream)
+        stream.open_samples = stream.num_samples
+        numbers = range(self._next_number, self._next_number + len(stream.requests))
+        stream.numbers, self._next_number = numbers, numbers.stop
         self._streams |= dict.fromkeys(numbers, stream)
-        self.samples += samples
+        self.samples += stream.num_samples
         self.counts["requests_total"] += 1
-        self.counts["prompt_tokens_total"] += sum(len(request.prompt) for request in requests)
+        self.counts["prompt_tokens_total"] += stream.prompt_tokens
 
         def add() -> None:
-            self._engines[engine] = None
-            for number, request in zip(numbers, requests, strict=True):
-                engine.add(number, request)
+            if not self._engines:
+                self._thread.submit(self._run)
+            self._engines.add(stream.engine)
+            for number, request in zip(numbers, stream.requests, strict=True):
+                stream.engine.add(number, request)
 
-        self._inbox.put(add)
-        return stream
+        self._thread.submit(add)
 
     def close(self, stream: Stream) -> None:
-        """Forget a stream; cancel what is still running of it."""
-        numbers = [number for number, each in self._streams.items() if each is stream]
+        """Forget a stream; cancel what is still running of it. May be called twice."""
+        numbers, stream.numbers = stream.numbers, range(0)
         if not numbers:
             return
         for number in numbers:
             del self._streams[number]
         self.samples -= stream.num_samples
-        self.counts["cached_tokens_total"] += sum(stream.cached.values())
+        self.counts["cached_tokens_total"] += stream.cached
+
+        def cancel() -> None:
+            for number in numbers:
+                stream.engine.cancel(number)
+
         if stream.open_samples:
-
-            def cancel() -> None:
-                for number in numbers:
-                    stream.engine.cancel(number)
-
-            self._inbox.put(cancel)
+            with suppress(RuntimeError):  # the thread has ended
+                self._thread.submit(cancel)
 
     def _run(self) -> None:
-        while True:
-            busy = [engine for engine in self._engines if engine.busy]
-            self._engines = dict.fromkeys(busy)
-            until = time.monotonic() + TASK_SECONDS
-            with suppress(Empty):
-                while not busy or time.monotonic() < until:
-                    task = self._inbox.get(block=not busy)
-                    if task is None:
-                        return
-                    task()
-                    busy = busy or [engine for engine in self._engines if engine.busy]
-            for engine in self._engines:
-                self._step(engine)
+        for engine in self._engines:
+            self._step(engine)
+        self._engines = {engine for engine in self._engines if engine.busy}
+        if self._engines:  # after what was submitted meanwhile
+            self._thread.submit(self._run)
 
     def _step(self, engine: Engine) -> None:
         try:
@@ -250,7 +201,8 @@ class Worker:
         except Exception as error:  # such as a lack of memory: the next request may be smaller
             logger.exception("the engine failed")
             engine.reset()
-            self._post(self._fail, engine, f"the model failed: {type(error).__name__}")
+            message = f"the model failed: {type(error).__name__}"
+            self._post(self._fail, engine, APIError(message, status=500))
 
     def _cross(self, events: Sequence[Event]) -> None:
         """Hand events to the loop, now or with those of later steps."""
@@ -272,7 +224,9 @@ class Worker:
                 stream.put(event, now)
                 self.counts["generated_tokens_total"] += 1
 
-    def _fail(self, engine: Engine, message: str) -> None:
+    def _fail(self, engine: Engine, error: APIError) -> None:
         self.counts["errors_total"] += 1
-        for stream in {each for each in self._streams.values() if each.engine is engine}:
-            stream.fail(message)
+        for stream in self._streams.values():
+            if stream.engine is engine:
+                stream.error = error
+                stream.arrived.set()

@@ -19,15 +19,12 @@ from archerchat.errors import DataError, UsageError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
-from archerchat.tasks.hub import Row, TableTask, TaskFiles, load_tables
+from archerchat.tasks.hub import Row, TableTask, TaskFiles
 from archerchat.tasks.layouts import NAMES, find_layout, parse_layout
-from archerchat.text_files import JSON_KINDS, iter_rows, list_folder, refuse
+from archerchat.text_files import JSON_KINDS, Refuse, iter_rows, list_folder, refuse
 
-ArcName = Literal["ARC-Easy", "ARC-Challenge"]
 MAX_NAMED = 10
 """Maximum number of bad lines to list in full."""
-TEST_SHARE = 20
-"""One conversation in twenty of a local folder that replaces SmolTalk belongs to the test."""
 _MARK = re.compile(r"<<([^<>]*)>>")
 
 
@@ -70,13 +67,19 @@ class MMLUTask(CategoricalTask, TableTask):
 class ARCTask(CategoricalTask, TableTask):
     """Science questions for school: `ARC-Easy` or `ARC-Challenge`."""
 
-    def __init__(self, files: TaskFiles, name: ArcName, split: str = "test") -> None:
+    def __init__(self, files: TaskFiles, name: str, split: str = "test") -> None:
         self.name = name
         super().__init__(files, split)
 
     def render(self, row: Row) -> Conversation:
         choices = row["choices"]
         return build_question(row["question"], choices["label"], choices["text"], row["answerKey"])
+
+
+class SmolTalkTask(TableTask):
+    """General conversations of `smol-smoltalk`: 460 thousand, for training only."""
+
+    name = "SmolTalk"
 
 
 class GSM8KTask(NumberTask, TableTask):
@@ -124,21 +127,18 @@ class JsonlTask(Task):
         if not path.exists():
             raise UsageError(f"{path} does not exist: give a file or a folder of conversations")
         folder = list_folder(path, JSON_KINDS)
-        paths = {"train": folder.train, "validation": folder.held_out}.get(
-            split or "", sorted([*folder.train, *folder.held_out])
-        )
+        splits = {"train": folder.train, "validation": folder.held_out}
+        paths = splits[split] if split else sorted([*folder.train, *folder.held_out])
         self.name, self.split = path.name, split if folder.held_out else None
         self.rows, bad, layouts = [], list[str](), Counter[str]()
-        for each in paths:
-            for where, value in iter_rows(each, bad.append if skip_bad else refuse):
-                try:
-                    layout = find_layout(value)
-                    self.rows.append(check_conversation(parse_layout(value, layout, where), where))
-                    layouts[NAMES[layout]] += 1
-                except DataError as error:
-                    if not skip_bad:
-                        raise
-                    bad.append(str(error))
+        report: Refuse = bad.append if skip_bad else refuse
+        for where, value in (row for each in paths for row in iter_rows(each, report)):
+            try:
+                layout = find_layout(value)
+                self.rows.append(check_conversation(parse_layout(value, layout)))
+                layouts[NAMES[layout]] += 1
+            except DataError as error:
+                report(f"{where}: {error}")
         listed = [f"{len(bad):,} bad lines were left out, the first:", *bad[:MAX_NAMED]]
         self.left_out = [*folder.left_out, *(listed if bad else [])]
         if not self.rows:
@@ -151,25 +151,3 @@ class JsonlTask(Task):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"sha256": self._digests}
-
-
-class SmolTalkTask(TableTask):
-    """General conversations of `smol-smoltalk`: 460 thousand, for training only.
-
-    In a local folder without `smoltalk/`, JSON lines in `chat/` are used instead.
-    """
-
-    name = "SmolTalk"
-
-    def __init__(self, files: TaskFiles, split: str = "train") -> None:
-        load_tables()[self.name].files(split)  # refuses an unknown split
-        local = files.local
-        if local is None or (local / "smoltalk").exists() or not (local / "chat").is_dir():
-            super().__init__(files, split)
-            return
-        self.split = split
-        self.rows = [
-            conversation
-            for number, conversation in enumerate(JsonlTask(local / "chat"))
-            if (number % TEST_SHARE == 0) == (split == "test")
-        ]

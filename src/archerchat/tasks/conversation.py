@@ -10,7 +10,7 @@ layouts. `tokenizer.chat_format` renders conversations. A task may add its own k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -62,7 +62,7 @@ def check_messages(conversation: Any) -> list[dict[str, Any]]:
         )
     turns = cycle(("user", "assistant"))
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise DataError(
                 f'message {number}: it must be {{"role": ..., "content": ...}}, not '
                 f"{_show(message)}"
@@ -89,43 +89,40 @@ def _check_content(content: Any, role: str, here: str) -> None:
             f"{here} (assistant): content must be text or a list of parts, not {_show(content)}"
         )
     for number, each in enumerate(content if isinstance(content, list) else ()):
-        known = isinstance(each, Mapping) and each.get("type") in PART_TYPES
-        if not known or not isinstance(each.get("text"), str):
+        if not _is_part(each, PART_TYPES):
             raise DataError(
                 f'{here}, part {number}: it must be {{"type": ..., "text": ...}} with text and one '
                 f"of the types {', '.join(PART_TYPES)}, not {_show(each)}"
             )
 
 
-def check_conversation(value: Any, where: str) -> Conversation:
+def _is_part(value: Any, types: Sequence[str]) -> bool:
+    known = isinstance(value, Mapping) and value.get("type") in types
+    return known and isinstance(value.get("text"), str)
+
+
+def check_conversation(value: Any) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
     Parts of a user's text are joined, and a developer becomes the system. The conversation must
     have an answer to learn from, and no empty content.
 
-    Args:
-        where: the place to name in errors, such as `talks.jsonl:12`.
-
     Raises:
-        DataError: it is not.
+        DataError: it is not; the message says how.
     """
-    conversation = {"messages": value} if isinstance(value, list) else value
-    try:
-        conversation = _read_foreign(conversation)
-        messages = check_messages(conversation)
-        if all(message["role"] != "assistant" for message in messages):
+    conversation = _read_foreign({"messages": value} if isinstance(value, list) else value)
+    messages = check_messages(conversation)
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError(
+            f"{len(messages)} message(s) hold no answer to learn: the user's must be followed by "
+            "the assistant's"
+        )
+    for number, message in enumerate(messages):
+        if _is_empty(message["content"]):
             raise DataError(
-                f"{len(messages)} message(s) hold no answer to learn: the user's must be followed "
-                "by the assistant's"
+                f"message {number} ({message['role']}): content is empty: fill it in or remove "
+                "the conversation"
             )
-        for number, message in enumerate(messages):
-            if _is_empty(message["content"]):
-                raise DataError(
-                    f"message {number} ({message['role']}): content is empty: fill it in or remove "
-                    "the conversation"
-                )
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     return dict(conversation)
 
 
@@ -149,14 +146,9 @@ def _read_message(message: Any, here: str) -> Any:
         raise DataError(f"{here}{what} are not supported: remove the conversation")
     changed = {"role": "system"} if role == "developer" else {}
     parts = content if isinstance(content, list) and role != "assistant" else []
-    if parts and all(map(_is_text, parts)):
+    if parts and all(_is_part(each, ["text"]) for each in parts):
         changed["content"] = "".join(each["text"] for each in parts)
     return {**message, **changed}
-
-
-def _is_text(value: Any) -> bool:
-    is_part = isinstance(value, Mapping) and value.get("type") == "text"
-    return is_part and isinstance(value.get("text"), str)
 
 
 def _refuse_tools(value: Mapping[str, Any], here: str) -> None:

@@ -19,7 +19,7 @@ import string
 import tomllib
 from abc import abstractmethod
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -120,9 +120,8 @@ class SimpleSpellingTask(GeneratedTask):
     def draw(self, random: Random) -> Conversation:
         word = random.choice(load_words(self.split))
         question = random.choice(load_questions("spell")).format(word=_quoted(word, random))
-        return {
-            "messages": [user(_as_typed(question, random)), assistant(f"{word}: {','.join(word)}")]
-        }
+        answer = assistant(f"{word}: {','.join(word)}")
+        return {"messages": [user(_as_typed(question, random)), answer]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         expected: str = conversation["messages"][-1]["content"]
@@ -155,19 +154,14 @@ def _as_typed(question: str, random: Random) -> str:
 @cache
 def load_questions(kind: str) -> tuple[str, ...]:
     """Return the wordings of one kind of question, with placeholders in braces."""
-    text = files("archerchat.tasks").joinpath("questions.toml").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("questions.toml").read_text(encoding="utf-8")
     return tuple(tomllib.loads(text)[kind])
 
 
 @cache
 def load_words(split: str) -> tuple[str, ...]:
-    """Return the words of `train` or `test`, in alphabetical order.
-
-    Raises:
-        UsageError: there is no such split.
-    """
-    check_split(split)
-    text = files("archerchat.tasks").joinpath("words.txt").read_text(encoding="ascii")
+    """Return the words of `train` or `test`, in alphabetical order."""
+    text = Path(__file__).with_name("words.txt").read_text(encoding="ascii")
     return tuple(word for word in text.split() if split_of(word) == split)
 
 

@@ -38,7 +38,7 @@ class Table:
     local: str
     """A split's file in a local folder, without its suffix; `{split}` stands for its name."""
 
-    def files(self, split: str) -> tuple[str, ...]:
+    def files(self, split: str) -> list[str]:
         """Return the split's files in the repository.
 
         Raises:
@@ -49,8 +49,8 @@ class Table:
                 f"{self.repository} has no split {split!r}: choose from {', '.join(self.splits)}"
             )
         count = self.splits[split]
-        names = (f"{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count))
-        return tuple(f"{self.folder}/{name}" for name in names)
+        stem = f"{self.folder}/{split}"
+        return [f"{stem}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
 
 
 @cache
@@ -68,8 +68,6 @@ class TaskFiles:
     """Folder for downloads."""
     local: Path | None = None
     """Folder of files to use instead of the hub's; nothing is downloaded then."""
-    endpoint: str | None = None
-    """The hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`)."""
     notify: Notify = lambda message: None
 
     def rows(self, table: Table, split: str) -> Rows:
@@ -92,9 +90,8 @@ class TaskFiles:
             from huggingface_hub import hf_hub_url
 
             self.notify(f"fetching {name} of {table.repository}")
-            address = {"repo_type": "dataset", "revision": table.revision}
             download_file(
-                hf_hub_url(table.repository, name, endpoint=self.endpoint, **address),
+                hf_hub_url(table.repository, name, repo_type="dataset", revision=table.revision),
                 path,
                 lambda part: _read_parquet([part], ()),  # its columns are checked later
                 without_network="--data-dir names a folder with local files instead",
@@ -135,8 +132,9 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     rows = []
     for where, row in (line for path in paths for line in iter_rows(path)):
         _check_columns(where, row if isinstance(row, dict) else (), columns)
-        if missing := [name for name in columns if row[name] is None]:
-            raise DataError(_null(where, missing[0]))
+        for name in columns:
+            if row[name] is None:
+                raise DataError(_null(where, name))
         rows.append(row)
     return rows
 
@@ -177,14 +175,15 @@ def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows
             with pq.ParquetFile(path) as file:
                 _check_columns(str(path), file.schema_arrow.names, columns)
                 table = file.read(columns=list(columns))
-                for name in (n for n in columns if table.column(n).null_count):
-                    row = table.column(name).is_null().index(True).as_py() + 1
-                    raise DataError(_null(f"{path}, row {row}", name))
-                tables.append(table)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise DataError(
                 f"cannot read {path} as Parquet ({reason}): delete it and run the same command "
                 "again"
             ) from error
+        for name in columns:
+            if table.column(name).null_count:
+                row = table.column(name).is_null().index(True).as_py() + 1
+                raise DataError(_null(f"{path}, row {row}", name))
+        tables.append(table)
     return _ParquetRows(pa.concat_tables(tables))

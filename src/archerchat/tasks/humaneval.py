@@ -13,7 +13,7 @@ import re
 
 from archerchat.sandbox.executor import SandboxResult, run_sandboxed
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.hub import Row, TableTask, TaskFiles
+from archerchat.tasks.hub import Row, TableTask
 
 _BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"\s*```[`\s]*(\w*)")
@@ -50,18 +50,12 @@ def extract_imports(prompt: str) -> str:
 
 
 class HumanEvalTask(TableTask):
-    """164 functions to complete.
-
-    Args:
-        timeout_s: seconds that an answer's tests may take.
-    """
+    """164 functions to complete."""
 
     name = "HumanEval"
     is_lenient = True
-
-    def __init__(self, files: TaskFiles, split: str = "test", timeout_s: float = 5.0) -> None:
-        super().__init__(files, split)
-        self._timeout_s = timeout_s
+    timeout_s = 5.0
+    """Seconds that an answer's tests may take."""
 
     def render(self, row: Row) -> Conversation:
         solution = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"
@@ -88,4 +82,4 @@ class HumanEvalTask(TableTask):
         imports = extract_imports(conversation["messages"][0]["content"])
         check = f"check({conversation['entry_point']})\n"
         program = "\n\n".join([imports, code, conversation["test"], check])
-        return run_sandboxed(program, self._timeout_s)
+        return run_sandboxed(program, self.timeout_s)

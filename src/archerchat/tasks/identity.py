@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -42,7 +42,7 @@ class IdentityTemplate:
 
 def default_template() -> str:
     """Return the text of the package's own template."""
-    return files("archerchat.tasks").joinpath("identity.toml").read_text(encoding="utf-8")
+    return Path(__file__).with_name("identity.toml").read_text(encoding="utf-8")
 
 
 def parse_template(text: str, values: Mapping[str, str], where: str) -> IdentityTemplate:
@@ -80,6 +80,22 @@ def parse_template(text: str, values: Mapping[str, str], where: str) -> Identity
     )
 
 
+def _texts(content: Any, name: str, values: Mapping[str, str], where: str) -> tuple[str, ...]:
+    """Return a list of wordings, filled in."""
+    texts = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"{where} has no {name}: give a list of at least one wording")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}, {name}: {text!r} is not a wording: write some text")
+        if unknown := set(_PLACEHOLDER.findall(text)) - values.keys():
+            known = ", ".join(f"{{{value}}}" for value in values)
+            raise DataError(
+                f"{where}, {name}: nothing is known for {{{min(unknown)}}}: use {known}"
+            )
+    return tuple(_PLACEHOLDER.sub(lambda match: values[match[1]], text) for text in texts)
+
+
 def draw_identity(template: IdentityTemplate, count: int, seed: int) -> list[Conversation]:
     """Return `count` conversations, the same for the same template and `seed`."""
     return [_draw(template, Random(f"identity {seed} {index}")) for index in range(count)]
@@ -105,26 +121,6 @@ class IdentityTask(Task):
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._text.encode()).hexdigest()
         return super().describe() | {"template": digest}
-
-
-def _texts(content: Any, name: str, values: Mapping[str, str], where: str) -> tuple[str, ...]:
-    """Return a list of wordings, filled in."""
-    texts = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(texts, list) or not texts:
-        raise DataError(f"{where} has no {name}: give a list of at least one wording")
-
-    def fill(match: re.Match[str]) -> str:
-        if match[1] not in values:
-            raise DataError(
-                f"{where}, {name}: nothing is known for {match[0]}: use "
-                f"{', '.join('{' + known + '}' for known in values)}"
-            )
-        return values[match[1]]
-
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}, {name}: {text!r} is not a wording: write some text")
-    return tuple(_PLACEHOLDER.sub(fill, text) for text in texts)
 
 
 def _draw(template: IdentityTemplate, random: Random) -> Conversation:

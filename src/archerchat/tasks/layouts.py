@@ -7,10 +7,13 @@ Alpaca    {"instruction": "Add them.", "input": "1, 2", "output": "3"}
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from archerchat.errors import DataError, UsageError
+from archerchat.files import write_bytes
 from archerchat.tasks.conversation import Conversation, assistant, part, user
 
 Layout = Literal["openai", "sharegpt", "alpaca"]
@@ -25,14 +28,11 @@ def find_layout(value: Any) -> Layout:
     return next((layout for key, layout in _KEYS.items() if known and key in value), "openai")
 
 
-def parse_layout(value: Any, layout: Layout, where: str) -> Any:
+def parse_layout(value: Any, layout: Layout) -> Any:
     """Return a line as `{"messages": [...]}`, which `check_conversation` has yet to check.
 
-    Args:
-        where: the place to name in errors, such as `talks.jsonl:12`.
-
     Raises:
-        DataError: it cannot be read; the message says where.
+        DataError: it cannot be read.
     """
     if layout == "openai":
         return value
@@ -41,7 +41,7 @@ def parse_layout(value: Any, layout: Layout, where: str) -> Any:
         history = value.get("history") or []
         pairs = isinstance(history, list) and all(map(_is_pair, history))
         if not pairs or not all(isinstance(each, str) for each in fields):
-            raise DataError(f"{where}: instruction, input and output are text, history pairs of it")
+            raise DataError("instruction, input and output are text, history pairs of it")
         question, given, answer, system = fields
         turns = [*history, ("\n\n".join(filter(None, [question, given])), answer)]
         messages = [m for asked, said in turns for m in (user(asked), assistant(said))]
@@ -50,7 +50,7 @@ def parse_layout(value: Any, layout: Layout, where: str) -> Any:
         given = value["conversations"]
         for number, turn in enumerate(given if isinstance(given, list) else [given]):
             if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-                raise DataError(f'{where}: turn {number} must be {{"from": ..., "value": ...}}')
+                raise DataError(f'turn {number} must be {{"from": ..., "value": ...}}')
             role = ROLES.get(str(turn["from"]), turn["from"])
             more = {key: turn[key] for key in turn.keys() - {"from", "value"}}
             messages.append({**more, "role": role, "content": turn["value"]})
@@ -90,6 +90,12 @@ def render_layout(conversation: Conversation, layout: Layout) -> dict[str, Any]:
     line: dict[str, Any] = {"instruction": question, "input": "", "output": answer}
     line |= {"system": system[0]} if system else {}
     return line | ({"history": [list(pair) for pair in history]} if history else {})
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write conversations or other values as JSON, one per line, atomically."""
+    lines = (f"{json.dumps(value, ensure_ascii=False)}\n".encode() for value in values)
+    write_bytes(path, b"".join(lines))
 
 
 def _mark_calculations(content: str | list[dict[str, str]]) -> str:

@@ -18,7 +18,6 @@ from archerchat.tasks.generated import ArithmeticTask, SimpleSpellingTask, Spell
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.humaneval import HumanEvalTask
 from archerchat.tasks.identity import IdentityTask
-from archerchat.text_files import JSON_KINDS, list_folder
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 """The tasks whose mean is ChatCORE (SPEC section 9)."""
@@ -44,7 +43,7 @@ PRESETS = {
 }
 HELD_BACK = 20
 """One conversation in twenty of the files is for validation, if nothing else is."""
-_CHOICE = re.compile(r"([\w-]+)(?::(\d+))?(?:\*(\d+))?")
+_CHOICE = re.compile(r"([\w-]+)(?::0*([1-9]\d*))?(?:\*0*([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -89,18 +88,18 @@ def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice
     choices = []
     for word in text.replace(" ", "").split(","):
         match = _CHOICE.fullmatch(word)
-        size = int(match[2]) if match and match[2] else None
-        times = int(match[3]) if match and match[3] else 1
-        if match is None or size == 0 or times == 0:
+        if match is None:
             raise UsageError(
                 f"{flag}: {word!r} cannot be read: write a task's name, with :N for N of its "
                 "examples and *N to count them N times, such as SpellingBee:5000*2"
             )
-        if match[1].lower() not in known:
+        name, size, times = match.groups()
+        if name.lower() not in known:
             raise UsageError(
-                f"{flag}: there is no task {match[1]!r}: choose from {', '.join(known.values())}"
+                f"{flag}: there is no task {name!r}: choose from {', '.join(known.values())}"
             )
-        choices.append(TaskChoice(known[match[1].lower()], size, times))
+        limit = None if size is None else int(size)
+        choices.append(TaskChoice(known[name.lower()], limit, int(times or 1)))
     return choices
 
 
@@ -109,11 +108,11 @@ class MixtureConfig:
     """Choose what to fine-tune on."""
 
     mixture: str = "reference"
-    """`reference` (needs the hub), `generated` (no network), `none` (only --jsonl), or a list such
-    as GSM8K*4,identity*2,Arithmetic:20000."""
+    """`reference` downloads its data from the hub, `generated` needs no network, `none` leaves only
+    your own --jsonl. Or a list such as GSM8K*4,identity*2,Arithmetic:20000."""
     jsonl: tuple[Path, ...] = ()
-    """Files of your own conversations as JSON lines, or folders of them. In a folder with files
-    named train, those named validation (or test) are for validation."""
+    """Files of your own conversations as JSON lines, or folders of them, added to the mixture. In a
+    folder with files named train, those named validation (or test) are for validation."""
     val_jsonl: tuple[Path, ...] = ()
     """Files of conversations to validate on, instead of the tasks' tests."""
     skip_bad: bool = False
@@ -138,27 +137,22 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
     # The user's own files first: a broken line is reported before gigabytes are downloaded.
-    own: list[Task] = [JsonlTask(path, "train", config.skip_bad) for path in config.jsonl]
-    judges: list[Task] = [
-        JsonlTask(path, skip_bad=config.skip_bad) for path in config.val_jsonl
-    ] or [
-        JsonlTask(path, "validation", config.skip_bad)
-        for path in config.jsonl
-        if list_folder(path, JSON_KINDS).held_out
-    ]
+    skip, seed = config.skip_bad, config.mixture_seed
+    own: list[Task] = [JsonlTask(path, "train", skip) for path in config.jsonl]
+    judges: list[Task] = [JsonlTask(path, skip_bad=skip) for path in config.val_jsonl]
+    if not judges:
+        split = (path for path, task in zip(config.jsonl, own, strict=True) if task.split)
+        judges = [JsonlTask(path, "validation", skip) for path in split]
     train = [
         task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
     ]
     if not config.val_jsonl:
         judges += [_build(entry, "test", config, files) for entry in entries]
     if not judges:
-        shuffled = [task.shuffled(config.mixture_seed) for task in own]
+        shuffled = [task.shuffled(seed) for task in own]
         judges = [task[: max(1, len(task) // HELD_BACK)] for task in shuffled]
         own = [task[len(task) // HELD_BACK :] for task in shuffled]
-    return (
-        TaskMixture([*train, *own], config.mixture_seed),
-        TaskMixture(judges, config.mixture_seed),
-    )
+    return TaskMixture([*train, *own], seed), TaskMixture(judges, seed)
 
 
 def parse_mixture(text: str) -> list[TaskChoice]:

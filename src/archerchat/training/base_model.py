@@ -1,18 +1,22 @@
-"""The saved model that fine-tuning and reinforcement learning start from."""
+"""What fine-tuning and reinforcement learning share: the saved model that they start from."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters
-from archerchat.errors import CheckpointError
+from archerchat.evals.chat import render_question
+from archerchat.inference.chat import build_answer_request
+from archerchat.inference.engine import Engine
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import read_parts
 from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
+from archerchat.tasks.conversation import Conversation
 from archerchat.training.stage import Stage, StageConfig
 
 DEVICE_BATCH_SIZE = 32
@@ -40,24 +44,23 @@ def inherit(
 
     Returns:
         Rows per micro-batch, tokens per step, and the base model's rates, scaled.
-
-    Raises:
-        CheckpointError: the checkpoint's rates cannot be read.
     """
-    identity = base.meta.get("identity")
-    if identity is None:  # imported
-        hp = build_hyperparameters(_dial_of(model, total_batch_tokens), model.vocab_size)
+    if (identity := base.meta.get("identity")) is None:  # imported
+        dial = DialConfig(
+            depth=model.num_layers,
+            aspect_ratio=max(1, model.model_dim // model.num_layers),
+            head_dim=model.head_dim,
+            num_kv_heads=model.num_kv_heads,
+            max_seq_len=model.sequence_length,
+            num_iterations=1,
+            total_batch_size=total_batch_tokens,
+        )
+        hp = build_hyperparameters(dial, model.vocab_size)
         rates, batch = hp.learning_rates, hp.total_batch_tokens
         rows = min(DEVICE_BATCH_SIZE, max(1, batch // model.sequence_length))
     else:
-        try:
-            rates = LearningRates(**identity["learning_rates"])
-            batch, rows = int(identity["total_batch_size"]), int(identity["device_batch_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{base.path} does not say how it was trained ({error!r}): use a base model of "
-                "`archerchat pretrain`"
-            ) from error
+        rates = LearningRates(**identity["learning_rates"])
+        batch, rows = identity["total_batch_size"], identity["device_batch_size"]
     tokens = total_batch_tokens or batch
     scale = math.sqrt(tokens / batch)
     scaled = {name: rate * rate_scale * scale for name, rate in asdict(rates).items()}
@@ -65,26 +68,14 @@ def inherit(
     return rows, tokens, LearningRates(**scaled)
 
 
-def _dial_of(model: ModelConfig, batch: int | None) -> DialConfig:
-    """Return the dial's settings for a model of this shape."""
-    return DialConfig(
-        depth=model.num_layers,
-        aspect_ratio=max(1, model.model_dim // model.num_layers),
-        head_dim=model.head_dim,
-        num_kv_heads=model.num_kv_heads,
-        max_seq_len=model.sequence_length,
-        num_iterations=1,
-        total_batch_size=batch,
-    )
-
-
 class Tuning(Stage):
     """A stage that starts from a saved model."""
+
+    decays = False
 
     config: TuneConfig
     base: Checkpoint
     """The checkpoint to start from. Its weights stay on disk until they are trained."""
-    rates: LearningRates
 
     def find_base(self, source: str) -> None:
         """Read the checkpoint of the chosen model of stage `source`, without its weights.
@@ -99,51 +90,42 @@ class Tuning(Stage):
         self.base = load_checkpoint(path, sections=())
         self.model_config = read_model_config(self.base)
         self.tokenizer = find_model_tokenizer(home, self.base)
-        self.sequence_length = self.model_config.sequence_length
         self.base_tag = path.parent.name
         self.tag = config.output_tag or self.base_tag
 
     def describe_base(self) -> dict[str, Any]:
-        """Identify the base model."""
         sha256 = self.base.hashes.get("model", "")
         return {"tag": self.base_tag, "step": self.base.step, "sha256": sha256}
 
     def facts(self) -> dict[str, Any]:
-        """Return what is the base model's."""
         return {name: self.base.meta[name] for name in ("model_config", "tokenizer")}
 
-    def build_model(self, start: Checkpoint | None) -> None:
-        """Build the model with the base model's weights, and an optimizer in which nothing decays.
-
-        A resumed run has the weights in its own checkpoint, so the base model's are not read then.
-
-        Raises:
-            CheckpointError: the base model's weights are damaged.
-        """
-        base, runtime = self.base, self.runtime
-        model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
-        if start is None:
-            model.load_state_dict(load_checkpoint(base.path, sections=("model",)).state["model"])
-        model.to(runtime.device).recomputes = self.recomputes
-        groups = [
-            replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
-            for group in build_groups(model, self.rates)
-        ]
-        self.model = model
-        self.optimizer = Optimizer(
-            model, groups, runtime.compute_dtype, self.config.compile, self.ranks
-        )
+    def set_weights(self, start: Checkpoint | None) -> None:
+        if start is None:  # a resumed run has them in its own checkpoint
+            saved = load_checkpoint(self.base.path, sections=("model",))
+            self.model.load_state_dict(saved.state["model"])
 
     def load_moments(self) -> None:
-        """Load the moments of the base model's optimizer.
-
-        Raises:
-            CheckpointError: they do not fit the model.
-        """
+        """Load the moments of the base model's optimizer."""
         saved = load_checkpoint(self.base.path, sections=("optimizer",))
-        try:
-            self.optimizer.load_state_dict(saved.state["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.base.path} does not fit its own model: {error}"
-            ) from error
+        self.optimizer.load_state_dict(saved.state["optimizer"])
+
+    def answer_questions(
+        self, engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int
+    ) -> dict[str, str]:
+        """Answer each conversation's question greedily, with the calculator, to show the texts.
+
+        The calculator's inputs and results are in brackets. Keys are the questions' beginnings.
+        """
+        tokenizer, params = self.tokenizer, SamplingParams(max_new_tokens, temperature=0)
+        prompts = [render_question(tokenizer, c, engine.max_length)[0] for c in conversations]
+        requests = [build_answer_request(tokenizer, prompt, params) for prompt in prompts]
+        texts = {}
+        for conversation, samples in zip(conversations, engine.generate(requests), strict=True):
+            parts = read_parts(tokenizer, samples[0].token_ids)
+            answer = "".join(
+                part["text"] if part["type"] == "text" else f"[{part['text']}]" for part in parts
+            )
+            question = conversation["messages"][0]["content"]
+            texts[question[:60]] = f"{question} {answer}"
+        return texts

@@ -11,10 +11,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import median_high
+from typing import Any, Literal, cast
 
 import torch
 
@@ -22,14 +24,11 @@ from archerchat.checkpoint import Stateful
 from archerchat.console import ProgressLine
 from archerchat.errors import ArcherChatError, CheckpointError
 from archerchat.optim.optimizer import MuonGroup
-from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import StopRequest, explained_memory
-from archerchat.training.outcome import OVERFITTING, LoopState, Outcome, Throughput
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
 
-T = TypeVar("T")
 SMOOTHING = 0.9
 GC_EVERY = 5000
 SAVE_SECONDS = 900.0
@@ -38,36 +37,107 @@ OVERFIT_SHARE = 0.002
 """Share by which the metric must exceed its best for a warning; steps vary by less."""
 SMALLEST_SCALE = 2.0**-10
 """Gradient scale below which halving it again will not help."""
+WARMUP_STEPS = 5
+"""Steps after a start that speed figures leave out, because they compile and fill caches."""
+RECENT_STEPS = 100
+"""Number of steps from which the time left is estimated."""
+
+
+@dataclass
+class LoopState:
+    """The loop's own state in a checkpoint."""
+
+    step: int = 0
+    """Updates done."""
+    smooth_loss: float = 0.0
+    """Exponential average of the training loss, not yet corrected for its start at 0."""
+    first_smoothed: int = 0
+    """Step at which that average began: later for an imported run."""
+    first_val: float = math.nan
+    """The recipe's metric when it was first measured."""
+    last_val: float = math.nan
+    best_val: float = math.inf
+    """Best `Metric.score` so far: lower is better."""
+    best_smooth_loss: float = math.nan
+    """The average training loss when the metric was best; infinite before the first step."""
+    overfitting: bool = False
+    """Whether the metric is worse than its best although the training loss has fallen since."""
+    best_saved: float = math.inf
+    """Score of the best checkpoint, measured right after it was saved."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    flops: int = 0
+    training_seconds: float = 0.0
+    """Time in training steps, without evaluations and saving."""
+
+    @property
+    def average_loss(self) -> float:
+        """`smooth_loss`, corrected for its start at 0; there must have been a step."""
+        return self.smooth_loss / (1 - SMOOTHING ** (self.step - self.first_smoothed))
+
+
+@dataclass
+class Speed:
+    """The times of the steps of one call of `Loop.run`."""
+
+    peak: float
+    """Floating-point operations per second of all devices together."""
+    seconds: list[float] = field(default_factory=list)
+    wait_seconds: float = 0.0
+    """The part of the steps' time spent waiting for a batch."""
+    tokens: int = 0
+    flops: int = 0
+
+    @property
+    def median_seconds(self) -> float:
+        """Time of the median step after the warm-up, or of a short run's; NaN without steps."""
+        measured = self.seconds[WARMUP_STEPS:] or self.seconds
+        return median_high(measured) if measured else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1, len(self.seconds)) / self.median_seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / max(1, len(self.seconds)) / self.median_seconds / self.peak
+
+    @property
+    def data_wait_share(self) -> float:
+        return self.wait_seconds / sum(self.seconds) if self.seconds else 0.0
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Estimate the time of `steps` more steps; None as long as there is no measurement."""
+        steady = self.seconds[WARMUP_STEPS:][-RECENT_STEPS:]
+        if not steady:
+            return None if steps else 0.0
+        return steps * median_high(steady)
 
 
 class Loop(Stateful):
     """Train a recipe to its last step.
 
     Args:
-        peak: peak rate of one device.
+        peak: peak rate of all devices together, in floating-point operations per second.
         save_every: steps between checkpoints, or "time"; the last step is always saved.
         sample_every: steps between samples; None never samples.
-        evaluates_first: whether the model is evaluated before the first step.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        peak: PeakFlops,
+        peak: float,
         save_every: int | Literal["time"] | None = None,
         sample_every: int | None = None,
-        evaluates_first: bool = True,
     ) -> None:
         self.recipe, self.optimizer, self.runtime = recipe, recipe.optimizer, recipe.runtime
-        self.ranks, self.peak = recipe.optimizer.ranks, peak
+        self.ranks, self.speed = recipe.optimizer.ranks, Speed(peak)
         self.save_every, self.sample_every = save_every, sample_every
-        self.evaluates_first = evaluates_first
         self.state = LoopState()
         self.scaler = torch.amp.GradScaler(
             self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
         )
         self._stop = StopRequest()
-        self._throughput = Throughput(peak.flops_per_second * self.runtime.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint's sections: the recipe's and the loop's own."""
@@ -75,11 +145,7 @@ class Loop(Stateful):
         return {**self.recipe.state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
-
-        Raises:
-            CheckpointError: it does not fit this run.
-        """
+        """Continue from what `state_dict` returned; raise `CheckpointError` if it does not fit."""
         try:
             self.recipe.load_state_dict(state)
             self.state = LoopState(**state["loop"])
@@ -90,8 +156,8 @@ class Loop(Stateful):
 
     def run(
         self, checkpoints: CheckpointWriter, metrics: MetricsLog, progress: ProgressLine
-    ) -> Outcome:
-        """Train until the last step is done or a signal asks to stop."""
+    ) -> bool:
+        """Train until the last step is done or a signal asks to stop; return whether it is done."""
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
@@ -102,22 +168,12 @@ class Loop(Stateful):
             finally:  # what was saved is complete, also where a later step fails
                 checkpoints.wait()
 
-    def _run_steps(self) -> Outcome:
+    def _run_steps(self) -> bool:
         first_step = self.state.step
         while True:
             step = self.state.step
             finished = step == self.recipe.total_steps(step)
-            if finished or self._save_due(step):
-                self._save(finished)
-            for evaluation in self.recipe.evaluations:
-                at_start = evaluation.at_start and self.evaluates_first
-                due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
-                if due and not self._stopping():
-                    if evaluation.saves_first or self._saves_to_compare():
-                        self._save(finished)
-                    self._evaluate(step, evaluation)
-            if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
-                self._sample(step)
+            self._do_due(step, finished)
             stopping = self._stopping()
             if stopping:
                 self._save(finished)
@@ -125,7 +181,7 @@ class Loop(Stateful):
                 self._settle()
                 if stopping:
                     self.metrics.finish("interrupted")
-                return self._throughput.outcome(finished and not stopping)
+                return not stopping
             self._train_step(step)
             if self._unsettled and not self.checkpoints.is_writing:
                 self._settle()
@@ -137,20 +193,41 @@ class Loop(Stateful):
         """Whether any rank was asked to stop: then all of them stop at the same place."""
         return self.ranks.any(self._stop.asked)[0]
 
+    def _do_due(self, step: int, finished: bool) -> None:
+        """Save, evaluate and sample what is due at `step`."""
+        if finished or self._save_due(step):
+            self._save(finished)
+        # The best checkpoint can only be pushed where one was saved before the evaluation.
+        saves = self.save_every == "time" and self.metrics.push_checkpoints == "best"
+        for evaluation in self.recipe.evaluations:
+            due = _due(evaluation.every, step, finished) and (step > 0 or evaluation.at_start)
+            if due and not self._stopping():
+                if saves or evaluation.saves_first:
+                    self._save(finished)
+                self._evaluate(step, evaluation)
+        if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
+            self._sample(step)
+
+    def _save_due(self, step: int) -> bool:
+        if self.save_every == "time":
+            return self.ranks.any(time.monotonic() - self._saved_at >= SAVE_SECONDS)[0]
+        return _due(self.save_every, step)
+
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
         settings = self.recipe.settings(step)
         mean, last = self._update(settings)
         seconds = time.perf_counter() - started
         self._require_finite(step, mean)
-        state, tokens, flops = self.state, self.recipe.step_tokens(), self.recipe.step_flops()
-        state.step += 1
-        state.tokens += tokens
-        state.flops += flops
-        state.training_seconds += seconds
-        state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * mean
-        self._throughput.add(seconds, tokens, flops)
-        self._report(step, mean, last, settings)
+        tokens, flops = self.recipe.step_tokens(), self.recipe.step_flops()
+        self.speed.seconds.append(seconds)
+        for total in (self.state, self.speed):
+            total.tokens += tokens
+            total.flops += flops
+        self.state.step += 1
+        self.state.training_seconds += seconds
+        self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * mean
+        self._report(step, settings, mean, last)
         if (step + 1) % GC_EVERY == 0:
             gc.collect()
 
@@ -161,7 +238,7 @@ class Loop(Stateful):
         for _ in range(accum):
             asked = time.perf_counter()
             inputs, targets = self.recipe.next_micro_batch()
-            self._throughput.wait_seconds += time.perf_counter() - asked
+            self.speed.wait_seconds += time.perf_counter() - asked
             loss = self.recipe.loss(inputs, targets)
             share = loss / (accum * self.ranks.world_size)  # the optimizer sums over the ranks
             self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
@@ -171,12 +248,7 @@ class Loop(Stateful):
         if self.scaler.is_enabled():  # a step that one rank skips is skipped by all
             for found in self.scaler._found_inf_per_device(torch_optimizer).values():
                 self.ranks.start_sum(found).wait()
-        self.scaler.step(
-            torch_optimizer,
-            settings.lr_multiplier,
-            settings.muon_momentum,
-            settings.muon_weight_decay,
-        )
+        self.scaler.step(torch_optimizer, *settings)
         self.scaler.update()
         self.optimizer.zero_grad()
         mean, last = torch.stack((total / accum, loss.detach())).tolist()  # waits for the device
@@ -196,41 +268,42 @@ class Loop(Stateful):
                 f"--embedding-lr), or use --dtype float32; the last checkpoint is intact"
             )
 
-    def _report(self, step: int, loss: float, last: float, settings: StepSettings) -> None:
-        seconds, tokens = self._throughput.seconds[-1], self.recipe.step_tokens()
+    def _report(self, step: int, settings: StepSettings, loss: float, last: float) -> None:
+        """Log and show a step's figures."""
+        state, done, seconds = self.state, self.state.step, self.speed.seconds[-1]
         metrics: dict[str, float] = {
             "train/loss": loss,
             "train/last_micro_batch_loss": last,
-            "train/smooth_loss": self._smooth(),
+            "train/smooth_loss": state.average_loss,
             "train/lr_multiplier": settings.lr_multiplier,
             "train/muon_momentum": settings.muon_momentum,
             "train/muon_weight_decay": settings.muon_weight_decay,
-            "train/tokens_per_second": tokens / seconds,
-            "train/mfu": self._throughput.mfu(self.recipe.step_flops(), seconds),
-            "train/seconds": self.state.training_seconds,
-            "train/tokens": self.state.tokens,
-            "train/flops": self.state.flops,
+            "train/tokens_per_second": self.recipe.step_tokens() / seconds,
+            "train/mfu": self.recipe.step_flops() / seconds / self.speed.peak,
+            "train/seconds": state.training_seconds,
+            "train/tokens": state.tokens,
+            "train/flops": state.flops,
             "train/memory_bytes": self.runtime.peak_memory_bytes(),
         }
         # One rate shows the schedule; the others are multiples of it, and in the config.
-        muon = [group for group in self.optimizer.groups if isinstance(group, MuonGroup)]
-        for group in muon[:1]:
+        if isinstance(group := self.optimizer.groups[-1], MuonGroup):
             metrics["train/matrix_lr"] = group.rate * settings.lr_multiplier
         if self.scaler.is_enabled():
             metrics["train/grad_scale"] = self.scaler.get_scale()
         metrics |= self.recipe.step_metrics()
         self.metrics.log(metrics, step)
-        done, steps = self.state.step, self.recipe.total_steps(self.state.step)
-        left = self._throughput.seconds_left(steps - done)
+        steps = self.recipe.total_steps(done)
+        left = self.speed.seconds_left(steps - done)
         self.progress.step(done, steps, metrics, self.recipe.shown_metrics(), left)
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
-        started = time.perf_counter()
-        values = self._interruptible(lambda: dict(evaluation.measure(step)))
-        if not values:
+        started, measure = time.perf_counter(), partial(evaluation.measure, step)
+        alone = self.ranks.world_size == 1  # others would wait for one that a signal interrupts
+        values = self._stop.interruptible(measure) if alone else measure()
+        if values is None:
             return
         seconds = time.perf_counter() - started
-        self.metrics.log(values | {evaluation.seconds_name: seconds}, step)
+        self.metrics.log({**values, evaluation.seconds_name: seconds}, step)
         if self.recipe.metric.name in values:
             self._note_metric(values[self.recipe.metric.name])
         shown = ", ".join(
@@ -238,23 +311,22 @@ class Loop(Stateful):
         )
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
-    def _interruptible(self, work: Callable[[], T]) -> T | None:
-        """Do long work, which a signal interrupts unless other ranks would wait for it."""
-        return work() if self.ranks.world_size > 1 else self._stop.interruptible(work)
-
     def _note_metric(self, value: float) -> None:
         """Record the metric's value; push this step's checkpoint if it is the best so far."""
         self._settle()
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
-        smooth = self._smooth() if state.step > state.first_smoothed else math.inf
+        smooth = state.average_loss if state.step > state.first_smoothed else math.inf
         if score < state.best_val:
             state.best_smooth_loss = smooth
         # A policy's loss says nothing of its pass rate, which is better when higher.
         worse = not metric.higher_is_better and value > state.best_val * (1 + OVERFIT_SHARE)
         state.overfitting = worse and smooth < state.best_smooth_loss
         if state.overfitting:
-            self.progress.note(f"warning: {OVERFITTING.format(metric.label)}")
+            self.progress.note(
+                f"warning: {metric.label} gets worse while the training loss falls: the model "
+                "memorises its training data. More data or fewer steps would help"
+            )
         state.first_val = value if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = value, min(state.best_val, score)
         if 0 < state.step == self._saved_step:
@@ -273,15 +345,6 @@ class Loop(Stateful):
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
-    def _save_due(self, step: int) -> bool:
-        if self.save_every == "time":
-            return self.ranks.any(time.monotonic() - self._saved_at >= SAVE_SECONDS)[0]
-        return _due(self.save_every, step)
-
-    def _saves_to_compare(self) -> bool:
-        """Whether to save before evaluating, because the best checkpoint is to be pushed."""
-        return self.save_every == "time" and self.metrics.push_checkpoints == "best"
-
     def _save(self, finished: bool) -> None:
         """Start saving the state of this step, once."""
         step = self.state.step
@@ -294,7 +357,7 @@ class Loop(Stateful):
             self.checkpoints.save(step, content, finished)
         self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
-        metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()}
+        metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self.state.average_loss}
         self._unsettled = step, seconds, metadata
 
     def _settle(self) -> None:
@@ -309,17 +372,10 @@ class Loop(Stateful):
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Push a step's checkpoint if the user wants those of this occasion."""
-        path = self.checkpoints.find(step) if self.ranks.is_master else None
-        if path is not None:
+        if self.ranks.is_master and (path := self.checkpoints.find(step)):
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
             if problem:
                 self.progress.note(f"step {step}: the checkpoint is not pushed: {problem}")
-
-    def _smooth(self) -> float:
-        """Return the average loss, corrected for its start at 0."""
-        return self.state.smooth_loss / (
-            1 - SMOOTHING ** (self.state.step - self.state.first_smoothed)
-        )
 
 
 @contextmanager

@@ -8,8 +8,8 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,17 +32,14 @@ from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import InferenceModel
+from archerchat.inference.loading import build_inference_model
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.fp8 import supports_fp8
-from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.fitting import choose_precision
-from archerchat.training.outcome import Outcome
+from archerchat.training.fitting import choose_precision, fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.run import run_stage
@@ -50,6 +47,8 @@ from archerchat.training.stage import Stage, StageConfig
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24
+BYTES_PER_TOKEN = 4
+"""Roughly, of validation text: it only serves to estimate the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,6 @@ class Pretraining(Stage):
     """Train a base model from fresh weights; measure bits per byte on other text."""
 
     name, command, done = "base", "pretrain", "trained"
-    evaluates_first = False  # random weights: the first losses are worth more than a long wait
 
     config: PretrainConfig
     loader: Streams[TextLoader]
@@ -112,15 +110,14 @@ class Pretraining(Stage):
                 "leave it out"
             )
         self.tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
-        self.hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
-        self.schedule = build_schedule(dial, self.hp)
+        self.hp = hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
+        self.schedule = build_schedule(dial, hp)
         self.tag = config.model_tag or f"d{dial.depth}"
-        self.seed, self.num_iterations = config.seed, self.hp.num_iterations
-        self.extend = config.extend
-        self.total_batch_tokens = self.hp.total_batch_tokens
-        self.model_config = self.hp.model
-        self.sequence_length = self.model_config.sequence_length
-        self.fit_to_device(state_dtype=DTYPES[config.optimizer_state])
+        self.seed, self.num_iterations, self.extend = config.seed, hp.num_iterations, config.extend
+        self.model_config, self.rates = hp.model, hp.learning_rates
+        self.total_batch_tokens = hp.total_batch_tokens
+        self.state_dtype = DTYPES[config.optimizer_state]
+        fit_to_device(self)
         self.files = list_shards(data_directory(config.data, home))
         self.shards, self.validation_shards = split_shards(self.files)
         self.packing, self.packing_reason = self._choose_packing()
@@ -167,13 +164,11 @@ class Pretraining(Stage):
         }
 
     def facts(self) -> dict[str, Any]:
+        name, fingerprint = self.config.tokenizer, self.tokenizer.fingerprint
         resolved = {"data": self._data_name(), "packing": self.packing}
         return {
             "model_config": asdict(self.model_config),
-            "tokenizer": {
-                "name": self.config.tokenizer,
-                "fingerprint": self.tokenizer.fingerprint,
-            },
+            "tokenizer": {"name": name, "fingerprint": fingerprint},
             "schedule": asdict(self.schedule),
             "validation": [[p.name, p.stat().st_size] for p in self.validation_shards],
             "fp8": bool(self.uses_fp8),
@@ -182,38 +177,30 @@ class Pretraining(Stage):
 
     # What is trained, and on what
 
-    def build_model(self, start: Checkpoint | None) -> None:
-        config, runtime = self.config, self.runtime
-        model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
-        model.init_weights(config.seed)
-        model.to(runtime.device).recomputes = self.recomputes
-        self.model = model
-        self.optimizer = Optimizer(
-            model,
-            build_groups(model, self.hp.learning_rates),
-            runtime.compute_dtype,
-            config.compile,
-            self.ranks,
-            DTYPES[config.optimizer_state],
-        )
+    def set_weights(self, start: Checkpoint | None) -> None:
+        self.model.init_weights(self.config.seed)
 
     def open_data(self, start: Checkpoint | None) -> None:
         config = self.config
         if config.fp8:
             saved = start.meta.get("fp8") if start else None
-            self.uses_fp8, self.fp8_speed = choose_precision(self, self.rows, saved)
+            self.uses_fp8, self.fp8_speed = choose_precision(self, saved)
         self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
-        self.evaluations = [Evaluation(self.measure_bits, config.eval_every)]
-        if config.core_metric_every is not None:
-            self.evaluations.append(
-                Evaluation(
-                    self._build_core_metric(),
-                    config.core_metric_every,
-                    "core/seconds",
-                    at_start=False,
-                    saves_first=True,
-                )
+        # Not before the first step: the first losses are worth more than waiting for its score.
+        tokens = min(config.eval_tokens, self.validation_bytes // BYTES_PER_TOKEN)
+        bits = Evaluation(self.measure_bits, config.eval_every, at_start=False, tokens=tokens)
+        self.evaluations = [bits]
+        if (every := config.core_metric_every) is not None:
+            cache, notify = self.home.cache_dir, self.console.print
+            bundle = self.ranks.first_alone(
+                lambda: find_bundle(config.core_bundle, cache, notify=notify)
             )
+            options = CoreOptions(max_per_task=config.core_metric_max_per_task)
+            self.core = CoreEvaluation(
+                load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
+            )
+            measured = Evaluation(self.measure_core, every, "core/seconds", at_start=False)
+            self.evaluations.append(replace(measured, saves_first=True))
 
     def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
         return TextLoader(
@@ -265,27 +252,15 @@ class Pretraining(Stage):
         with self._open_loader(self.validation_shards, 0, 1) as loader:
             return {"val/bpb": self.bits_per_byte(self.iter_validation(loader, count, seen))}
 
-    def _build_core_metric(self) -> Callable[[int], Mapping[str, float]]:
-        """Return a function that measures CORE on part of each task; it keeps its prompts."""
-        config, cache, notify = self.config, self.home.cache_dir, self.console.print
-        bundle = self.ranks.first_alone(
-            lambda: find_bundle(config.core_bundle, cache, notify=notify)
+    def measure_core(self, step: int) -> Mapping[str, float]:
+        """Measure CORE on part of each task."""
+        result = self.core.run(
+            build_inference_model(self.model),
+            on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
         )
-        options = CoreOptions(max_per_task=config.core_metric_max_per_task)
-        evaluation = CoreEvaluation(
-            load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
-        )
-
-        def measure(step: int) -> Mapping[str, float]:
-            result = evaluation.run(
-                InferenceModel(self.model).model,
-                on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
-            )
-            low, high = result.interval
-            figures = {"core/score": result.core, "core/low": low, "core/high": high}
-            return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
-
-        return measure
+        low, high = result.interval
+        figures = {"core/score": result.core, "core/low": low, "core/high": high}
+        return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
@@ -342,6 +317,6 @@ class Pretraining(Stage):
         ]
 
 
-def pretrain(config: PretrainConfig, home: Home, console: Console | None = None) -> Outcome:
-    """Train a base model until the horizon is reached or a signal stops it, as `run_stage` does."""
+def pretrain(config: PretrainConfig, home: Home, console: Console | None = None) -> bool:
+    """Train a base model to its last step, or until a signal; raises as `run_stage` does."""
     return run_stage(Pretraining, config, home, console)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,22 +19,15 @@ from archerchat.checkpoint import Stateful
 from archerchat.console import ProgressLine
 from archerchat.data.prefetch import Batch
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
-from archerchat.evals.chat import render_question
-from archerchat.inference.chat import build_answer_request
-from archerchat.inference.engine import Engine
-from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.tools import read_parts
 from archerchat.model.flops import flops_per_token
 from archerchat.model.loss import LossKernels, token_losses, weighted_loss
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
-from archerchat.tasks.conversation import Conversation
 from archerchat.tokenizer.bpe import Tokenizer
 
 
-@dataclass(frozen=True)
-class StepSettings:
+class StepSettings(NamedTuple):
     """The schedules' values at one step."""
 
     lr_multiplier: float
@@ -66,7 +59,9 @@ class Evaluation:
     every: int | None
     """Steps between measurements; None never measures."""
     seconds_name: str = "eval/seconds"
-    """Name of the metric for the time that it took."""
+    """Metric for the time that it took."""
+    tokens: int = 0
+    """Approximate number of tokens that it reads, if that is known."""
     at_start: bool = True
     """Whether step 0 is measured too."""
     saves_first: bool = False
@@ -99,12 +94,10 @@ class Recipe(ABC):
 
     @cached_property
     def regions(self) -> Regions:
-        """The parts of the forward pass, compiled if `compile` is set."""
         return Regions.compiled() if self.compile else Regions()
 
     @cached_property
     def kernels(self) -> LossKernels:
-        """The parts of the loss, compiled if `compile` is set."""
         return LossKernels.compiled() if self.compile else LossKernels()
 
     @abstractmethod
@@ -145,13 +138,8 @@ class Recipe(ABC):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of the trained targets (B, T)."""
-        return weighted_loss(
-            self.hidden(inputs),
-            self.model.unembedding.weight,
-            targets,
-            self.model.config.vocab_size,
-            kernels=self.kernels,
-        )
+        weight, size = self.model.unembedding.weight, self.model.config.vocab_size
+        return weighted_loss(self.hidden(inputs), weight, targets, size, kernels=self.kernels)
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Return the unembedding's input (B, T, C)."""
@@ -159,24 +147,25 @@ class Recipe(ABC):
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return each section of a checkpoint."""
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
-            "rng": rng_state_dict(),
+            "rng": generators,
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Continue from what `state_dict` returned.
-
-        Raises:
-            CheckpointError, RuntimeError, ValueError, KeyError: a section does not fit this run.
-        """
+        """Continue from what `state_dict` returned; torch's errors say what does not fit."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if "loader" in state:  # an imported run has none
             self.loader.load_state_dict(state["loader"])
-            load_rng_state_dict(state["rng"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if "cuda" in state["rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["rng"]["cuda"])
 
     def bits_per_byte(self, batches: Iterable[Batch]) -> float:
         """Measure bits per byte of the targets in all ranks' `batches`."""
@@ -220,44 +209,3 @@ class Recipe(ABC):
             pair = pair.pin_memory().to(self.runtime.device, non_blocking=True)
         inputs, targets = pair.to(self.runtime.device).unbind()
         return inputs, targets
-
-
-def rng_state_dict() -> dict[str, Tensor]:
-    """Return the state of torch's random generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def load_rng_state_dict(states: Mapping[str, Tensor]) -> None:
-    """Restore the state of the generators that exist on this machine."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def answer_questions(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    conversations: Sequence[Conversation],
-    max_new_tokens: int,
-) -> dict[str, str]:
-    """Answer each conversation's question greedily, with the calculator.
-
-    Returns:
-        Question and answer by the question's first 60 characters. The calculator's inputs and
-        results are in brackets.
-    """
-    params = SamplingParams(max_new_tokens, temperature=0)
-    prompts = [render_question(tokenizer, c, engine.max_length)[0] for c in conversations]
-    requests = [build_answer_request(tokenizer, prompt, params) for prompt in prompts]
-    texts = {}
-    for conversation, samples in zip(conversations, engine.generate(requests), strict=True):
-        parts = read_parts(tokenizer, samples[0].token_ids)
-        answer = "".join(
-            part["text"] if part["type"] == "text" else f"[{part['text']}]" for part in parts
-        )
-        question = conversation["messages"][0]["content"]
-        texts[question[:60]] = f"{question} {answer}"
-    return texts

@@ -35,8 +35,8 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.outcome import Outcome
-from archerchat.training.recipe import Evaluation, Metric, StepSettings, answer_questions
+from archerchat.training.fitting import fit_to_device
+from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.rollouts import RolloutLoader
 from archerchat.training.run import run_stage
 
@@ -128,7 +128,7 @@ class Reinforcement(Tuning):
             )
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
-        self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
+        fit_to_device(self, reserved_bytes=cache_bytes * config.rollout_batch_size)
         self.passed: dict[str, float] = {}  # what the last evaluation found
 
     def _build_tasks(self) -> tuple[Task, Task]:
@@ -247,7 +247,7 @@ class Reinforcement(Tuning):
         self.loader.engine.refresh_weights()
         own: list[Conversation] = [{"messages": [user(q)]} for q in self.config.sample_prompt]
         questions, limit = own or self.test[:SAMPLES], self.config.sampling.max_new_tokens
-        return answer_questions(self.loader.engine, self.tokenizer, questions, limit)
+        return self.answer_questions(self.loader.engine, questions, limit)
 
     def announce(self) -> Iterator[tuple[str, str]]:
         config = self.config
@@ -280,6 +280,6 @@ class Reinforcement(Tuning):
         return [self.describe_result(self.passed)] if finished and self.passed else []
 
 
-def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> Outcome:
+def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> bool:
     """Train until the questions are used up or a signal stops it, as `run_stage` does."""
     return run_stage(Reinforcement, config, home, console)

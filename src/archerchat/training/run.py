@@ -7,22 +7,23 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from archerchat.console import ProgressLine, bytes_text
+from archerchat.console import ProgressLine, bytes_text, duration_text
 from archerchat.errors import MemoryExceededError, UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
-from archerchat.planning.peak_flops import PeakFlops, peak_flops
+from archerchat.model.flops import flops_per_token
+from archerchat.planning.gpus import find_gpu
+from archerchat.planning.plan import FORWARD_SHARE, assume_mfu
 from archerchat.runtime import dtype_name, explained_memory
 from archerchat.training.fitting import fewer
 from archerchat.training.loop import Loop
-from archerchat.training.outcome import OVERFITTING, Outcome
 from archerchat.training.resume import (
     CheckpointWriter,
     changed_circumstances,
@@ -32,11 +33,14 @@ from archerchat.training.resume import (
 from archerchat.training.stage import Stage
 from archerchat.training.telemetry import open_run
 
+LONG_SECONDS = 3600
+"""Estimated time of a run from which people on a CPU are told how to shorten it."""
 
-def run_stage(
-    kind: Callable[..., Stage], config: Any, home: Home, console: Console | None
-) -> Outcome:
-    """Run a stage; if memory runs out before its first checkpoint, halve the rows it chose.
+
+def run_stage(kind: Callable[..., Stage], config: Any, home: Home, console: Console | None) -> bool:
+    """Run a stage until its last step or a signal; return whether it is finished.
+
+    If memory runs out before the first checkpoint, it starts again with half the rows it chose.
 
     Raises:
         UsageError: the settings contradict each other or the run that is there.
@@ -44,25 +48,25 @@ def run_stage(
         MemoryExceededError: and the rows cannot be halved: they were given, there is one only, or
             other ranks would wait for the one that failed.
     """
-    most_rows = None
+    is_given = isinstance(config.device_batch_size, int)
     while True:
-        stage = kind(config, home, console, most_rows=most_rows)
+        stage = kind(config, home, console)
         try:
             return _run(stage)
         except MemoryExceededError as error:
             saved, alone = list_checkpoints(stage.directory), stage.ranks.world_size == 1
-            if not stage.chooses_rows or saved or stage.rows == 1 or not alone:
+            if is_given or saved or stage.rows == 1 or not alone:
                 raise
-            most_rows = fewer(stage.rows)
-            stage.console.print(f"{error}\nstarting again with {most_rows} rows per micro-batch")
+            rows = fewer(stage.rows)
+            stage.console.print(f"{error}\nstarting again with {rows} rows per micro-batch")
+            config = replace(config, device_batch_size=rows)
         del stage
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
-def _run(stage: Stage) -> Outcome:
-    """Train until the last step or a signal; do nothing if the run is finished already."""
+def _run(stage: Stage) -> bool:
+    """Train; do nothing if the run is finished already."""
     alone = exclusive(stage.directory) if stage.ranks.is_master else nullcontext()
     with stage.joined, alone:
         start = _find_start(stage)
@@ -71,39 +75,37 @@ def _run(stage: Stage) -> Outcome:
                 f"model {stage.tag!r} is already {stage.done}: step {start.step} is in "
                 f"{stage.directory}; {result}"
             )
-            return Outcome(finished=True)
+            return True
         with explained_memory():
             stage.build(start)
         with closing(stage.loader):
             loop = _build_loop(stage, start)
-            outcome = run_loop(stage, loop, None if start is None else start.path)
+            finished = run_loop(stage, loop, start)
         # Still among the ranks: some figures are sums over all of them.
-        if outcome.finished:
-            figures = summarize(stage, loop, outcome)
+        if finished:
+            figures = summarize(stage, loop)
             if stage.ranks.is_master:
                 write_json(stage.summary, figures)
-        for line in (
-            *_iter_end_lines(stage, loop, outcome),
-            *stage.closing_lines(outcome.finished),
-        ):
+        for line in (*_iter_end_lines(stage, loop, finished), *stage.closing_lines(finished)):
             stage.console.print(line)
-    return outcome
+    return finished
 
 
 def _find_start(stage: Stage) -> Checkpoint | None:
     """Return the checkpoint to resume from, the same on all ranks."""
     asked = stage.config.checkpoint
     stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
-    resumes = asked.resume or stage.extend or asked.resume_from_step is not None
-    if asked.overwrite and resumes:
+    goes_back = asked.resume_from_step is not None
+    if asked.overwrite and (asked.resume or stage.extend or goes_back):
         raise UsageError(
             "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
             "one or the other"
         )
-    if stage.saved is None and (stage.extend or asked.resume_from_step is not None):
-        flag = "--extend" if asked.resume_from_step is None else "--resume-from-step"
+    if stage.saved is None and (stage.extend or goes_back):
+        flag = "--resume-from-step" if goes_back else "--extend"
         raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
-    start = find_start(stage.saved, stage.meta, stage.extend, stage.chooses_rows)
+    chooses_rows = not isinstance(stage.config.device_batch_size, int)
+    start = find_start(stage.saved, stage.meta, stage.extend, chooses_rows)
     require_same_run(stage.ranks, stage.meta, start.step if start else 0, stage.files)
     return start
 
@@ -121,43 +123,63 @@ def _find_result(stage: Stage, start: Checkpoint) -> str | None:
 
 def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
     """Announce the run, and restore a resumed run's state."""
-    config, peak = stage.config, peak_flops(stage.runtime, stage.home.cache_dir)
-    for label, text in (*stage.announce(), *_announce_device(stage, peak)):
-        stage.console.print(f"{label:<10} {text}")
-    every = config.checkpoint.save_every
-    loop = Loop(stage, peak, every, config.sample_every, stage.evaluates_first)
+    options, echo = stage.config.checkpoint, stage.console.print
+    for label, text in (*stage.announce(), *_announce_device(stage, start)):
+        echo(f"{label:<10} {text}")
+    peak = stage.peak.flops_per_second * stage.runtime.world_size
+    loop = Loop(stage, peak, options.save_every, stage.config.sample_every)
     torch.manual_seed(stage.seed)
     if start is not None:
         loop.load_state_dict(start.state)
         start.state.clear()  # copied: it would take its memory until the run ends
-        stage.console.print(f"resuming from {start.path}")
+        echo(f"resuming from {start.path}")
         if changed := changed_circumstances(start.meta, stage.meta):
-            stage.console.print(
+            echo(
                 "note: results will match closely but not bit for bit after this point: "
                 + "; ".join(changed)
             )
     if stage.ranks.is_master:
         for line in stage.prepare_resume(start) if start else ():
-            stage.console.print(line)
-        if config.checkpoint.overwrite:
+            echo(line)
+        if options.overwrite:
             for step in list_checkpoints(stage.directory):
                 remove_directory(find_checkpoint(stage.directory, step))
         stage.summary.unlink(missing_ok=True)
     return loop
 
 
-def _announce_device(stage: Stage, peak: PeakFlops) -> Iterator[tuple[str, str]]:
-    runtime = stage.runtime
+def _announce_device(stage: Stage, start: Checkpoint | None) -> Iterator[tuple[str, str]]:
+    runtime, peak = stage.runtime, stage.peak
     if stage.recomputes and not stage.config.activation_checkpointing:
         yield "memory", "one row fits only if the backward pass recomputes the layers"
     dtype = dtype_name(runtime.compute_dtype)
     yield "device", f"{runtime.device_name}, {dtype} ({runtime.dtype_reason})"
     yield "peak", f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})"
     yield "attention", stage.meta["attention"]
+    mfu = assume_mfu(runtime.device.type, find_gpu(runtime.device_name))
+    rate = mfu * peak.flops_per_second * runtime.world_size
+    if not (seconds := _count_flops(stage, start.step if start else 0) / rate):
+        return
+    yield "time", f"about {duration_text(seconds)}, if training reaches {mfu:.0%} of the peak"
+    if runtime.device.type == "cpu" and seconds > LONG_SECONDS:
+        smaller = "--num-iterations"
+        if stage.name == "base":
+            smaller += " or --depth, or begin with `bash runs/quickstart.sh` (10 minutes)"
+        yield "hint", f"a CPU is slow for a run of this size: lower {smaller}"
 
 
-def run_loop(stage: Stage, loop: Loop, resumed_from: Path | None) -> Outcome:
-    """Run the loop and record what it does."""
+def _count_flops(stage: Stage, done: int) -> float:
+    """Count the operations that are left: all steps, and the evaluations whose size is known."""
+    left = stage.total_steps(0) - done
+    per_token = FORWARD_SHARE * flops_per_token(stage.model_config)
+    evaluated = sum(
+        each.tokens * math.ceil(left / each.every) for each in stage.evaluations if each.every
+    )
+    return left * stage.step_flops() + per_token * evaluated
+
+
+def run_loop(stage: Stage, loop: Loop, start: Checkpoint | None) -> bool:
+    """Run the loop and record what it does; return whether it is finished."""
     config, step = stage.config, loop.state.step
     stage.runtime.reset_peak_memory()
     with (
@@ -167,7 +189,7 @@ def run_loop(stage: Stage, loop: Loop, resumed_from: Path | None) -> Outcome:
             stage.meta,
             config.telemetry,
             group=stage.command,
-            resumed_from=resumed_from,
+            resumed_from=start.path if start else None,
             rank=stage.ranks.rank,
         ) as metrics,
         ProgressLine(stage.console, stage.total_steps(step), step) as progress,
@@ -179,7 +201,7 @@ def run_loop(stage: Stage, loop: Loop, resumed_from: Path | None) -> Outcome:
         return loop.run(checkpoints, metrics, progress)
 
 
-def summarize(stage: Stage, loop: Loop, outcome: Outcome) -> dict[str, Any]:
+def summarize(stage: Stage, loop: Loop) -> dict[str, Any]:
     """Return a finished run's figures for `summary.json`; None where nothing was measured."""
     state, metric = loop.state, stage.metric
     key = metric.name.replace("/", "_")
@@ -191,19 +213,19 @@ def summarize(stage: Stage, loop: Loop, outcome: Outcome) -> dict[str, Any]:
         f"{key}_best": metric.score(state.best_val),
         "overfitting": state.overfitting,
         "training_seconds": state.training_seconds,
-        "tokens_per_second": outcome.tokens_per_second,
-        "mfu": outcome.mfu,
-        "peak_flops_per_second": loop.peak.flops_per_second,
+        "tokens_per_second": loop.speed.tokens_per_second,
+        "mfu": loop.speed.mfu,
+        "peak_flops_per_second": stage.peak.flops_per_second,
         "peak_memory_bytes": stage.runtime.peak_memory_bytes(),
     }
     known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     return known | dict(stage.final_metrics())
 
 
-def _iter_end_lines(stage: Stage, loop: Loop, outcome: Outcome) -> Iterator[str]:
+def _iter_end_lines(stage: Stage, loop: Loop, finished: bool) -> Iterator[str]:
     """Yield lines about the end of the run."""
-    state, metric, asked = loop.state, stage.metric, stage.config.checkpoint
-    if not outcome.finished:
+    state, speed, metric, asked = loop.state, loop.speed, stage.metric, stage.config.checkpoint
+    if not finished:
         where = f"the checkpoint is in {stage.directory}" if state.step else "nothing is saved"
         again = "without --overwrite " if asked.overwrite else ""
         again += "without --resume-from-step " if asked.resume_from_step is not None else ""
@@ -212,11 +234,11 @@ def _iter_end_lines(stage: Stage, loop: Loop, outcome: Outcome) -> Iterator[str]
             f"Run the same command {again}to resume"
         )
         return
-    if math.isfinite(outcome.tokens_per_second):
+    if speed.seconds:
         yield (
-            f"trained on {state.tokens:,} tokens in {state.training_seconds / 60:.1f} min: "
-            f"{outcome.tokens_per_second:,.0f} tok/s, mfu {100 * outcome.mfu:.1f} %, "
-            f"{100 * outcome.data_wait_share:.1f} % of the time waiting for data, peak memory "
+            f"trained on {state.tokens:,} tokens in {state.training_seconds / 60:.1f} min; median "
+            f"step: {speed.tokens_per_second:,.0f} tok/s, mfu {100 * speed.mfu:.1f} %; "
+            f"{100 * speed.data_wait_share:.1f} % of the time waiting for data; peak memory "
             f"{bytes_text(stage.runtime.peak_memory_bytes())}"
         )
     if math.isfinite(state.last_val):
@@ -224,5 +246,3 @@ def _iter_end_lines(stage: Stage, loop: Loop, outcome: Outcome) -> Iterator[str]
             f"{metric.label}: {state.first_val:.4f} -> {state.last_val:.4f} "
             f"(best {metric.score(state.best_val):.4f})"
         )
-    if state.overfitting:
-        yield f"warning: {OVERFITTING.format(metric.label)}"

@@ -36,8 +36,8 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import HELD_BACK, MixtureConfig, build_mixtures
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.outcome import Outcome
-from archerchat.training.recipe import Evaluation, StepSettings, answer_questions
+from archerchat.training.fitting import fit_to_device
+from archerchat.training.recipe import Evaluation, StepSettings
 from archerchat.training.resume import saved_rows
 from archerchat.training.run import run_stage
 
@@ -61,6 +61,7 @@ class FinetuneConfig(TuneConfig):
     """Fine-tune a base model on conversations."""
 
     data: MixtureConfig
+    """The default is downloaded. For your own data: --mixture none --jsonl FILE."""
     document_masking: bool = False
     """Keep conversations that share a row from attending to each other."""
     total_batch_size: PositiveInt | None = None
@@ -122,9 +123,8 @@ class Finetuning(Tuning):
         config, cache = self.config, self.home.cache_dir / "tasks"
         self.find_base("base")
         files = TaskFiles(cache, config.data.data_dir, notify=self.console.print)
-        self.train, self.validation = self.ranks.first_alone(
-            lambda: build_mixtures(config.data, files)
-        )
+        build = partial(build_mixtures, config.data, files)
+        self.train, self.validation = self.ranks.first_alone(build)
         self.seed, self.num_iterations = config.data.mixture_seed, None
         rows, self.total_batch_tokens, self.rates = inherit(
             self.base, self.model_config, config.lr_scale, config.total_batch_size
@@ -132,7 +132,7 @@ class Finetuning(Tuning):
         # Micro-batches count alike, however much of each is learned: more rows would be another
         # loss.
         rows = saved_rows(self.saved.meta) if self.saved else rows
-        self.fit_to_device(usual_rows=rows, document_masking=config.document_masking)
+        fit_to_device(self, usual_rows=rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
 
     def identity(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class Finetuning(Tuning):
         questions = self.config.sample_prompt or SAMPLE_QUESTIONS
         conversations: list[Conversation] = [{"messages": [user(q)]} for q in questions]
         engine = Engine(self.model, len(conversations))
-        return answer_questions(engine, self.tokenizer, conversations, SAMPLE_TOKENS)
+        return self.answer_questions(engine, conversations, SAMPLE_TOKENS)
 
     def announce(self) -> Iterator[tuple[str, str]]:
         estimate, moments = self.first_estimate, "from zero"
@@ -300,6 +300,6 @@ class Finetuning(Tuning):
         ]
 
 
-def finetune(config: FinetuneConfig, home: Home, console: Console | None = None) -> Outcome:
+def finetune(config: FinetuneConfig, home: Home, console: Console | None = None) -> bool:
     """Train until the passes or the steps are done or a signal stops it, as `run_stage` does."""
     return run_stage(Finetuning, config, home, console)

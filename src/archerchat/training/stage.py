@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,17 +22,15 @@ from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints,
 from archerchat.config import AttentionName, Config, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
 from archerchat.data.streams import LoaderT, Streams, saved_streams
-from archerchat.dial import grad_accum_steps
+from archerchat.dial import LearningRates, grad_accum_steps
 from archerchat.distributed import joined_ranks
 from archerchat.home import Home
+from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
-from archerchat.runtime import (
-    build_runtime,
-    describe_hardware,
-    dtype_name,
-    prepare_process,
-)
-from archerchat.training.fitting import choose_attention, choose_rows, probe_rows
+from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
+from archerchat.planning.peak_flops import PeakFlops, peak_flops
+from archerchat.runtime import build_runtime, describe_hardware, dtype_name, prepare_process
 from archerchat.training.recipe import Recipe
 from archerchat.training.telemetry import TelemetryConfig
 
@@ -80,9 +78,6 @@ class StageConfig(DeviceConfig):
 class Stage(Recipe):
     """One training command; `decide` of a subclass sets the attributes below.
 
-    Args:
-        most_rows: bound on the rows per micro-batch, if they are chosen here.
-
     Raises:
         UsageError: the device is not here, or the settings contradict each other or what they name.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
@@ -93,8 +88,8 @@ class Stage(Recipe):
     command: ClassVar[str]
     done: ClassVar[str]
     """Past participle for messages: trained, fine-tuned, reinforced."""
-    evaluates_first: ClassVar[bool] = True
-    """Whether the model is evaluated before the first step."""
+    decays: ClassVar[bool] = True
+    """Whether AdamW's groups have weight decay."""
 
     tag: str
     seed: int
@@ -102,22 +97,23 @@ class Stage(Recipe):
     num_iterations: int | None
     """Steps of the run; None where the data decides."""
     model_config: ModelConfig
+    rates: LearningRates
     total_batch_tokens: int
-    sequence_length: int
     extend: bool = False
+    state_dtype: torch.dtype = torch.float32
+    """Dtype of the optimizer's moments."""
     files: Sequence[Path] = ()
     """Data files, which must be the same on every rank."""
-    meta: dict[str, Any]
-    """What `describe` returned."""
 
-    def __init__(
-        self,
-        config: StageConfig,
-        home: Home,
-        console: Console | None = None,
-        most_rows: int | None = None,
-    ) -> None:
-        self.config, self.home, self.most_rows = config, home, most_rows
+    # What `fitting.fit_to_device` sets.
+    rows: int
+    """Rows per micro-batch."""
+    recomputes: bool
+    backend: Backend
+    backend_reason: str
+
+    def __init__(self, config: StageConfig, home: Home, console: Console | None = None) -> None:
+        self.config, self.home = config, home
         self.runtime, self.compile = build_runtime(config.device, config.dtype), config.compile
         self.console = console or build_console(quiet=not self.runtime.is_master)
         prepare_process(self.runtime)
@@ -136,16 +132,11 @@ class Stage(Recipe):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return the model's configuration, its tokenizer and the stage's other entries for
-        `describe`."""
+        """Return the model's configuration, its tokenizer and other entries for `describe`."""
 
     @abstractmethod
-    def build_model(self, start: Checkpoint | None) -> None:
-        """Build the model and its optimizer.
-
-        Args:
-            start: the checkpoint whose state will be loaded; None for a new run.
-        """
+    def set_weights(self, start: Checkpoint | None) -> None:
+        """Give the new model its weights; those of `start` will be loaded later."""
 
     @abstractmethod
     def open_data(self, start: Checkpoint | None) -> None:
@@ -175,6 +166,10 @@ class Stage(Recipe):
         return f"{self.metric.name} {figures[f'{key}_first']:.4f} -> {figures[key]:.4f}"
 
     @property
+    def sequence_length(self) -> int:
+        return self.model_config.sequence_length
+
+    @property
     def directory(self) -> Path:
         """Directory of the model's checkpoints."""
         return self.home.checkpoint_dir(self.name, self.tag)
@@ -188,6 +183,11 @@ class Stage(Recipe):
     def summary(self) -> Path:
         """File with the run's figures, written when the run is finished."""
         return self.home.run_dir(self.run_name) / "summary.json"
+
+    @cached_property
+    def peak(self) -> PeakFlops:
+        """Peak rate of one device."""
+        return peak_flops(self.runtime, self.home.cache_dir)
 
     def describe(self) -> dict[str, Any]:
         """Return what every checkpoint and journal says about the run. A command may resume it if
@@ -214,6 +214,41 @@ class Stage(Recipe):
     def step_tokens(self) -> int:
         return self.total_batch_tokens
 
+    def count_micro_batches(self, rows: int) -> int:
+        """Return how many micro-batches of `rows` rows one rank adds up per step."""
+        tokens, length = self.total_batch_tokens, self.sequence_length
+        return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
+
+    def build(self, start: Checkpoint | None) -> None:
+        """Build the model, its optimizer and its data.
+
+        Args:
+            start: the checkpoint whose state will be loaded; None for a new run.
+        """
+        self.build_model(start)
+        self.open_data(start)
+        self.meta = self.describe()
+
+    def build_model(self, start: Checkpoint | None) -> None:
+        runtime = self.runtime
+        self.model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
+        self.set_weights(start)
+        self.model.to(runtime.device).recomputes = self.recomputes
+        groups = build_groups(self.model, self.rates)
+        if not self.decays:
+            groups = [
+                replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
+                for group in groups
+            ]
+        self.optimizer = Optimizer(
+            self.model,
+            groups,
+            runtime.compute_dtype,
+            self.config.compile,
+            self.ranks,
+            self.state_dtype,
+        )
+
     def open_streams(
         self, open_stream: Callable[[int, int], LoaderT], start: Checkpoint | None
     ) -> Streams[LoaderT]:
@@ -221,63 +256,3 @@ class Stage(Recipe):
         saved = start.state.get("loader") if start else None
         count = saved_streams(saved) if saved else self.ranks.world_size
         return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
-
-    def count_micro_batches(self, rows: int) -> int:
-        """Return how many micro-batches of `rows` rows one rank adds up per step."""
-        tokens, length = self.total_batch_tokens, self.sequence_length
-        return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
-
-    def fit_to_device(
-        self,
-        *,
-        usual_rows: int | None = None,
-        reserved_bytes: int = 0,
-        state_dtype: torch.dtype = torch.float32,
-        document_masking: bool = False,
-    ) -> None:
-        """Choose the rows per micro-batch, whether layers are recomputed, and the attention.
-
-        The arguments are those of `choose_rows` and `choose_attention`.
-        """
-        config, runtime = self.config, self.runtime
-        given, self.recomputes = config.device_batch_size, config.activation_checkpointing
-        self.chooses_rows, self.probes = not isinstance(given, int), False
-        self.reserved_bytes = reserved_bytes
-        if isinstance(given, int):
-            self.rows = given
-        else:
-            self.rows, self.recomputes, keeps = choose_rows(
-                runtime,
-                self.ranks,
-                self.model_config,
-                self.count_micro_batches(1),
-                self.saved,
-                usual_rows,
-                self.most_rows,
-                recomputes=self.recomputes,
-                state_dtype=state_dtype,
-                reserved_bytes=reserved_bytes,
-            )
-            self.probes = runtime.device.type == "cuda" and not keeps
-        self.grad_accum_steps = self.count_micro_batches(self.rows)
-        self.backend, self.backend_reason = choose_attention(
-            runtime,
-            self.ranks,
-            self.home.cache_dir,
-            self.model_config,
-            self.rows,
-            forced=config.attention,
-            compile=self.compile,
-            document_masking=document_masking,
-        )
-
-    def build(self, start: Checkpoint | None) -> None:
-        """Build the model and its data. Rows chosen here are lowered until two passes fit."""
-        self.build_model(start)
-        if self.probes:
-            chosen, self.rows = self.rows, 1  # if not even one row fits, a new start cannot help
-            cache, notify = self.home.cache_dir, self.console.print
-            self.rows = probe_rows(self, chosen, cache, notify, self.reserved_bytes)
-            self.grad_accum_steps = self.count_micro_batches(self.rows)
-        self.open_data(start)
-        self.meta = self.describe()

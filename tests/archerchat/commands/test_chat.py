@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from archerchat.commands import chat
 from archerchat.commands.chat import Dialogue, show_answer
 from archerchat.errors import UsageError
 from archerchat.inference.chat import ChatSession
@@ -110,26 +109,35 @@ def test_help_tells_every_command(session: ChatSession, console: Console) -> Non
     dialogue = Dialogue(session, console)
     dialogue.take("/help")
     said = output_of(console)
-    for command in (*dialogue._commands, "/quit", "Ctrl-C"):
-        assert command in said
+    for command in ("/clear", "/temperature", "/top_k", "/max_tokens", "/save", "/help", "/quit"):
+        assert f"\n{command} " in f"\n{said}"
+    for command in ("/clear", "/temperature", "/top_k", "/max_tokens"):
+        dialogue.take(command)
+    assert output_of(console).splitlines() == [
+        "a new conversation",
+        "temperature is 0.0",
+        "top_k is None",
+        "max_tokens is 32",
+    ]
+    assert "Ctrl-C stops an answer" in said
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     session: ChatSession, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    read = chat._AnswerPrinter.show
+    write = console.print
 
-    def interrupted(printer: Any, piece: Any) -> None:
-        read(printer, piece)
-        if piece.text == "*":
+    def interrupted(text: str = "", **options: Any) -> None:
+        write(text, **options)
+        if text == "*":
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(chat._AnswerPrinter, "show", interrupted)
+    monkeypatch.setattr(console, "print", interrupted)
     show_answer(session, "6 times 7?", console)
     assert output_of(console) == "So [6*]\nstopped\n"
     assert signal.getsignal(signal.SIGINT) is before
-    monkeypatch.setattr(chat._AnswerPrinter, "show", read)
+    monkeypatch.setattr(console, "print", write)
     show_answer(session, "again", console)
     assert output_of(console) == SAID
 

@@ -298,14 +298,14 @@ def test_download_refuses_numbers_that_the_source_does_not_have(home: Home) -> N
 
 def test_progress_says_rate_and_time_left_when_piped(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("archerchat.commands.data.time.monotonic", lambda: now)
+    monkeypatch.setattr("archerchat.console.time.monotonic", lambda: now)
     console = Console(file=io.StringIO(), width=200)
     with LiveLine(console, "connecting") as line:
-        progress = data._DownloadProgress(line, num_files=3)
-        progress.report("a", 20_000_000, 100_000_000)  # 20 MB were there already
+        report = data.report_to(line, num_files=3)
+        report("a", 20_000_000, 100_000_000)  # 20 MB were there already
         now = 110.0
-        progress.report("a", 60_000_000, 100_000_000)
-        progress.report("a", 70_000_000, 100_000_000)
+        report("a", 60_000_000, 100_000_000)
+        report("a", 70_000_000, 100_000_000)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ("0 of 3 shards, 60 of 300 MB at 4.0 MB/s, 60 s left\n")
 
@@ -356,7 +356,7 @@ def test_the_template_is_saved_edited_and_used(capsys: pytest.CaptureFixture[str
         (("--name", " "), 2, "--name is empty"),
         (("--creator", ""), 2, "--creator is empty"),
         (("--num-conversations", "0"), 2, "--num-conversations is 0; it must be at least 1"),
-        (("--template", "none.toml"), 1, "cannot read the template none.toml"),
+        (("--template", "none.toml"), 1, "cannot read none.toml (No such file or directory)"),
         (("--output", "home-file/x.jsonl"), 1, "cannot write home-file/x.jsonl"),
     ],
 )

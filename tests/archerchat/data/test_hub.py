@@ -325,13 +325,22 @@ def arc_table() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture
+def as_default(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it the hub that HF_ENDPOINT would name."""
+    name, constants = "HUGGINGFACE_CO_URL_TEMPLATE", huggingface_hub.constants
+    url = getattr(constants, name).replace(constants.ENDPOINT, hub.endpoint)
+    monkeypatch.setattr(constants, name, url)
+
+
+@pytest.mark.usefixtures("as_default")
 def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path: Path) -> None:
     table = load_tables()["ARC-Easy"]
     hub.resolve = f"/datasets/{table.repository}/resolve/{table.revision}/ARC-Easy"
     hub.files[TABLE] = arc_table()
     hub.faults[TABLE] = ["drop", "500"]
     notes: list[str] = []
-    files = TaskFiles(tmp_path / "cache", endpoint=hub.endpoint, notify=notes.append)
+    files = TaskFiles(tmp_path / "cache", notify=notes.append)
     task = build_task("arc-easy", "test", files)
     assert (len(task), task[499]["messages"][1]["content"]) == (500, "B")
     assert task[7]["messages"][0]["content"].startswith("Multiple Choice question: 7?\n- iron=A")
@@ -344,11 +353,12 @@ def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path
     assert hub.requests == before
 
 
+@pytest.mark.usefixtures("as_default")
 def test_a_table_that_is_no_parquet_is_refused(hub: Hub, tmp_path: Path) -> None:
     table = load_tables()["ARC-Easy"]
     hub.resolve = f"/datasets/{table.repository}/resolve/{table.revision}/ARC-Easy"
     hub.files[TABLE] = b"not found" * 1000
-    files = TaskFiles(tmp_path / "cache", endpoint=hub.endpoint)
+    files = TaskFiles(tmp_path / "cache")
     with pytest.raises(DataError, match=r"what arrived is unusable.*--data-dir names a folder"):
         files.rows(table, "test")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -163,7 +163,7 @@ def test_a_saved_conversation_can_be_learned_from(session: ChatSession) -> None:
     say(session, "6 times 7?")
     session.turns.append(Turn("stopped at once", ()))
     line = json.dumps(session.to_conversation())
-    conversation = check_conversation(json.loads(line), "saved.jsonl:1")
+    conversation = check_conversation(json.loads(line))
     assert [message["role"] for message in conversation["messages"]] == [
         *("system", "user", "assistant")
     ]

@@ -14,10 +14,11 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from archerchat import load
+from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Event
 from archerchat.serving import app
 from archerchat.serving.answers import ChatChoice, ResponsesAnswer
-from archerchat.serving.worker import GenerationFailed
+from archerchat.serving.errors import APIError
 from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -136,19 +137,24 @@ def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model:
 
     async def fail(patience: float) -> Any:
         seen.append("waited")
-        raise GenerationFailed("the model failed")
+        if len(seen) == 2:
+            return {}  # nothing was said for so long
+        raise APIError("the model failed", status=500)
 
     stream: Any = SimpleNamespace(open_samples=1, requests=[], next=fail)
-    answer = ResponsesAnswer("response", "tiny", stream, [ChatChoice(model.loaded.tokenizer, 0)])
+    answer = ResponsesAnswer(
+        "response", "tiny", stream, [ChatChoice(model.loaded.tokenizer, 0, SamplingParams())]
+    )
 
     async def show() -> None:
         async for piece in app._show(answer):
             seen.append(piece.decode())
 
     asyncio.run(show())
-    begun, waited, failed = seen
+    begun, waited, ping, again, failed = seen
     assert begun.startswith("event: response.created\n")
-    assert waited == "waited"
+    assert waited == again == "waited"
+    assert ping == ": still at work\n\n"
     assert json.loads(failed.removeprefix("event: error\ndata: ")) == {
         "type": "error", "message": "the model failed", "code": "server_error", "param": None,
         "sequence_number": 3,
@@ -280,7 +286,7 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
     words = ["a", "<|python_start|>", "6*7", "<|python_end|>", "<|output_start|>", "42",
              "<|output_end|>", "b"]  # fmt: skip
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0)
+    choice = ChatChoice(found.tokenizer, 0, SamplingParams())
     events = [Event(0, 0, token) for token in found.ids(words)]
     deltas = [choice.read([event])["delta"] for event in events[:3]]  # at one time, or apart
     deltas += [choice.read(events[3:])["delta"]]
@@ -297,7 +303,7 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
 def test_two_calls_in_a_row_are_two_parts_of_a_stream(scripted: Any) -> None:
     words = ["<|python_start|>", "6*", "<|python_end|>", "<|python_start|>", "7*", "<|python_end|>"]
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0)
+    choice = ChatChoice(found.tokenizer, 0, SamplingParams())
     delta = choice.read([Event(0, 0, token) for token in found.ids(words)])["delta"]
     assert [(part["text"], part["starts"]) for part in delta["parts"]] == [
         ("6", True), ("*", False), ("7", True), ("*", False),

@@ -15,7 +15,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from archerchat.errors import UsageError
-from archerchat.serving import app, guard
+from archerchat.serving import guard
 from archerchat.serving.config import ServeConfig
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -135,6 +135,12 @@ def test_what_is_no_json_object_is_refused(client: TestClient, content: bytes) -
     assert response.json()["error"]["message"]
 
 
+def test_a_wrong_method_is_told_the_right_one(client: TestClient) -> None:
+    response = client.get(TEXT)
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_a_schema_is_refused_however_deep(client: TestClient) -> None:
     """Some depth is too much for Python, but only for what comes after it has read the body."""
     body = {"messages": HELLO, "response_format": schema("deep")}
@@ -230,10 +236,10 @@ def test_a_page_of_another_origin_needs_leave(serve: Any) -> None:
 
 def test_a_full_queue_says_when_to_come_again(serve: Any) -> None:
     client = serve(max_batch=1, max_queue=1)
-    worker = client.app.state.server.worker
+    worker = client.app.state.models.worker
     held = threading.Event()
     client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
-    worker._inbox.put(held.wait)  # the thread is busy until then
+    worker._thread.submit(held.wait)  # the thread is busy until then
     body = {"prompt": "a", "max_tokens": 2}
     results: list[Any] = []
     threads = [
@@ -259,7 +265,7 @@ def test_an_engine_that_fails_is_reported_and_goes_on(
     client = serve()
     body = {"prompt": "a", "max_tokens": 2}
     assert client.post(TEXT, json=body).status_code == 200
-    engine = client.app.state.server.models.loaded["tiny:sft"].engine
+    engine = client.app.state.models.loaded["tiny:sft"].engine
 
     def fail() -> None:
         raise MemoryError
@@ -276,7 +282,7 @@ def test_an_engine_that_fails_is_reported_and_goes_on(
 def test_a_client_that_never_reads_loses_its_place(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    monkeypatch.setattr(guard, "SEND_SECONDS", 0.05)
     client = serve()
     messages = [{"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}]
 
@@ -306,16 +312,16 @@ def test_models_make_room_for_each_other(serve: Any) -> None:
 def test_other_work_does_not_hold_up_the_steps(serve: Any) -> None:
     client = serve()
     client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
-    worker = client.app.state.server.worker
+    worker = client.app.state.models.worker
     held, ran = threading.Event(), []
-    worker._inbox.put(held.wait)
+    worker._thread.submit(held.wait)
     body = {"prompt": "a", "max_tokens": 3}
     asking = threading.Thread(target=lambda: client.post(TEXT, json=body))
     asking.start()
     while not worker.samples:
         time.sleep(0.005)
     for _ in range(20):
-        worker._inbox.put(lambda: ran.append(time.sleep(0.06)))
+        client.portal.start_task_soon(worker.call, lambda: ran.append(time.sleep(0.06)))
     held.set()
     asking.join()
     assert len(ran) < 20

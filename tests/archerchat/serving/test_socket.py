@@ -31,7 +31,7 @@ def server(served_home: Any, listen: Any) -> Iterator[Any]:
     app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig(max_batch=2))
     with listen(app) as address, httpx.Client(base_url="http://{}:{}".format(*address)) as client:
         client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1}, timeout=60)
-        engine = app.state.server.models.loaded["tiny:sft"].engine
+        engine = app.state.models.loaded["tiny:sft"].engine
         advance = engine.advance
 
         def slow() -> Any:
@@ -111,6 +111,17 @@ def test_requests_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.Mo
         assert answer.elapsed.total_seconds() > 0.5
         assert answer.json()["usage"]["completion_tokens"] == 50
         assert headers.recv(1) == body.recv(1) == b""
+
+
+def test_a_connection_too_many_is_told_so(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = server
+    assert client.get("/health").status_code == 200  # its connection stays open
+    monkeypatch.setattr(guard, "MAX_CONNECTIONS", 1)
+    with httpx.Client(base_url=client.base_url) as other:
+        refused = other.get("/health")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+        assert refused.headers["connection"] == "close"
+        assert client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,6 @@ def test_a_categorical_task_judges_letters() -> None:
     assert (task.kind, task.random_baseline) == ("categorical", 0.25)
     assert [task.evaluate(task[0], letter) for letter in "AB"] == [False, True]
     assert [task.reward(task[0], letter) for letter in "AB"] == [0.0, 1.0]
-    with pytest.raises(UsageError, match="'C' is not a choice of exam: choose from A, B"):
-        task.evaluate(task[0], "C")
 
 
 def test_a_mixture_holds_everything_once_in_a_fixed_order() -> None:
@@ -120,8 +118,6 @@ def numbers_of(mixture: TaskMixture) -> list[int]:
 
 
 def test_an_empty_mixture_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least one task"):
-        TaskMixture([])
     with pytest.raises(DataError, match="no conversations in none, nothing"):
         TaskMixture([Numbers("none", 0), Numbers("nothing", 0)])
 

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
@@ -57,8 +56,8 @@ def test_conversations_are_sound_and_right_by_their_own_judgement(
     for split in ("train", "test"):
         task = make(split, 300)
         assert task.kind == "generative"
-        for number, conversation in enumerate(task):
-            check_conversation(conversation, f"{split}:{number}")
+        for conversation in task:
+            check_conversation(conversation)
             assert task.evaluate(conversation, answer(conversation))
             assert task.reward(conversation, "I do not know") == 0.0
 
@@ -154,16 +153,9 @@ def test_words_are_kept_in_order_and_plain() -> None:
     assert {split_of(word) for word in load_words("test")} == {"test"}
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: SpellingBeeTask("dev"), "no split 'dev' of a generated task: use train or test"),
-        (lambda: load_words("all"), "no split 'all'"),
-    ],
-)
-def test_impossible_tasks_are_refused(build: Callable[[], object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        build()
+def test_an_impossible_split_is_refused() -> None:
+    with pytest.raises(UsageError, match="no split 'dev' of a generated task: use train or test"):
+        SpellingBeeTask("dev")
 
 
 def test_descriptions_tell_generated_tasks_apart() -> None:

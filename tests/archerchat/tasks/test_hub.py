@@ -30,11 +30,11 @@ def test_every_table_is_pinned_to_a_commit(table: Table) -> None:
 
 
 def test_files_on_the_hub() -> None:
-    assert GSM8K.files("train") == ("main/train-00000-of-00001.parquet",)
-    assert MMLU.files("auxiliary_train") == ("all/auxiliary_train-00000-of-00001.parquet",)
-    assert TABLES["ARC-Easy"].files("test") == ("ARC-Easy/test-00000-of-00001.parquet",)
-    assert TABLES["HumanEval"].files("test") == ("openai_humaneval/test-00000-of-00001.parquet",)
-    assert TABLES["SmolTalk"].files("test") == ("data/test-00000-of-00001.parquet",)
+    assert GSM8K.files("train") == ["main/train-00000-of-00001.parquet"]
+    assert MMLU.files("auxiliary_train") == ["all/auxiliary_train-00000-of-00001.parquet"]
+    assert TABLES["ARC-Easy"].files("test") == ["ARC-Easy/test-00000-of-00001.parquet"]
+    assert TABLES["HumanEval"].files("test") == ["openai_humaneval/test-00000-of-00001.parquet"]
+    assert TABLES["SmolTalk"].files("test") == ["data/test-00000-of-00001.parquet"]
     assert TABLES["SmolTalk"].files("train")[3] == "data/train-00003-of-00004.parquet"
     with pytest.raises(UsageError, match="openai/gsm8k has no split 'dev': choose from train, t"):
         GSM8K.files("dev")

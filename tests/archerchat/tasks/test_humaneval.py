@@ -107,13 +107,16 @@ def test_the_lenient_rule_finds_what_the_reference_s_loses(
 
 
 def test_an_answer_that_does_not_end_is_stopped(local_files: TaskFiles) -> None:
-    task = HumanEvalTask(local_files, timeout_s=0.3)
+    task = HumanEvalTask(local_files)
+    task.timeout_s = 0.3
     result = task.run(task[0], "def total(x):\n    while True: pass")
     assert result.outcome == "timeout"
 
 
 def real(shared_data_dir: Path, tmp_path: Path) -> HumanEvalTask:
-    return HumanEvalTask(TaskFiles(tmp_path, shared_data_dir), timeout_s=30)
+    task = HumanEvalTask(TaskFiles(tmp_path, shared_data_dir))
+    task.timeout_s = 30
+    return task
 
 
 def failures(task: HumanEvalTask) -> list[tuple[str, str]]:

@@ -28,8 +28,8 @@ def test_the_package_s_template_makes_sound_and_varied_conversations() -> None:
     template = parse_template(default_template(), VALUES, "the template")
     conversations = draw_identity(template, 500, seed=0)
     assert len(conversations) == 500
-    for number, conversation in enumerate(conversations):
-        check_conversation(conversation, f"identity:{number}")
+    for conversation in conversations:
+        check_conversation(conversation)
         questions = [each["content"] for each in conversation["messages"][::2]]
         assert len(set(questions)) == len(questions)
     text = "\n".join(contents(conversations))

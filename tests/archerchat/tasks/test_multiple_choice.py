@@ -64,7 +64,7 @@ def test_an_answer_beyond_the_choices_is_named(local_dir: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["ARC-Easy", "ARC-Challenge"])
 def test_the_real_arc_reads_whole(name: str, shared_data_dir: Path, tmp_path: Path) -> None:
     files = TaskFiles(tmp_path, shared_data_dir)
-    for task in (ARCTask(files, name, "train"), ARCTask(files, name, "test")):  # type: ignore[arg-type]
+    for task in (ARCTask(files, name, "train"), ARCTask(files, name, "test")):
         assert all(each["messages"][1]["content"] in each["letters"] for each in task)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -53,24 +52,6 @@ def test_unknown_names_are_refused(local_files: TaskFiles) -> None:
         build_task("GSM8K", "dev", local_files)
     with pytest.raises(UsageError, match="no split 'train': choose from test"):
         build_task("HumanEval", "train", local_files)
-
-
-def test_a_folder_of_chats_stands_in_for_smoltalk(local_files: TaskFiles, local_dir: Path) -> None:
-    shutil.rmtree(local_dir / "smoltalk")
-    with pytest.raises(DataError, match="no smoltalk/train"):
-        build_task("SmolTalk", "train", local_files)
-    lines = [
-        f'[{{"role":"user","content":"{i}"}},{{"role":"assistant","content":"{i}"}}]\n'
-        for i in range(41)
-    ]
-    (local_dir / "chat").mkdir()
-    (local_dir / "chat" / "talks.jsonl").write_text("".join(lines))
-    train = build_task("SmolTalk", "train", local_files)
-    test = build_task("SmolTalk", "test", local_files)
-    assert [each["messages"][1]["content"] for each in test] == ["0", "20", "40"]
-    assert len(train) == 38
-    with pytest.raises(UsageError, match="for training only"):
-        test.evaluate(test[0], "0")
 
 
 @pytest.fixture(scope="module")

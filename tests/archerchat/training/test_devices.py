@@ -23,7 +23,6 @@ from archerchat.model.loss import weighted_loss
 from archerchat.model.transformer import Transformer
 from archerchat.optim import optimizer as optimizer_module
 from archerchat.optim.optimizer import Optimizer, build_groups
-from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime, build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.loop import Loop
@@ -141,12 +140,12 @@ def build(runtime: Runtime, steps: int = 20) -> SmallRecipe:
 
 def run(recipe: SmallRecipe, directory: Path, start: Path | None = None) -> dict[str, list[float]]:
     """Train, from a checkpoint if one is given, and save at the end; return the metrics."""
-    loop = Loop(recipe, PeakFlops(1e12, "of no interest"), save_every=10)
+    loop = Loop(recipe, 1e12, save_every=10)
     if start is not None:
         loop.load_state_dict(load_checkpoint(start).state)
     metrics = Losses(None)
     with ProgressLine(Console(quiet=True), recipe.steps) as progress:
-        assert loop.run(CheckpointWriter(directory, {}, 2), metrics, progress).finished
+        assert loop.run(CheckpointWriter(directory, {}, 2), metrics, progress)
     return metrics.kept
 
 

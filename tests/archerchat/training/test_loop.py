@@ -24,10 +24,8 @@ from archerchat.console import ProgressLine
 from archerchat.errors import ArcherChatError
 from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
-from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.loop import SAVE_SECONDS, Loop
-from archerchat.training.outcome import LoopState, Outcome
+from archerchat.training.loop import SAVE_SECONDS, Loop, LoopState, Speed
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.telemetry import MetricsLog, Occasion, open_run
 
@@ -58,6 +56,7 @@ class StubRecipe:
         group = AdamGroup(("weight",), 0.1, (0.8, 0.95), 0.0)
         self.optimizer = Optimizer(self.model, [group])
         self.plan = PLAN
+        self.at_start = True
         self.progress: ProgressLine | None = None
         self.calls: list[str] = []
         self.batches = 0
@@ -74,7 +73,11 @@ class StubRecipe:
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        return [Evaluation(lambda step: self.evaluate(step), self.plan.eval_every)]
+        return [
+            Evaluation(
+                lambda step: self.evaluate(step), self.plan.eval_every, at_start=self.at_start
+            )
+        ]
 
     def note(self, call: str) -> None:
         self.calls.append(call)
@@ -147,12 +150,12 @@ class StubRecipe:
 def build_loop(recipe: StubRecipe, plan: Plan = PLAN, state: LoopState | None = None) -> Loop:
     recipe.plan = plan
     given: Any = recipe
-    loop = Loop(given, PeakFlops(1e9, "table"), plan.save_every, plan.sample_every)
+    loop = Loop(given, 1e9, plan.save_every, plan.sample_every)
     loop.state = state or loop.state
     return loop
 
 
-def run(loop: Loop, metrics: MetricsLog | None = None) -> Outcome:
+def run(loop: Loop, metrics: MetricsLog | None = None) -> bool:
     recipe: Any = loop.recipe
     progress = ProgressLine(Console(file=io.StringIO()), recipe.plan.num_iterations)
     return loop.run(recipe, metrics or MetricsLog(None), progress)
@@ -166,8 +169,7 @@ def send(*numbers: signal.Signals) -> None:
 def test_saves_then_evaluates_then_samples_then_trains() -> None:
     recipe = StubRecipe()
     plan = replace(PLAN, num_iterations=5, eval_every=2, sample_every=4, save_every=2)
-    outcome = run(build_loop(recipe, plan))
-    assert outcome.finished
+    assert run(build_loop(recipe, plan))
     assert recipe.events() == [
         *("evaluate 0", "step 0", "step 1"),
         *("save 2", "evaluate 2", "step 2", "step 3"),
@@ -201,9 +203,8 @@ def test_without_a_cadence_the_end_only_saves() -> None:
 def test_a_run_shorter_than_its_cadence_is_measured_at_the_end() -> None:
     recipe = StubRecipe()
     plan = replace(PLAN, eval_every=9, sample_every=9, save_every=9)
-    loop = build_loop(recipe, plan)
-    loop.evaluates_first = False
-    run(loop)
+    recipe.at_start = False
+    run(build_loop(recipe, plan))
     assert recipe.events()[0] == "step 0"
     assert recipe.events()[-3:] == ["save 4", "evaluate 4", "sample 4"]
 
@@ -232,11 +233,11 @@ def test_a_resumed_loop_repeats_no_save_but_the_evaluation_that_may_be_missing()
 def test_a_loop_resumed_after_its_last_step_only_evaluates() -> None:
     recipe = StubRecipe()
     plan = replace(PLAN, eval_every=9, sample_every=9)
-    outcome = run(build_loop(recipe, plan, LoopState(step=4)))
+    loop = build_loop(recipe, plan, LoopState(step=4))
+    assert run(loop)
     assert recipe.events() == ["evaluate 4", "sample 4"]
-    assert outcome.finished
-    assert math.isnan(outcome.tokens_per_second)
-    assert math.isnan(outcome.mfu)
+    assert math.isnan(loop.speed.tokens_per_second)
+    assert math.isnan(loop.speed.mfu)
 
 
 @contextmanager
@@ -290,8 +291,7 @@ def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(number: signal.
     recipe = StubRecipe()
     recipe.on_call["step 1"] = lambda: send(number)
     with restored_process():
-        outcome = run(build_loop(recipe, replace(PLAN, eval_every=1)))
-    assert not outcome.finished
+        assert not run(build_loop(recipe, replace(PLAN, eval_every=1)))
     assert recipe.events() == ["evaluate 0", "step 0", "evaluate 1", "step 1", "save 2"]
 
 
@@ -299,7 +299,7 @@ def test_signals_that_come_together_are_one_request() -> None:
     recipe = StubRecipe()
     recipe.on_call["batch 3"] = lambda: send(signal.SIGINT, signal.SIGTERM)
     with restored_process():
-        assert not run(build_loop(recipe)).finished
+        assert not run(build_loop(recipe))
     assert recipe.events() == ["step 0", "step 1", "save 2"]
 
 
@@ -322,30 +322,28 @@ def test_a_signal_leaves_an_evaluation_at_once_and_saves() -> None:
 
     recipe.on_call["evaluate 2"] = interrupted
     with restored_process():
-        outcome = run(build_loop(recipe, replace(PLAN, eval_every=2)))
-    assert not outcome.finished
+        assert not run(build_loop(recipe, replace(PLAN, eval_every=2)))
     assert recipe.events() == ["evaluate 0", "step 0", "step 1", "evaluate 2", "save 2"]
 
 
 def test_a_signal_while_sampling_does_not_save_a_second_time() -> None:
     recipe = StubRecipe()
     recipe.on_call["sample 2"] = lambda: send(signal.SIGINT)
-    outcome = run(build_loop(recipe, replace(PLAN, sample_every=2, save_every=2)))
-    assert not outcome.finished
+    assert not run(build_loop(recipe, replace(PLAN, sample_every=2, save_every=2)))
     assert recipe.events() == ["step 0", "step 1", "save 2", "sample 2"]
 
 
 def test_a_signal_before_the_first_step_saves_nothing() -> None:
     recipe = StubRecipe()
     recipe.on_call["evaluate 0"] = lambda: send(signal.SIGTERM)
-    assert not run(build_loop(recipe, replace(PLAN, eval_every=2))).finished
+    assert not run(build_loop(recipe, replace(PLAN, eval_every=2)))
     assert recipe.events() == ["evaluate 0"]
 
 
 def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_next_run() -> None:
     recipe = StubRecipe()
     recipe.on_call["step 3"] = lambda: send(signal.SIGINT)
-    assert not run(build_loop(recipe)).finished
+    assert not run(build_loop(recipe))
     assert recipe.events()[-2:] == ["step 3", "save 4"]
 
 
@@ -413,7 +411,7 @@ def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None
     recipe, home = StubRecipe(), Home(tmp_path)
     with open_run(home, "run", {}) as metrics:
         loop = build_loop(recipe, replace(PLAN, eval_every=2, sample_every=9))
-        outcome = run(loop, metrics)
+        assert run(loop, metrics)
     records = journal(home, "run")
     steps = [r["values"] for r in records if r["type"] == "metrics" and "train/loss" in r["values"]]
     assert len(steps) == 4
@@ -432,7 +430,7 @@ def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None
     assert (state.first_val, state.last_val, state.best_val) == (2.8, 2.8, 2.8)
     seconds = steps[-1]["train/seconds"]
     assert state.training_seconds == pytest.approx(seconds)
-    check_speed(outcome, seconds)
+    check_speed(loop.speed, seconds)
 
 
 def statuses(home: Home) -> list[str]:
@@ -509,11 +507,11 @@ def test_the_best_checkpoint_s_figure_survives_a_restart() -> None:
     assert recipe.saved[0].best_saved == 2.9
 
 
-def check_speed(outcome: Outcome, seconds: float) -> None:
+def check_speed(speed: Speed, seconds: float) -> None:
     """Even a run shorter than the warm-up says how fast it was."""
-    assert 16 / seconds < outcome.tokens_per_second < math.inf
-    assert outcome.mfu == pytest.approx(outcome.tokens_per_second / 16 * 1000 / 1e9)
-    assert 0 < outcome.data_wait_share < 1
+    assert 16 / seconds < speed.tokens_per_second < math.inf
+    assert speed.mfu == pytest.approx(speed.tokens_per_second / 16 * 1000 / 1e9)
+    assert 0 < speed.data_wait_share < 1
 
 
 def test_the_smooth_loss_is_corrected_for_its_start_and_survives_a_restart() -> None:

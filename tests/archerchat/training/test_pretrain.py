@@ -23,7 +23,7 @@ from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.planning.memory import MemoryEstimate, estimate_memory
 from archerchat.runtime import Runtime
-from archerchat.training.fitting import probe_rows
+from archerchat.training.fitting import choose_precision
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 from archerchat.training.run import run_stage
@@ -50,12 +50,13 @@ def test_a_run_learns_and_says_what_it_does(
         r"^device +.*, float32 \(forced\)$",
         r"^peak +0\.1 TFLOP/s \(measured: .*, cached\)$",
         r"^attention +matmul \(.*\)$",
+        r"^time +about 0 s, if training reaches 20% of the peak$",
         r"^step 8: val/bpb \d\.\d{4} \([\d.]+ s\)$",
         r"^step 1/24 \(4\.2 %\) \| epoch 0\.0\d \| loss 5\.\d+ \| lr x0\.250 \| [\d,]+ tok/s \| ",
         r"^step 24/24 \(100\.0 %\) \| epoch 0\.67 \| loss .* \| 0 s left$",
         r"^step 8: checkpoint saved \(training waited [\d.]+ s\)\nstep 8: val/bpb ",
         r"^step 24: 'def main\(",
-        r"^trained on 12,288 tokens in \d\.\d min: [\d,]+ tok/s, mfu [\d.]+ %, ",
+        r"^trained on 12,288 tokens in \d\.\d min; median step: [\d,]+ tok/s, mfu [\d.]+ %; ",
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
     ):
         assert re.search(pattern, output, re.M), pattern
@@ -185,64 +186,6 @@ def test_layers_are_computed_again_where_not_one_row_fits_also_after_a_resume(
         shutil.rmtree(tiny_home.checkpoint_dir("base", "tiny") / "step_000004")
 
 
-def test_rows_are_halved_until_they_fit(
-    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = parse(tiny_home.pretrain_words()).config
-    stage, loss = Pretraining(config, tiny_home), Recipe.loss
-
-    def small_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if len(inputs) > 1:
-            raise torch.OutOfMemoryError
-        return loss(recipe, inputs, targets)
-
-    monkeypatch.setattr(Recipe, "loss", small_card)
-    stage.probes = True  # as on a GPU
-    stage.build(None)
-    tried = "4 rows per micro-batch do not fit into memory: trying 2\n2 rows"
-    assert tried in capsys.readouterr().out
-    assert stage.grad_accum_steps * len(next(stage.loader).inputs) * 64 == 512
-    assert stage.meta["identity"]["device_batch_size"] == 1
-    stage.loader.close()
-    assert probe_rows(stage, 4, tiny_home.cache_dir, stage.console.print) == 1
-    assert "do not fit" not in capsys.readouterr().out  # what fits was remembered
-
-
-def test_rows_are_tried_beside_what_else_will_be_in_memory(
-    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Pretraining(parse(tiny_home.pretrain_words()).config, tiny_home)
-    stage.build(None)
-    claimed, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, **how: claimed.append(size) or empty(size))
-    cache, say = tiny_home.cache_dir, stage.console.print
-    monkeypatch.setattr("archerchat.training.fitting._fits", lambda recipe, rows: rows <= 1)
-    assert probe_rows(stage, 4, cache, say, 1000) == 1
-    monkeypatch.setattr("archerchat.training.fitting._fits", lambda recipe, rows: True)
-    assert probe_rows(stage, 4, cache, say, 1000) == 1  # remembered
-    assert probe_rows(stage, 4, cache, say) == 4  # but not without the reservation
-    assert claimed == [1000, 1000, 0]
-    stage.loader.close()
-
-
-def test_a_stage_that_no_rows_cure_is_not_started_again(
-    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("8 GiB")
-
-    fit = Pretraining.fit_to_device
-
-    def on_a_gpu(stage: Pretraining, **how: Any) -> None:
-        fit(stage, **how)
-        stage.probes = True
-
-    monkeypatch.setattr(Recipe, "loss", no_card)
-    monkeypatch.setattr(Pretraining, "fit_to_device", on_a_gpu)
-    assert tiny_home.pretrain(device_batch_size="auto") == 1
-    assert "starting again" not in capsys.readouterr().out
-
-
 def test_a_checkpoint_that_came_before_the_lock_is_seen(
     tiny_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,31 +199,8 @@ def test_a_checkpoint_that_came_before_the_lock_is_seen(
         assert tiny_home.run(*words) == 0
         return stage
 
-    assert run_stage(build, config, tiny_home, None).finished
+    assert run_stage(build, config, tiny_home, None)
     assert "model 'tiny' is already trained" in capsys.readouterr().out
-
-
-def test_a_first_step_that_does_not_fit_begins_again_with_half_the_rows(
-    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loss = Recipe.loss
-
-    def small_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if len(inputs) > 2:
-            raise torch.OutOfMemoryError("8 GiB")
-        return loss(recipe, inputs, targets)
-
-    monkeypatch.setattr(Recipe, "loss", small_card)
-    assert tiny_home.pretrain(device_batch_size="auto") == 0
-    assert "starting again with 2 rows per micro-batch\n" in capsys.readouterr().out
-    directory = tiny_home.checkpoint_dir("base", "tiny")
-    meta = load_checkpoint(find_checkpoint(directory), ()).meta
-    assert meta["identity"]["device_batch_size"] == 2
-    monkeypatch.undo()
-    assert tiny_home.pretrain(device_batch_size="auto") == 0  # done, as it began
-    monkeypatch.setattr(Recipe, "loss", small_card)
-    assert tiny_home.pretrain(device_batch_size=4, overwrite=True) == 1
-    assert "lower --device-batch-size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("speed", "chosen"), [(1.25, "fp8 and float32"), (0.8, "float32")])
@@ -318,6 +238,26 @@ def test_8_bits_are_kept_only_where_they_are_faster(
     assert all(torch.equal(value, expected[name]) for name, value in weights().items())
     assert tiny_home.pretrain(**wide) == 2
     assert "--fp8: True saved, False now" in capsys.readouterr().err
+
+
+def test_8_bits_that_do_not_fit_leave_no_gradients(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Pretraining(parse(tiny_home.pretrain_words(aspect_ratio=64)).config, tiny_home)
+    stage.build(None)
+
+    def median_seconds(runtime: Runtime, work: Any) -> float:
+        if any(getattr(layer, "fp8", False) for layer in stage.model.modules()):
+            weight = stage.model.unembedding.weight
+            weight.grad = torch.ones_like(weight)  # the pass got this far
+            raise torch.OutOfMemoryError
+        work()
+        return 1.0
+
+    monkeypatch.setattr(Runtime, "median_seconds", median_seconds)
+    assert choose_precision(stage, None) == (False, 0.0)
+    assert all(parameter.grad is None for parameter in stage.model.parameters())
+    stage.loader.close()
 
 
 def test_an_evaluation_that_fails_leaves_the_checkpoint_before_it(

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -26,7 +26,6 @@ from archerchat.console import ProgressLine
 from archerchat.dial import DialConfig
 from archerchat.exchange.nanochat import BUFFERS, to_archerchat_names
 from archerchat.home import Home
-from archerchat.planning.peak_flops import PeakFlops
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 from archerchat.training.loop import Loop
 from archerchat.training.pretrain import PretrainConfig, Pretraining
@@ -78,13 +77,15 @@ def run_loop(
     tokenizer.save(home.tokenizer_dir(config.tokenizer))
     recipe = Pretraining(config, home)
     recipe.build(None)
+    # The reference measures the initial weights too.
+    recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
     saves: Any = prepare(recipe)
     recipe.sample = lambda step: {}  # type: ignore[method-assign]
     recorder = Recorder(None)
     progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
     with closing(recipe.loader):
         every = config.checkpoint.save_every
-        loop = Loop(recipe, PeakFlops(1e11, "table"), every, config.sample_every)
+        loop = Loop(recipe, 1e11, every, config.sample_every)
         loop.run(saves, recorder, progress)
     return recorder
 
@@ -211,7 +212,7 @@ def continue_import(
     assert start is not None
     stage.build(start)
     recipe: Recipe = stage
-    loop = Loop(recipe, PeakFlops(1e11, "table"))
+    loop = Loop(recipe, 1e11)
     loop.load_state_dict(start.state)
     progress: Any = ProgressLine(Console(file=io.StringIO()), 30)
     saves: Any = Saves()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from archerchat.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from archerchat.cli import parse
 from archerchat.config import compare_configs
 from archerchat.data.shards import list_shards, split_shards, write_shards
 from archerchat.data.text_loader import TextLoader
@@ -22,8 +23,8 @@ from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
 from archerchat.training import resume
-from archerchat.training.pretrain import PretrainConfig
-from archerchat.training.recipe import Recipe, load_rng_state_dict, rng_state_dict
+from archerchat.training.pretrain import PretrainConfig, Pretraining
+from archerchat.training.recipe import Recipe
 from archerchat.training.resume import (
     CheckpointWriter,
     _changed_flags,
@@ -273,11 +274,13 @@ def test_rows_go_on_where_they_were_when_the_micro_batch_changes(tiny_home: Any)
         assert torch.equal(torch.cat(halves), torch.from_numpy(next(loader).inputs))
 
 
-def test_random_numbers_go_on_where_they_were() -> None:
-    states = rng_state_dict()
+def test_random_numbers_go_on_where_they_were(tiny_home: Any) -> None:
+    stage = Pretraining(parse(tiny_home.pretrain_words()).config, tiny_home)
+    stage.build(None)
+    saved = stage.state_dict()
     drawn = torch.rand(3)
     torch.rand(5)
-    load_rng_state_dict(states)
+    stage.load_state_dict(saved)
     assert torch.equal(torch.rand(3), drawn)
 
 

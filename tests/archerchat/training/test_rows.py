@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +16,11 @@ import torch
 from archerchat.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.distributed import Ranks
+from archerchat.model.transformer import Transformer
 from archerchat.planning.memory import RESERVED_SHARE, estimate_memory
 from archerchat.runtime import Runtime
 from archerchat.training.fitting import choose_rows
 from archerchat.training.recipe import Recipe
-from archerchat.training.stage import Stage
 
 SHARED = ["--device", "cpu", "--dtype", "float32", "--no-compile", "--model-tag", "tiny"]
 SHARED += ["--save-every", "1", "--num-iterations", "2", "--eval-every", "none", "--keep-last", "9"]
@@ -85,23 +88,43 @@ def test_every_stage_halves_its_rows_until_a_step_fits(
     capsys: pytest.CaptureFixture[str],
     stage: str,
 ) -> None:
-    fit_to_device, loss = Stage.fit_to_device, Recipe.loss
-
-    def probing(stage: Stage, **options: Any) -> None:
-        fit_to_device(stage, **options)
-        stage.probes = True  # as on a GPU
-
-    def small_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if len(inputs) > 1:
-            raise torch.OutOfMemoryError
-        return loss(recipe, inputs, targets)
-
-    monkeypatch.setattr(Stage, "fit_to_device", probing)
-    monkeypatch.setattr(Recipe, "loss", small_card)
+    use_small_card(monkeypatch, 1)
     use_rows(monkeypatch, 4)
+    # Of answers that are all wrong there would be nothing to learn.
+    advantages = "archerchat.training.rollouts.group_advantages"
+    monkeypatch.setattr(advantages, lambda rewards: [1.0, -1.0] * (len(rewards) // 2))
     assert run(trained_home, stage, "--overwrite") == 0
-    assert "4 rows per micro-batch do not fit into memory: trying 2" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert re.findall(r"starting again with (\d) rows", output) == ["2", "1"]
     assert rows(trained_home, stage) == 1
+    assert run(trained_home, stage) == 0  # finished, with the rows as they became
+
+
+def use_small_card(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let memory run out where a micro-batch has more rows, or where an earlier model is kept."""
+    hidden = Recipe.hidden
+    models: list[weakref.ref[Transformer]] = []
+
+    def limited(recipe: Recipe, inputs: torch.Tensor) -> torch.Tensor:
+        assert all(model() in (recipe.model, None) for model in models), "not freed"
+        if len(inputs) > most:
+            models.append(weakref.ref(recipe.model))
+            raise torch.OutOfMemoryError("8 GiB")
+        return hidden(recipe, inputs)
+
+    monkeypatch.setattr(Recipe, "hidden", limited)
+
+
+def test_rows_that_were_given_or_cannot_be_fewer_are_not_tried_again(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_rows(monkeypatch, 4)
+    for most, words in ((2, ["--device-batch-size", "4"]), (0, [])):
+        use_small_card(monkeypatch, most)
+        assert run(tiny_home, "base", *words) == 1
+        output = capsys.readouterr()
+        assert "lower --device-batch-size" in output.err
+        assert ("starting again with 1 rows" in output.out) == (most == 0)
 
 
 def test_fine_tuning_takes_the_base_model_s_rows_where_they_fit(
@@ -132,5 +155,17 @@ def test_each_stream_of_data_still_gives_whole_micro_batches(tmp_path: Path) -> 
     saved = load_checkpoint(save_checkpoint(tmp_path, 1, {"loader": loader}, meta), sections=())
     hp = build_hyperparameters(DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4), 360)
     runtime = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
-    assert choose_rows(runtime, Ranks(), hp.model, 16, None)[0] == 16
-    assert choose_rows(runtime, Ranks(), hp.model, 16, saved) == (4, False, False)
+    stage: Any = SimpleNamespace(
+        runtime=runtime,
+        ranks=Ranks(),
+        model_config=hp.model,
+        saved=None,
+        count_micro_batches=lambda rows: 16 // rows,
+        recomputes=False,
+        state_dtype=torch.float32,
+    )
+    choose_rows(stage)
+    assert stage.rows == 16
+    stage.saved = saved
+    choose_rows(stage)
+    assert (stage.rows, stage.recomputes) == (4, False)

@@ -142,8 +142,11 @@ def test_an_imported_model_gets_the_dial_s_rates() -> None:
 
 
 def choose(runtime: Runtime, forced: str | None, masks: bool, compile: bool = True) -> Any:
-    given = {"forced": forced, "compile": compile, "document_masking": masks}
-    return choose_attention(runtime, Ranks(), Path("cache"), HP.model, 4, **given)  # type: ignore[arg-type]
+    config = SimpleNamespace(attention=forced)
+    stage: Any = SimpleNamespace(
+        runtime=runtime, config=config, compile=compile, model_config=HP.model
+    )
+    return choose_attention(stage, masks)
 
 
 def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

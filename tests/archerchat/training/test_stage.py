@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,29 @@ def test_a_new_run_starts_with_the_seed_s_generators(
     monkeypatch.setattr(run, "run_loop", note)
     assert tiny_home.pretrain(seed=7) == 0
     assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "time", "hint"),
+    [(10**4, "69 s", None), (10**6, "1.9 h", "lower --num-iterations or --depth, or begin with")],
+)
+def test_the_time_of_a_run_is_estimated_before_its_first_step(
+    tiny_home: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    steps: int,
+    time: str,
+    hint: str | None,
+) -> None:
+    """A step takes 1.4e8 operations, on a CPU that does 1e11 of them per second at its best."""
+    monkeypatch.setattr(run, "run_loop", lambda *_: False)
+    assert tiny_home.pretrain(num_iterations=steps, eval_every=1000) == 130
+    output = capsys.readouterr().out
+    assert re.search(rf"^time +about {time}, if training reaches 20% of the peak$", output, re.M), (
+        output
+    )
+    assert ("\nhint " in output) == (hint is not None)
+    assert hint is None or f"a CPU is slow for a run of this size: {hint}" in output
 
 
 @pytest.mark.slow

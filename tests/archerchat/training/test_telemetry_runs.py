@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from archerchat.home import Home
-from endlex.client.shipping import stop_shipper
+from endlex.client.shipper.control import stop_shipper
 
 Launch = Callable[[list[str]], Any]
 

@@ -15,27 +15,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, BinaryIO, TypedDict, cast
 
-from endlex.client.process import warn, write_whole
+from endlex.client.process import READ_ONLY, warn, write_whole
 from endlex.protocol import (
     CHECKPOINT_NAME,
     MANIFEST_DIR,
     MAX_FILES,
     MEDIA_DIR,
+    PART_BYTES,
+    PROTOCOL,
     REPLACES,
     SHA256,
     STAGED_DIR,
     EndlexError,
     Manifest,
+    ManifestFile,
+    Part,
     check_checkpoint_name,
     check_checkpoint_path,
     check_manifest,
@@ -43,15 +49,22 @@ from endlex.protocol import (
 
 FICLONE = 0x40049409
 """The request of linux/fs.h that makes one file's content another's, copied when written."""
-
-GIVEN_UP = ".given-up"
-"""End of the name of the note, beside the manifests, that a checkpoint was given up."""
-DAMAGED = ".damaged"
-"""End of the name of a part of media that is no longer what its name says."""
+GIVEN_UP, DAMAGED = ".given-up", ".damaged"
+"""Ends of names: of a note that a checkpoint was given up; of a part of media that is damaged."""
 
 
-class NothingToSave(EndlexError):
-    """A directory holds no files."""
+class CheckpointFailed(EndlexError):
+    """This checkpoint cannot be published as it is; trying again does not help."""
+
+
+class FileChanged(CheckpointFailed):
+    """A file is not what it was when it was saved."""
+
+    def __init__(self, inside: str) -> None:
+        super().__init__(
+            f"file changed: {inside!r} was rewritten in place after it was saved; write "
+            "checkpoints under a temporary name and rename them, and save this one again"
+        )
 
 
 class StagedFile(TypedDict):
@@ -73,15 +86,16 @@ class Staged(TypedDict):
     files: list[StagedFile]
 
 
+def describe_file(inside: str, status: os.stat_result) -> StagedFile:
+    """Return what a note says of a file."""
+    return {"path": inside, "bytes": status.st_size, "changed": status.st_mtime_ns}
+
+
 def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Path]]:
     """Yield the path inside the checkpoint, and the place, of each file that `source` names.
 
-    A file goes by its own name, a directory's files by their paths in it. Links are followed, but
-    not to a directory that is around them. Links to nothing, sockets and pipes are left out with a
-    warning.
-
-    Args:
-        outside_links: also follow links that lead out of the directory.
+    Links are followed, but not to a directory that is around them, and out of `source` only with
+    `outside_links`. Links to nothing, sockets and pipes are left out with a warning.
 
     Raises:
         EndlexError: there is nothing at `source`, or a link leads out of it.
@@ -114,51 +128,39 @@ def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[t
 
 
 def stage(
-    directory: Path,
-    source: Path,
-    *,
-    name: str | None,
-    step: int,
-    created: float,
-    aliases: Sequence[str],
-    metadata: Mapping[str, Any],
-    link: bool = False,
-    outside_links: bool = True,
-) -> Staged:
-    """Keep `source` as checkpoint `name` of a run's directory until it is sent.
-
-    A name that the directory has used already gets `-2`, `-3` and so on; the note has the result.
+    directory: Path, source: Path, note: Staged, *, link: bool, outside_links: bool
+) -> Staged | None:
+    """Keep `source` as a checkpoint of a run's directory until it is sent.
 
     Args:
-        name: made from the path and the step if not given.
+        note: without files. A name that the directory has used already gets `-2`, `-3` and so on;
+            an empty one is made from the path and the step.
         link: whether the files are never rewritten in place, so that links to them are enough.
 
+    Returns:
+        The whole note, or None if a directory holds no files.
+
     Raises:
-        NothingToSave: a directory holds no files.
         EndlexError: the path does not exist, or a name or alias is not one.
     """
-    name = check_checkpoint_name(name or _name_of(source, step))
+    for alias in note["aliases"]:
+        check_checkpoint_name(alias)
+    name = check_checkpoint_name(note["name"] or _name_of(source, note["step"]))
     found = list(files_of(source, outside_links))
-    if not found:
-        raise NothingToSave(f"{str(source)!r} holds no files: nothing to save")
     if len(found) > MAX_FILES:
         raise EndlexError(
             f"{str(source)!r} has {len(found):,} files; a checkpoint has at most {MAX_FILES:,}"
         )
+    if not found:
+        return None
     folder = directory / STAGED_DIR
     folder.mkdir(parents=True, exist_ok=True)
-    name = _unused(directory, name)
+    names = chain([name], (f"{name[:110]}-{number}" for number in count(2)))
+    name = next(candidate for candidate in names if not has_saved(directory, candidate))
     building = folder / f".{name}.{os.urandom(4).hex()}.building"
     try:
         files = [_keep(path, inside, building / inside, link) for inside, path in found]
-        note: Staged = {
-            "name": name,
-            "step": step,
-            "created": created,
-            "aliases": [check_checkpoint_name(alias) for alias in aliases],
-            "metadata": dict(metadata),
-            "files": files,
-        }
+        note = {**note, "name": name, "files": files}
         write_whole(note_path(directory, name), json.dumps(note).encode(), durable=False)
         building.rename(folder / name)
     except BaseException:
@@ -167,15 +169,8 @@ def stage(
     return note
 
 
-def announcement(note: Staged) -> dict[str, Any]:
-    """What the journal says of a checkpoint that was staged."""
-    files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
-    kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
-    return {"step": note["step"], "name": note["name"], "files": files, **kept}
-
-
 def _name_of(source: Path, step: int) -> str:
-    """A name from the path, with the step unless it ends with that already."""
+    """Return a name from the path, with the step unless it ends with that already."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
     digits = stem[len(stem.rstrip("0123456789")) :]
     return stem if digits and int(digits) == step else f"{stem}-{step}"
@@ -187,42 +182,16 @@ def has_saved(directory: Path, name: str) -> bool:
     return staged.exists() or sent.exists() or name in given_up(directory)
 
 
-def manifest_path(directory: Path, name: str) -> Path:
-    """Where the hashes of a checkpoint are kept."""
-    return directory / MANIFEST_DIR / f"{name}.json"
-
-
-def load_manifest(directory: Path, name: str) -> Manifest | None:
-    """Return the manifest of a checkpoint, or None if it was not hashed here."""
-    path = manifest_path(directory, name)
-    try:
-        return check_manifest(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, EndlexError) as error:
-        raise EndlexError(f"{path} is damaged ({error}): delete it, it is made again") from error
-
-
-def _unused(directory: Path, name: str) -> str:
-    candidate, count = name, 1
-    while has_saved(directory, candidate):
-        count += 1
-        candidate = f"{name[:110]}-{count}"
-    return candidate
-
-
 def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    status = source.stat()
-    if not _clone(source, target, status):
+    if not _clone(source, target, source.stat()):
         first, second = (os.link, _copy) if link else (_copy, os.link)
         try:
             first(source, target)
         except OSError:  # no links to there, or no space for a copy
             second(source, target)
-    kept = target.stat()
-    return {"path": inside, "bytes": kept.st_size, "changed": kept.st_mtime_ns}
+    return describe_file(inside, target.stat())
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -248,35 +217,12 @@ def _clone(source: Path, target: Path, status: os.stat_result) -> bool:
 
 
 def note_path(directory: Path, name: str) -> Path:
-    """Where the note of a staged checkpoint is; no checkpoint's name starts with a dot."""
+    """Return where the note of a staged checkpoint is; no checkpoint's name starts with a dot."""
     return directory / STAGED_DIR / f".{name}.json"
 
 
-def staged_names(directory: Path) -> list[str]:
-    """Names of the checkpoints that wait to be sent, oldest first."""
-    found = []
-    for path in (directory / STAGED_DIR).glob("*"):
-        if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
-            moment = 0
-            with contextlib.suppress(OSError):
-                moment = note_path(directory, path.name).stat().st_mtime_ns
-            found.append((moment, path.name))
-    return [name for _, name in sorted(found)]
-
-
-def waiting_media(directory: Path) -> list[str]:
-    """Return the parts of media, by hash, that wait in a run's directory."""
-    folder = directory / MEDIA_DIR
-    return [path.name for path in folder.glob("*") if SHA256.fullmatch(path.name)]
-
-
-def damaged_media(directory: Path) -> list[str]:
-    """Return the parts of media, by hash, that were damaged before they could be sent."""
-    return [path.stem for path in (directory / MEDIA_DIR).glob(f"*{DAMAGED}")]
-
-
 def read_note(directory: Path, name: str) -> Staged:
-    """The note of a staged checkpoint."""
+    """Return the note of a staged checkpoint."""
     path = note_path(directory, name)
     try:
         note = json.loads(path.read_bytes())
@@ -287,52 +233,33 @@ def read_note(directory: Path, name: str) -> Staged:
     return cast(Staged, note)
 
 
-def staged_change(directory: Path, name: str) -> str | None:
-    """What happened to a staged checkpoint's files since they were saved, or None.
+def staged_names(directory: Path) -> list[str]:
+    """Return the names of the checkpoints that wait to be sent, oldest first."""
 
-    One that is being removed, since the server has it, may lack files or its note by now.
-    """
-    try:
-        note = read_note(directory, name)
-    except EndlexError:
-        return None
-    for file in note["files"]:
+    def saved(name: str) -> tuple[int, str]:
         try:
-            status = (directory / STAGED_DIR / name / file["path"]).stat()
+            return note_path(directory, name).stat().st_mtime_ns, name
         except OSError:
-            continue
-        if (status.st_size, status.st_mtime_ns) != (file["bytes"], file["changed"]):
-            return (
-                f"file {file['path']!r} was rewritten in place after it was saved with link=True: "
-                "save it again, without that"
-            )
+            return 0, name
+
+    folders = filter(Path.is_dir, (directory / STAGED_DIR).glob("*"))
+    return sorted((f.name for f in folders if CHECKPOINT_NAME.fullmatch(f.name)), key=saved)
+
+
+def staged_change(directory: Path, name: str) -> str | None:
+    """Return what happened to a staged checkpoint's files since they were saved, or None."""
+    with contextlib.suppress(EndlexError):  # it is being removed: the server has it
+        for file in read_note(directory, name)["files"]:
+            with contextlib.suppress(OSError):  # likewise
+                status = (directory / STAGED_DIR / name / file["path"]).stat()
+                if describe_file(file["path"], status) != file:
+                    return str(FileChanged(file["path"]))
     return None
 
 
-def give_up(directory: Path, name: str, reason: str) -> None:
-    """Drop what can never be sent, and note that this was decided.
-
-    Args:
-        name: of a staged checkpoint, or the hash of a damaged part of media.
-    """
-    path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps({"reason": reason}).encode())
-    manifest_path(directory, name).unlink(missing_ok=True)
-    (directory / MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
-    unstage(directory, name)
-
-
-def given_up(directory: Path) -> set[str]:
-    """Names of the checkpoints, and hashes of the parts of media, that `give_up` dropped here."""
-    found = (directory / MANIFEST_DIR).glob(f".*{GIVEN_UP}")
-    return {path.name[1:].removesuffix(GIVEN_UP) for path in found}
-
-
 def unstage(directory: Path, name: str) -> None:
-    """Drop the links of a checkpoint that the server has, or that was never whole."""
-    folder = directory / STAGED_DIR
-    shutil.rmtree(folder / name, ignore_errors=True)
+    """Drop the files of a checkpoint that the server has, or that was never whole."""
+    shutil.rmtree(directory / STAGED_DIR / name, ignore_errors=True)
     with contextlib.suppress(OSError):  # a directory that can only be read
         note_path(directory, name).unlink(missing_ok=True)
 
@@ -342,17 +269,107 @@ def drop_replaced(directory: Path) -> list[str]:
 
     Only the process that sends may call it: it must not be in the middle of one.
     """
-    newest: set[str] = set()
-    dropped = []
-    names = staged_names(directory)
-    for name in reversed(names) if len(names) > 1 else ():
-        try:
+    newest, dropped = set[str](), list[str]()
+    for name in reversed(staged_names(directory)):
+        word = None
+        with contextlib.suppress(EndlexError, KeyError, AttributeError):  # sending it reports that
             word = read_note(directory, name)["metadata"].get(REPLACES)
-        except (EndlexError, KeyError, AttributeError):
-            continue  # damaged: sending it will report that
-        if isinstance(word, str):
-            if word in newest:
-                unstage(directory, name)
-                dropped.append(name)
+        if isinstance(word, str) and word in newest:
+            unstage(directory, name)
+            dropped.append(name)
+        elif isinstance(word, str):
             newest.add(word)
     return dropped
+
+
+def give_up(directory: Path, name: str, reason: str) -> None:
+    """Drop a staged checkpoint, or a damaged part of media by its hash, and note the reason."""
+    path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps({"reason": reason}).encode())
+    manifest_path(directory, name).unlink(missing_ok=True)
+    (directory / MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
+    unstage(directory, name)
+
+
+def given_up(directory: Path) -> set[str]:
+    """Return the checkpoints' names, and the hashes of media, that `give_up` dropped here."""
+    found = (directory / MANIFEST_DIR).glob(f".*{GIVEN_UP}")
+    return {path.name[1:].removesuffix(GIVEN_UP) for path in found}
+
+
+def waiting_media(directory: Path) -> list[str]:
+    """Return the parts of media, by hash, that wait in a run's directory."""
+    return [p.name for p in (directory / MEDIA_DIR).glob("*") if SHA256.fullmatch(p.name)]
+
+
+def damaged_media(directory: Path) -> list[str]:
+    """Return the parts of media, by hash, that were damaged before they could be sent."""
+    return [path.stem for path in (directory / MEDIA_DIR).glob(f"*{DAMAGED}")]
+
+
+def manifest_path(directory: Path, name: str) -> Path:
+    """Return where the hashes of a checkpoint are kept."""
+    return directory / MANIFEST_DIR / f"{name}.json"
+
+
+def load_manifest(directory: Path, name: str) -> Manifest | None:
+    """Return the manifest of a checkpoint, or None if it was not hashed here."""
+    path = manifest_path(directory, name)
+    try:
+        return check_manifest(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, EndlexError) as error:
+        raise EndlexError(f"{path} is damaged ({error}): delete it, it is made again") from error
+
+
+def staged_manifest(directory: Path, note: Staged) -> Manifest:
+    """Return the manifest of a staged checkpoint; it is made and kept when it is first needed."""
+    with contextlib.suppress(EndlexError):  # a damaged one is made again
+        if (kept := load_manifest(directory, note["name"])) is not None:
+            return kept
+    manifest = build_manifest(directory / STAGED_DIR / note["name"], note)
+    path = manifest_path(directory, note["name"])
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(manifest).encode())
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+    return manifest
+
+
+def build_manifest(root: Path, note: Staged) -> Manifest:
+    """Hash a checkpoint's files, which are below `root`, whole and in parts; read each once."""
+    files = [_hash_file(root, file) for file in note["files"]]
+    return {"protocol": PROTOCOL, **note, "files": files}
+
+
+def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
+    whole, parts = hashlib.sha256(), list[Part]()
+    with open_unchanged(root, file) as content:
+        while part := content.read(PART_BYTES):
+            whole.update(part)
+            parts.append({"sha256": hashlib.sha256(part).hexdigest(), "bytes": len(part)})
+    hashed = whole.hexdigest()
+    return {"path": file["path"], "bytes": file["bytes"], "sha256": hashed, "parts": parts}
+
+
+@contextlib.contextmanager
+def open_unchanged(root: Path, file: StagedFile) -> Iterator[BinaryIO]:
+    """Open a file, and check before and after the block that it is what the note says."""
+
+    def check() -> None:
+        if describe_file(inside, os.fstat(content.fileno())) != file:
+            raise FileChanged(inside)
+
+    inside = file["path"]
+    try:
+        content = (root / inside).open("rb")
+    except OSError as error:
+        raise CheckpointFailed(f"{inside!r} cannot be read ({error}): save it again") from error
+    with content:
+        check()
+        yield content
+        check()

@@ -2,16 +2,16 @@
 
 A journal is an append-only file of JSON lines, the only truth about a run. Each recording process
 opens its own, one session, and holds its lock (`flock`) while it lives, so that others see when it
-is gone. The file is opened with O_APPEND, and appears under its name with its lock held and its
-first record written. There is no thread, no queue and no network here. The process may be killed at
-any moment: what was written stays, and at most the last line is torn. `endlex.reading` reads.
+is gone. The file appears under its name with its lock held and its first record written. There is
+no thread, no queue and no network here. The process may be killed at any moment: what was written
+stays, and at most the last line is torn. `endlex.reading` reads.
 
-Before that come the functions that turn what a trainer gives into JSON: metric values quickly, on
-every step, and anything else.
+Before that come the functions that turn what a trainer gives into JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -62,10 +62,7 @@ class MetricKeys(dict[str, str]):
 
 
 def tidy_name(name: Any, default: str) -> str:
-    """Make a name printable and short enough, as `protocol.check_name` wants it.
-
-    A name that is too long ends with a hash of the whole, so that two of them stay apart.
-    """
+    """Make a name printable and short: one that is too long is cut, and ends with a hash of it."""
     text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
     if len(text) > MAX_NAME_CHARS:
         import hashlib
@@ -86,7 +83,7 @@ def accepted_name(name: Any, what: str, refuse: Refuse) -> str:
 
 
 def encode_members(keys: MetricKeys, name: str, value: Any) -> list[str]:
-    """The JSON members that a metric's value stands for: one, those of a mapping, or none."""
+    """Return the JSON members that a metric's value is: one, those of a mapping, or none."""
     if isinstance(value, Mapping):
         return [m for k, v in value.items() for m in encode_members(keys, f"{name}/{k}", v)]
     try:
@@ -109,14 +106,10 @@ def as_number(value: Any) -> float:
 
 def checked_step(step: Any) -> int:
     """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
-    if type(step) is int and 0 <= step <= MAX_STEP:
-        return step
-    try:
+    with contextlib.suppress(Exception):  # whatever some library's tensor raises
         whole = int(step)
         if 0 <= whole <= MAX_STEP and whole == step and not isinstance(step, bool):
             return whole
-    except Exception:  # as above
-        pass
     raise EndlexError(f"step is {step!r:.80}; it must be a whole number from 0 to 2**62")
 
 
@@ -131,13 +124,19 @@ class RunConfig(dict[str, Any]):
     def __init__(self, content: Mapping[str, Any], changed: Callable[[], None]) -> None:
         super().__init__(content)
         self._changed = changed
+        self._recorded = plain(content)
+
+    def take_changes(self) -> dict[str, Any]:
+        """Return the keys that have changed since this was asked last, with their values."""
+        before, self._recorded = self._recorded, plain(self)
+        return {k: v for k, v in self._recorded.items() if k not in before or before[k] != v}
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         self._changed()
 
     def update(self, *others: Any, allow_val_change: bool = True, **more: Any) -> None:
-        """Do what `dict.update` does; `allow_val_change`, known from wandb, makes no difference."""
+        """Do what `dict.update` does; wandb's `allow_val_change` makes no difference."""
         super().update(*(as_config(other) for other in others), **more)
         self._changed()
 
@@ -157,14 +156,12 @@ class RunConfig(dict[str, Any]):
 
 def as_config(given: Any) -> dict[Any, Any]:
     """Return a configuration in any usual shape as a dictionary: its own top level, unchanged."""
-    content = _members(given)
-    if content is not None:
-        return content
-    return {} if given is None else {"config": given}
+    members = {} if given is None else _members(given)
+    return {"config": given} if members is None else members
 
 
 def _members(value: Any) -> dict[Any, Any] | None:
-    """What an object with named members holds: a mapping, a dataclass, a namespace; else None."""
+    """Return what a mapping, a dataclass or a namespace holds; else None."""
     if isinstance(value, Mapping):
         return dict(value)
     fields = getattr(type(value), "__dataclass_fields__", None)  # importing dataclasses takes long
@@ -213,12 +210,10 @@ def _jsonable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item, depth + 1) for item in value]
     if isinstance(value, Mapping):
-        return {_key(key): _jsonable(item, depth + 1) for key, item in value.items()}
+        names = (str(key.value if isinstance(key, Enum) else key) for key in value)
+        items = (_jsonable(item, depth + 1) for item in value.values())
+        return dict(zip(names, items, strict=True))
     return _jsonable(_default(value), depth + 1)
-
-
-def _key(key: Any) -> str:
-    return str(key.value if isinstance(key, Enum) else key)
 
 
 LARGEST_BACKLOG = 16 * 2**20
@@ -236,10 +231,8 @@ class Journal:
     it belongs to the parent.
 
     Args:
-        directory: the run's; made if missing.
-        start: of the first record, without `type`, `session`, `seq` and `time`.
-        session: its id, for a journal that an importer makes; a new one if not given.
-        moment: of the first record, likewise.
+        start: the first record, without `type`, `session`, `seq` and `time`.
+        session: an id of an importer's, whose `moment` is the first record's time.
     """
 
     def __init__(
@@ -279,8 +272,7 @@ class Journal:
 
         Args:
             kind: the record's type (`protocol.TEXT` and so on).
-            content: the rest of it; what JSON cannot hold is stored as its `str`, and non-finite
-                floats as `protocol` says.
+            content: the rest; what JSON cannot hold is stored as its `str`, or as `protocol` says.
             moment: when it was, in Unix seconds; now if not given.
 
         Raises:
@@ -327,20 +319,17 @@ class Journal:
         except OSError as error:
             is_lost = len(content) > LARGEST_BACKLOG
             self._backlog = (waiting if is_lost else content) + self._backlog
-            self._warn(error)
+            if not self._warned:
+                self._warned = True
+                remedy = ": free some space" if error.errno in FULL else ""
+                warn(
+                    f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
+                    f"trying again with each new one{remedy}"
+                )
             if is_lost:
                 raise
         else:
             self._backlog = content[written:] + self._backlog
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            remedy = ": free some space" if error.errno in FULL else ""
-            warn(
-                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
-                f"trying again with each new one{remedy}"
-            )
 
     def close(self) -> None:
         """Put everything on the disk and close the file; a second call does nothing.
@@ -371,9 +360,8 @@ class Journal:
 
 @cache
 def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_abandon_all)
+    def abandon_all() -> None:
+        for journal in list(OPENED):
+            journal.abandon()
 
-
-def _abandon_all() -> None:
-    for journal in list(OPENED):
-        journal.abandon()
+    os.register_at_fork(after_in_child=abandon_all)

@@ -1,13 +1,13 @@
 """What a process needs of its system: warnings, locks, names of processes, and its own end.
 
-Locks (Lustre, NFS) and writes to the disk on request (FUSE) are not everywhere: where they are
-missing, Endlex works without them, with one warning.
+Locks (Lustre, NFS) and `fsync` (FUSE) are not everywhere: where they are missing, Endlex works
+without them, with one warning.
 
 A run that the program did not finish is recorded as it exits, with what ended it: the interpreter
 keeps the exception that nobody caught in `sys.last_value`, `sys.exit` is wrapped to note its code,
 and `atexit` finishes the runs that are left. A `SystemExit` that is raised without `sys.exit`
-leaves no trace: a run that it ends counts as finished. A process that is killed does none of this;
-the shipper sees then that the writer is gone.
+leaves no trace: a run that it ends counts as finished. Of a process that is killed, the shipper
+sees that the writer is gone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from functools import cache, wraps
 from pathlib import Path
-from typing import IO, Any, ClassVar, NoReturn, Protocol, cast
+from typing import IO, Any, ClassVar, NoReturn, Protocol
 
 from endlex.protocol import EndlexError, Status
 
@@ -85,11 +86,18 @@ def fsync(descriptor: int) -> None:
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file by a temporary name and a rename, so that readers never see a part."""
+    """Replace a file's content, so that readers never see a part of it."""
+    with replacing(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Yield a file of a temporary name, which replaces `path` after the block unless that fails."""
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 fsync(file.fileno())
@@ -171,9 +179,10 @@ class Finishable(Protocol):
 class _Ending:
     """What this process knows about its end."""
 
-    unfinished: ClassVar[list[Finishable]] = []
-    exits: ClassVar[list[tuple[Finishable, int, SystemExit]]] = []
-    """The runs that `sys.exit` left, with what they had recorded by then."""
+    unfinished: ClassVar[dict[Finishable, tuple[int, SystemExit] | None]] = {}
+    """The runs; once `sys.exit` was called, with what they had recorded by then, and its error."""
+    faults: ClassVar[list[IO[str]]] = []
+    """The file of `watch_faults`, open for as long as the process lives."""
 
 
 def status_of(error: BaseException | None) -> Status:
@@ -196,13 +205,12 @@ def describe_error(error: BaseException) -> str:
 def finish_at_exit(run: Finishable) -> None:
     """Finish `run` when the interpreter exits, unless it is finished by then."""
     _watch_exit()
-    _Ending.unfinished.append(run)
+    _Ending.unfinished[run] = None
 
 
 def forget(run: Finishable) -> None:
     """Leave `run` alone at exit: it is finished."""
-    with contextlib.suppress(ValueError):
-        _Ending.unfinished.remove(run)
+    _Ending.unfinished.pop(run, None)
 
 
 @cache
@@ -213,29 +221,23 @@ def _watch_exit() -> None:
     @wraps(plain_exit)
     def note_exit(status: Any = None, /) -> NoReturn:
         if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
-            ended = SystemExit(status)
-            _Ending.exits = [(run, run.recorded, ended) for run in _Ending.unfinished]
+            for run in _Ending.unfinished:
+                _Ending.unfinished[run] = run.recorded, SystemExit(status)
         plain_exit(status)
 
     sys.exit = note_exit
 
 
-def _error_of(run: Finishable) -> BaseException | None:
-    if (uncaught := getattr(sys, "last_value", None)) is not None:
-        return cast(BaseException, uncaught)
-    for left, recorded, ended in _Ending.exits:
-        if left is run and left.recorded == recorded:  # else something caught that exit
-            return ended
-    return None
-
-
 def _finish_all() -> None:
-    for run in list(_Ending.unfinished):
+    uncaught: BaseException | None = getattr(sys, "last_value", None)
+    for run, left in list(_Ending.unfinished.items()):
+        # If the program recorded more since it called `sys.exit`, something caught that.
+        ended = left[1] if left is not None and left[0] == run.recorded else None
+        error = ended if uncaught is None else uncaught
         try:
-            error = _error_of(run)
             run.finish(status_of(error), error=error)
-        except (EndlexError, OSError) as error:
-            warn(f"the end of the run could not be recorded: {error}")
+        except (EndlexError, OSError) as problem:
+            warn(f"the end of the run could not be recorded: {problem}")
 
 
 def watch_faults(path: Path) -> None:
@@ -245,9 +247,9 @@ def watch_faults(path: Path) -> None:
     SIGHUP. A program that has asked for the same itself keeps what it has.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
-        if faulthandler.is_enabled() or _FAULTS:
+        if faulthandler.is_enabled() or _Ending.faults:
             return
-        _FAULTS.append(file := path.open("w"))
+        _Ending.faults.append(file := path.open("w"))
         faulthandler.enable(file, all_threads=False)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -260,10 +262,6 @@ def _leave_faults() -> None:
     faulthandler.disable()
     for number in (signal.SIGTERM, signal.SIGHUP):
         faulthandler.unregister(number)
-
-
-_FAULTS: list[IO[str]] = []
-"""The open file, for as long as the process lives."""
 
 
 def oom_kills() -> int:

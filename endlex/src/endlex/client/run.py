@@ -1,23 +1,23 @@
 """What a trainer calls: `init`, then the methods of the `Run` that it returns.
 
-The run that `init` returned last is also the one of the module's functions (`endlex.log` and so
-on), as wandb's users know it. All of them write to the journal and return; a run that is `online`
-has a process of its own, the shipper, which sends what the journal holds.
+The run that `init` returned last is also the one of `endlex.log` and so on, as wandb's users know
+it. All of them write to the journal and return; a run that is `online` has a process of its own,
+the shipper, which sends what the journal holds.
 """
 
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
-from endlex.client import run_directory
+from endlex.client import directories
+from endlex.client.directories import Mode
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
+from endlex.client.log import Log
 from endlex.client.process import (
-    describe_error,
     finish_at_exit,
     forget,
     status_of,
@@ -25,15 +25,9 @@ from endlex.client.process import (
     warn_once,
     watch_faults,
 )
-from endlex.client.recorder import Recorder
-from endlex.client.run_directory import Mode
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
-    EXCEPTION,
-    FINISH,
-    MAX_REASON_CHARS,
-    MAX_TEXT_CHARS,
     REPLACES,
     STATUSES,
     TRAINER,
@@ -44,7 +38,7 @@ from endlex.protocol import (
 )
 
 if TYPE_CHECKING:
-    from endlex.client.surroundings import Console
+    from endlex.client.environment import Console
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,12 +46,15 @@ WATCH_SECONDS = 60.0
 """How often `log` looks whether the shipper still lives."""
 
 
-class Run(Recorder):
+class Run(Log):
     """One session of a run; `init` makes it. One that is disabled takes every call, does nothing.
 
     As a context manager it finishes the run: as failed when an exception leaves the block, as
     interrupted on Ctrl-C.
     """
+
+    current: ClassVar[Run | None] = None
+    """The run that `init` returned last."""
 
     def __init__(
         self,
@@ -76,7 +73,6 @@ class Run(Recorder):
         next `save` or `finish` for what is inside their values."""
         self.url: str | None = None
         """The address of the run's page; None while the run is not sent to a server."""
-        self._recorded_config = plain(self.config)
         self._console: Console | None = None
 
     @property
@@ -112,7 +108,6 @@ class Run(Recorder):
             name: by default made from the path and the step.
             aliases: such as "best"; an alias moves from the checkpoint that had it before.
                 `endlex prune` keeps checkpoints with the alias "keep".
-            metadata: kept with it, such as the loss.
             replaces: a word such as "last". Once this checkpoint is published, the server drops
                 the run's older ones that were saved with the same word.
             link: take hard links instead of copies, for files that are never rewritten in place,
@@ -121,7 +116,7 @@ class Run(Recorder):
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
-            Empty if a directory holds no files: nothing is saved then, with a warning.
+            Empty, with a warning, if a directory holds no files.
 
         Raises:
             EndlexError: the path does not exist, a name is not one, a link leads out of the
@@ -133,27 +128,28 @@ class Run(Recorder):
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.checkpoints import NothingToSave, announcement, stage
+        from endlex.client.checkpoints import Staged, stage
 
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
         self._record_config()
-        try:
-            note = stage(
-                self.directory,
-                Path(path),
-                name=name,
-                step=self._number(step, after=0),
-                created=time.time(),
-                aliases=as_list(aliases),
-                metadata=plain(metadata or {}),
-                link=link,
-                outside_links=outside_links,
-            )
-        except NothingToSave as error:
-            self._refuse(str(path), error)
+        asked: Staged = {
+            "name": name or "",
+            "step": self._number(step, after=0),
+            "created": time.time(),
+            "aliases": as_list(aliases),
+            "metadata": plain(metadata or {}),
+            "files": [],
+        }
+        note = stage(self.directory, Path(path), asked, link=link, outside_links=outside_links)
+        if note is None:
+            reason = f"{str(path)!r} holds no files: nothing to save"
+            self._refuse(str(path), EndlexError(reason))
             return ""
-        self._journal.append(CHECKPOINT, announcement(note))
+        files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
+        kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
+        announced = {"step": note["step"], "name": note["name"], "files": files, **kept}
+        self._journal.append(CHECKPOINT, announced)
         return note["name"]
 
     def has_saved(self, name: str) -> bool:
@@ -163,17 +159,16 @@ class Run(Recorder):
         return self.directory is not None and has_saved(self.directory, name)
 
     def finish(self, status: Status = "finished", *, error: BaseException | None = None) -> None:
-        """Record the run's end; a second call does nothing.
+        """Record the run's end, with the error's traceback; a second call does nothing.
 
         An online run waits a few seconds at most for the server to have everything, and says
         what it does not have and how to send it.
 
-        Args:
-            error: what ended it, to be recorded with its traceback.
-
         Raises:
             EndlexError: `status` is not one.
         """
+        from endlex.client.environment import record_end
+
         if status not in STATUSES:
             raise EndlexError(f"status {status!r} must be one of {', '.join(STATUSES)}")
         if self._finished or self._journal is None:
@@ -184,41 +179,27 @@ class Run(Recorder):
             self._console.close()
         self._finished = True
         try:
-            self._record_end(self._journal, status, error)
-            self._journal.close()
-            self._journal.path.with_suffix(".fault").unlink(missing_ok=True)
+            record_end(self._journal, status, error)
         except (EndlexError, OSError) as problem:
             self._refuse("finish", problem)
         if self.refused:
-            names = ", ".join(
-                f"{name[:40]!r} ({count:,})" for name, count in self.refused.most_common(5)
-            )
+            names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
         forget(self)
         if self.online and not self._journal.inherited and self.directory is not None:
-            from endlex.client.shipping import wait_until_shipped
+            from endlex.client.shipper.control import wait_until_shipped
 
             wait_until_shipped(self.directory, self._journal.path)
 
-    def _record_end(self, journal: Journal, status: Status, error: BaseException | None) -> None:
-        end: dict[str, Any] = {"status": status}
-        if error is not None and status != "finished":
-            end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
-            if not isinstance(error, SystemExit):
-                lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
-                journal.append_own(EXCEPTION, lines)
-        journal.append(FINISH, end)
-
-    def begin(self, *, environment: bool, code: bool, console: bool) -> None:
+    def _begin(self, journal: Journal, environment: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
-        from endlex.client.surroundings import Console, record_environment
+        from endlex.client.environment import Console, record_environment
 
-        assert self._journal is not None
-        watch_faults(self._journal.path.with_suffix(".fault"))
+        watch_faults(journal.path.with_suffix(".fault"))
         if environment:
-            record_environment(self._journal, code)
+            record_environment(journal, code)
         if console:
-            self._console = Console(self._journal)
+            self._console = Console(journal)
         finish_at_exit(self)
 
     def go_online(self, url: str) -> None:
@@ -229,7 +210,7 @@ class Run(Recorder):
 
     def _watch_shipper(self, begin: bool = False) -> None:
         """Start another shipper if this run's was killed; asking costs a few system calls."""
-        from endlex.client.shipping import restart_shipper_if_killed, start_shipper
+        from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
 
         self._next_watch = time.monotonic() + WATCH_SECONDS
         if self.directory is None or self._journal is None or self._journal.inherited:
@@ -240,17 +221,13 @@ class Run(Recorder):
             warn(f"the shipper does not start ({error})")
 
     def _record_config(self) -> None:
-        """Record which keys of the configuration have changed."""
         if self._journal is None or self._finished:
             return
-        now, before = plain(self.config), self._recorded_config
-        changed = {k: v for k, v in now.items() if k not in before or before[k] != v}
-        if changed:
-            self._recorded_config = now
-            try:
+        try:
+            if changed := self.config.take_changes():
                 self._journal.append(CONFIG, {"config": changed})
-            except (EndlexError, OSError) as error:
-                self._refuse("config", error)
+        except (EndlexError, OSError) as error:
+            self._refuse("config", error)
 
     def __enter__(self) -> Run:
         return self
@@ -282,7 +259,6 @@ def init(
     """Start a run, or resume one: the same directory is the same run, with a new session.
 
     Args:
-        project: name that groups runs.
         name: the run's name; by default that of the directory's run, or one made from its id.
         config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
             is kept as its `str`.
@@ -293,10 +269,7 @@ def init(
         resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
             or True resumes the newest run of that project and name in `dir`. By default, or with
             "allow", a run is resumed if the directory holds one.
-        tags: for filtering runs in the dashboard.
-        group: name of a group of runs that belong together.
         job_type: what the run is for, such as "train"; kept as a tag.
-        notes: free text.
         all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
             in a session of its own.
         mode: `online` sends to the server of `ENDLEX_URL`, `offline` leaves that to `endlex sync`,
@@ -313,35 +286,39 @@ def init(
         TypeError: an argument is unknown here and to wandb.
     """
     _ignore(of_wandb)
-    mode = run_directory.chosen_mode(mode)
+    mode = directories.chosen_mode(mode)
     check_name(project, "project")
     if name is not None:
         check_name(name, "run name")
-    rank = run_directory.environment_number("RANK")
+    rank = directories.environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
-        return _remember(Run(None, None, project, name or "", config, strict=strict))
-    run_id = run_directory.given_run_id(id)
-    if all_ranks and not (directory or run_id) and run_directory.environment_number("WORLD_SIZE"):
+        Run.current = Run(None, None, project, name or "", config, strict=strict)
+        return Run.current
+    run_id = directories.given_run_id(id)
+    if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
-    place, owner = run_directory.find_or_claim(project, name, run_id, directory, dir, resume)
-    start = run_directory.session_start(
+    place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
+    words = [*as_list(tags or ()), *([job_type] if job_type else [])]
+    start = directories.session_start(
         owner,
         TRAINER,
         config=as_config(config),
-        tags=[*as_list(tags or ()), *([job_type] if job_type else [])],
-        group=group,
-        notes=notes,
+        tags=[check_name(tag, "tag") for tag in words],
+        group=None if group is None else str(group),
+        notes=None if notes is None else str(notes),
         rank=rank,
     )
-    run = Run(place, Journal(place, start), project, owner["name"], config, owner["run"], strict)
-    run.begin(
-        environment=rank == 0 and run_directory.is_on("ENVIRONMENT"),
+    journal = Journal(place, start)
+    Run.current = run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
+    run._begin(
+        journal,
+        environment=rank == 0 and directories.is_on("ENVIRONMENT"),
         code=save_code,
-        console=run_directory.is_on("CONSOLE") if console is None else console,
+        console=directories.is_on("CONSOLE") if console is None else console,
     )
-    if mode == "online" and (url := run_directory.server_url()):
+    if mode == "online" and (url := directories.server_url()):
         run.go_online(url)
-    return _remember(run)
+    return run
 
 
 OF_WANDB = {
@@ -360,40 +337,13 @@ def _ignore(arguments: dict[str, Any]) -> None:
         warn_once(f"init ignores what means nothing here: {', '.join(given)}")
 
 
-class _Current:
-    """The run that the module's functions speak of: the one that `init` returned last."""
-
-    run: Run | None = None
-
-
-def _remember(run: Run) -> Run:
-    _Current.run = run
-    return run
-
-
-def current_run() -> Run | None:
-    """The run that `init` returned last, or None."""
-    return _Current.run
-
-
-def _of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
+def of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
     """Return a function that calls a method of the current run."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _Current.run is None:
+        if Run.current is None:
             raise EndlexError("there is no run yet: call endlex.init first")
-        return method(_Current.run, *args, **kwargs)
+        return method(Run.current, *args, **kwargs)
 
     return call
-
-
-log = _of_current(Run.log)
-log_text = _of_current(Run.log_text)
-log_table = _of_current(Run.log_table)
-log_histogram = _of_current(Run.log_histogram)
-log_image = _of_current(Run.log_image)
-log_file = _of_current(Run.log_file)
-alert = _of_current(Run.alert)
-save = _of_current(Run.save)
-finish = _of_current(Run.finish)

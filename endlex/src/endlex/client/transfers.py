@@ -1,8 +1,11 @@
-"""Move one checkpoint while somebody waits: from the server (pull), or to it (push).
+"""Move things while somebody waits: `endlex sync`, `endlex push`, `endlex pull`.
 
-Ranges come in parallel; each is verified, and a file appears whole or not at all. Files are built
-in a hidden directory beside the target. What an attempt that was cut left there is hashed part by
-part, and only the rest is asked for.
+A sync sends all that a run's directory holds. A shipper that is at work there is ended first, and
+started again afterwards if a trainer still writes; so a new address or token counts at once.
+
+Of a pull, ranges come in parallel; each is verified, and a file appears whole or not at all. Files
+are built in a hidden directory beside the target. What an attempt that was cut left there is hashed
+part by part, and only the rest is asked for. Ctrl-C loses nothing of any of them.
 """
 
 from __future__ import annotations
@@ -12,42 +15,72 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
-from endlex.client.checkpoints import Staged, files_of
-from endlex.client.process import fsync
-from endlex.client.transport import Backoff, Refused, Retry, Transport, quoted
-from endlex.client.uploads import Progress, Uploader, build_manifest, in_parallel
-from endlex.protocol import (
-    REMOVED,
-    EndlexError,
-    Manifest,
-    ManifestFile,
-    check_checkpoint_name,
-    check_manifest,
-    check_run_id,
+from endlex.client.checkpoints import (
+    CheckpointFailed,
+    Staged,
+    build_manifest,
+    damaged_media,
+    describe_file,
+    drop_replaced,
+    files_of,
+    give_up,
 )
-
-T = TypeVar("T")
+from endlex.client.directories import require_run_file
+from endlex.client.process import fsync
+from endlex.client.shipper.control import (
+    DONE,
+    FOREGROUND,
+    holding,
+    start_shipper,
+    stop_shipper,
+    take_lock,
+    write_state,
+)
+from endlex.client.shipper.send_checkpoints import (
+    ALL_MEDIA,
+    CheckpointShipper,
+    Progress,
+    Uploader,
+    in_parallel,
+)
+from endlex.client.shipper.send_journals import (
+    JournalShipper,
+    SessionDiffers,
+    SessionShipper,
+    renew_session,
+)
+from endlex.client.transport import Backoff, Retry, Transport, quoted
+from endlex.client.verify import fetch_manifest
+from endlex.protocol import EndlexError, ManifestFile, check_checkpoint_name, check_run_id
+from endlex.reading import content_length, session_files, writer_is_alive
 
 CONNECTIONS = 4
+LOCK_SECONDS = 1.0
+ATTEMPTS = 3
 PATIENCE_SECONDS = 60.0
-LEAST_ATTEMPTS = 3
+
+T = TypeVar("T")
+SyncProgress = Callable[[str, int, int], None]
+"""Called with what is sent ("journal" or a checkpoint's name), the bytes that have arrived, and
+all bytes."""
 
 
 class Patience:
-    """Try again after faults of the network, until nothing has got further for a while.
+    """Try again after faults of the network, a few times, until nothing got further for a while.
 
-    The time counts from the first fault after progress, and a few attempts are made however long
-    each one takes.
+    The time counts from the first fault after progress.
     """
 
-    def __init__(self, seconds: float = PATIENCE_SECONDS) -> None:
-        self._seconds = seconds
-        self._progress: object = None
+    def __init__(
+        self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
+    ) -> None:
+        self._seconds, self._progress = seconds, progress
+        self._reached: tuple[object, ...] = ()
         self._start_over()
 
     def _start_over(self) -> None:
@@ -55,20 +88,12 @@ class Patience:
         self._deadline = math.inf
         self._faults = 0
 
-    def progressed(self, *progress: object) -> None:
-        """Note how far the work is; if that is not where it was, all patience is back."""
-        if progress != self._progress:
-            self._progress = progress
+    def report(self, *reached: Any) -> None:
+        """Tell `progress` how far the work is, and of how much; if it got further, start over."""
+        if reached[:-1] != self._reached:
+            self._reached = reached[:-1]
             self._start_over()
-
-    def watching(self, progress: Callable[..., None], *what: str) -> Callable[[int, int], None]:
-        """Return a `progress` that also notes how far the work is, told after `what`."""
-
-        def report(done: int, total: int) -> None:
-            self.progressed(*what, done)
-            progress(*what, done, total)
-
-        return report
+        self._progress(*reached)
 
     def keep_trying(self, act: Callable[[], T]) -> T:
         """Return what `act` returns, after as many faults as there is patience for."""
@@ -79,67 +104,159 @@ class Patience:
                 seconds, now = self._backoff.wait(error), time.monotonic()
                 self._deadline = min(self._deadline, now + self._seconds)
                 self._faults += 1
-                if self._faults >= LEAST_ATTEMPTS and now + seconds > self._deadline:
+                if self._faults >= ATTEMPTS and now + seconds > self._deadline:
                     raise
                 time.sleep(seconds)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A part in its place."""
+def sync_directory(
+    directory: Path,
+    transport: Transport,
+    progress: SyncProgress = lambda what, done, total: None,
+    *,
+    patience: float = PATIENCE_SECONDS,
+    drop_failed: bool = False,
+    resend: bool = False,
+) -> set[str]:
+    """Send what is there now, and return when the server has acknowledged and published it.
 
-    file: ManifestFile
+    Args:
+        patience: seconds without any progress after which a fault of the network is raised.
+        drop_failed: give up the checkpoints and media that can never be sent.
+        resend: send journals that differ from the server's copies as new sessions.
+
+    Returns:
+        The checkpoints that were published: a directory that can only be read still holds them.
+
+    Raises:
+        EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
+            refuses something, or a checkpoint can never be published. The rest is sent first.
+        Retry: the server could not be reached for too long.
+    """
+    run = require_run_file(directory)["run"]
+    had_shipper, lock = _take_over(directory)
+    journals = JournalShipper(directory, run, transport)
+    checkpoints = CheckpointShipper(directory, run, transport)
+    waiter = Patience(patience, progress)
+    try:
+        with holding(lock):
+            try:
+                if resend:
+                    _renew_differing(directory, run, transport)
+                _send_journals(directory, journals, waiter)
+                _send_checkpoints(directory, checkpoints, waiter, drop_failed)
+            finally:
+                states = {"sessions": journals.states(), "checkpoints": checkpoints.states}
+                write_state(directory, DONE, {"url": transport.url, "error": None, **states})
+    finally:
+        if had_shipper and journals.has_live_trainer():
+            start_shipper(directory, url=transport.url)
+    if errors := journals.errors() + checkpoints.errors():
+        raise EndlexError("; ".join(dict.fromkeys(errors)))
+    return {name for name, s in checkpoints.states.items() if s["state"] == "published"}
+
+
+def _take_over(directory: Path) -> tuple[bool, IO[str]]:
+    """Return whether a shipper had to give up the directory's lock, and the lock."""
+    had_shipper = False
+    for _ in range(ATTEMPTS):  # another one may have waited for the first
+        had_shipper |= stop_shipper(directory)
+        lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
+        if lock is not None:
+            return had_shipper, lock
+    raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
+
+
+def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
+    """Give journals that differ from the server's copies another session id."""
+    for path in session_files(directory):
+        try:
+            SessionShipper(run, path, transport).ask()
+        except SessionDiffers:
+            if not writer_is_alive(path):
+                renew_session(path)
+
+
+def _send_journals(directory: Path, journals: JournalShipper, patience: Patience) -> None:
+    """Send every journal up to where it ends now."""
+    targets = {path.stem: content_length(path) for path in session_files(directory)}
+
+    def is_sent(session: SessionShipper) -> bool:
+        """Whether the server has what was there, and of a session that is over how it ended."""
+        has_all = (session.acknowledged or 0) >= targets.get(session.session, 0)
+        return bool(session.error or session.done or (has_all and writer_is_alive(session.path)))
+
+    while True:
+        patience.keep_trying(journals.tick)
+        sessions = journals.sessions.values()
+        done = sum(session.acknowledged or 0 for session in sessions)
+        patience.report("journal", done, max(done, sum(targets.values())))
+        if all(map(is_sent, sessions)):
+            return
+
+
+def _send_checkpoints(
+    directory: Path, checkpoints: CheckpointShipper, patience: Patience, drop_failed: bool
+) -> None:
+    drop_replaced(directory)
+    for name in checkpoints.waiting():
+        try:
+            patience.keep_trying(partial(checkpoints.send, name, partial(patience.report, name)))
+        except Retry:
+            raise
+        except CheckpointFailed as error:
+            if drop_failed:
+                del checkpoints.states[name]
+                if name != ALL_MEDIA:
+                    give_up(directory, name, str(error))
+        except (EndlexError, OSError):
+            continue  # it is among the states
+    for sha256 in damaged_media(directory) if drop_failed else ():
+        give_up(directory, sha256, "damaged before it was sent")
+
+
+def push_checkpoint(
+    run: str,
+    source: Path,
+    name: str,
+    transport: Transport,
+    *,
+    step: int = 0,
+    aliases: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+
+    Nothing is staged: the files must not change meanwhile, which is noticed.
+
+    Raises:
+        Retry: not now; calling again sends only what is left.
+        EndlexError: there is nothing to push, a name is not one or taken, or the server refuses.
+    """
+    check_run_id(run)
+    states = [(inside, path.stat()) for inside, path in files_of(source)]
+    if not states:
+        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
+    note: Staged = {
+        "name": check_checkpoint_name(name),
+        "step": step,
+        # That of the newest file, not now, so that the same push again is the same manifest.
+        "created": max(state.st_mtime for _, state in states),
+        "aliases": [check_checkpoint_name(alias) for alias in aliases],
+        "metadata": {},
+        "files": [describe_file(*state) for state in states],
+    }
+    root = source if source.is_dir() else source.parent
+    manifest, patience = build_manifest(root, note), Patience(progress=progress)
+    uploader = Uploader(transport, patience.report)
+    patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
+
+
+class _Piece(NamedTuple):
+    path: str
     offset: int
     bytes: int
     sha256: str
-
-
-class Removed(EndlexError):
-    """The server published this checkpoint and removed it since, on purpose.
-
-    Attributes:
-        removed: Unix seconds.
-        reason: such as "pruned by keep-last 3".
-        manifest: what it was.
-    """
-
-    def __init__(self, message: str, removed: float, reason: str, manifest: Manifest) -> None:
-        super().__init__(message)
-        self.removed, self.reason, self.manifest = removed, reason, manifest
-
-
-class Unknown(EndlexError):
-    """The server knows no checkpoint of this name."""
-
-
-def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
-    """The manifest of a checkpoint that the server has published.
-
-    Raises:
-        Unknown: there is none of this name.
-        Removed: a rule or a person removed it.
-        EndlexError: it is not published.
-        Retry: the server is not there.
-    """
-    try:
-        answer = transport.request("GET", quoted("runs", run, "checkpoints", name))
-    except Refused as error:
-        if error.status == 404:
-            raise Unknown(f"the server has no checkpoint {name!r} of run {run}") from error
-        raise
-    content = answer.content if isinstance(answer.content, dict) else {}
-    state = content.get("state")
-    if state not in ("published", REMOVED):
-        raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
-    manifest = check_manifest(content)
-    if manifest["name"] != name:
-        raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
-    if state == REMOVED:
-        reason, removed = str(content.get("reason")), content.get("removed")
-        removed = float(removed) if isinstance(removed, int | float) else 0.0
-        message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
-        raise Removed(message, removed, reason, manifest)
-    return manifest
 
 
 def pull_checkpoint(
@@ -151,15 +268,11 @@ def pull_checkpoint(
     *,
     patience: float = PATIENCE_SECONDS,
 ) -> list[Path]:
-    """Download a checkpoint's files into a directory; each appears whole and verified.
+    """Download a checkpoint into a directory; return its files, each whole and verified.
 
     Args:
         directory: made if missing. A file that is there already is kept if it is the same.
-        progress: called with the bytes that are here and verified, and all bytes.
         patience: seconds without any progress after which a fault of the network is raised.
-
-    Returns:
-        The files.
 
     Raises:
         EndlexError: there is no such checkpoint, another file is in the way, or what the server
@@ -173,18 +286,17 @@ def pull_checkpoint(
     pieces = [piece for file in wanted for piece in _pieces(building, file)]
     total = sum(file["bytes"] for file in manifest["files"])
     done = total - sum(piece.bytes for piece in pieces)
-    progress(done, total)
+    waiter = Patience(patience, progress)
+    waiter.report(done, total)
     where = quoted("runs", run, "checkpoints", name)
     lock = threading.Lock()
-    waiter = Patience(patience)
-    report = waiter.watching(progress)
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
         waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
         with lock:
             done += piece.bytes
-            report(done, total)
+            waiter.report(done, total)
 
     in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
@@ -217,15 +329,15 @@ def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
         for part in file["parts"]:
             content.seek(offset)
             if hashlib.sha256(content.read(part["bytes"])).hexdigest() != part["sha256"]:
-                yield _Piece(file, offset, part["bytes"], part["sha256"])
+                yield _Piece(file["path"], offset, part["bytes"], part["sha256"])
             offset += part["bytes"]
 
 
 def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> None:
-    path = f"{where}/files{quoted(*piece.file['path'].split('/'))}"
+    path = f"{where}/files{quoted(*piece.path.split('/'))}"
     digest, held = hashlib.sha256(), 0
     end = piece.offset + piece.bytes
-    with (building / piece.file["path"]).open("r+b") as file:
+    with (building / piece.path).open("r+b") as file:
         file.seek(piece.offset)
         with transport.download(path, start=piece.offset, end=end) as blocks:
             for block in blocks:
@@ -246,47 +358,3 @@ def _publish(building: Path, directory: Path, file: ManifestFile) -> None:
         fsync(content.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)
-
-
-def push_checkpoint(
-    run: str,
-    source: Path,
-    name: str,
-    transport: Transport,
-    *,
-    step: int = 0,
-    aliases: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-    progress: Progress = lambda done, total: None,
-) -> None:
-    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
-
-    Nothing is staged: the files must not change meanwhile, which is noticed.
-
-    Raises:
-        CheckpointFailed: it cannot be published, such as when another one has the name.
-        Retry: not now; calling again sends only what is left.
-        Refused: the token does not allow it, or the server does not know the run.
-        EndlexError: there is nothing to push, or a name is not one.
-    """
-    check_run_id(run)
-    files = list(files_of(source))
-    if not files:
-        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
-    states = [(inside, path.stat()) for inside, path in files]
-    note: Staged = {
-        "name": check_checkpoint_name(name),
-        "step": step,
-        # That of the newest file, not now, so that the same push again is the same manifest.
-        "created": max(state.st_mtime for _, state in states),
-        "aliases": [check_checkpoint_name(alias) for alias in aliases],
-        "metadata": dict(metadata or {}),
-        "files": [
-            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
-            for inside, state in states
-        ],
-    }
-    root = source if source.is_dir() else source.parent
-    manifest, patience = build_manifest(root, note), Patience()
-    uploader = Uploader(transport, patience.watching(progress))
-    patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))

@@ -1,8 +1,8 @@
 """HTTP to the server, with the standard library: connections kept alive, with bounded waits.
 
 A fault is one of two kinds, and what to do about it is in the type: `Retry` (no answer, or one
-that says later) is tried again with a growing wait (`Backoff`), and `Refused` will not be cured by
-asking again soon. Whatever asks the server raises these. No message holds the token.
+that says later) is tried again with a growing wait (`Backoff`),
+and `Refused` will not be cured by asking again soon. No message holds the token.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from endlex.protocol import EndlexError
@@ -44,7 +43,8 @@ HINTS = {
 LONGEST_WAIT = 30.0
 REFUSED_SECONDS = 30.0
 """Seconds until something that the server refused is tried again."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+Body = bytes | memoryview | None
 
 
 class TransportError(EndlexError):
@@ -52,11 +52,7 @@ class TransportError(EndlexError):
 
 
 class Retry(TransportError):
-    """Not now: ask again later.
-
-    Attributes:
-        retry_after: seconds that the server asks for, or None.
-    """
+    """Not now: ask again later, in `retry_after` seconds if the server said so."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -68,20 +64,14 @@ class Unreachable(Retry):
 
 
 class Refused(TransportError):
-    """The server will not do it.
-
-    Attributes:
-        status: of HTTP.
-        content: the answer's JSON object, empty if it had none.
-    """
+    """The server will not do it; `content` is the answer's JSON object, empty if it had none."""
 
     def __init__(self, message: str, status: int, content: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.status, self.content = status, dict(content)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A request that went well."""
 
     content: Any
@@ -96,8 +86,7 @@ class Transport:
     Certificates are checked against the system's, or those of SSL_CERT_FILE.
 
     Args:
-        url: `http://` or `https://`, a host, and where the server does not live at the top of it
-            its path.
+        url: `http://` or `https://`, a host, and the path under which the server lives, if any.
         token: sent with each request, if given.
 
     Raises:
@@ -126,9 +115,8 @@ class Transport:
         self.host, self._secure = parts.hostname, parts.scheme == "https"
         self._prefix = parts.path.rstrip("/")
         self._token = token
-        self._waits = connect_seconds, read_seconds
+        self._connect_seconds, self._read_seconds = connect_seconds, read_seconds
         self._local = threading.local()
-        """Its `connection` is this thread's, if one is open."""
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
 
@@ -138,11 +126,12 @@ class Transport:
     @property
     def is_local(self) -> bool:
         """Whether the server is on this machine, so that compressing would only cost time."""
-        return self.host in LOOPBACK or self.host.startswith("127.")
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     def renew_token(self, token: str | None) -> None:
         """Use another token from the next request on."""
-        self._token = token if token is not None and _is_token(token) else self._token
+        if token is not None and _is_token(token):
+            self._token = token
 
     def request(
         self,
@@ -151,14 +140,14 @@ class Transport:
         *,
         query: Mapping[str, Any] | None = None,
         json_body: Any = None,
-        body: bytes | memoryview | None = None,
+        body: Body = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Ask, and return the answer.
 
         Args:
             path: below `/api/v1`, its parts quoted (`quoted`); `/health` is at the top.
-            json_body: sent as JSON, in place of `body`.
+            json_body: sent in place of `body`.
 
         Raises:
             Retry: no answer, or a 5xx, 408, 425 or 429.
@@ -168,9 +157,8 @@ class Transport:
         if json_body is not None:
             body = json.dumps(json_body, allow_nan=False).encode()
             given["Content-Type"] = "application/json"
-        response = self._open(method, path, query, body, given)
-        content = self._read(response)
-        return _judge(response, content, f"{method} {path}", self.url)
+        target = f"{path}?{urlencode(query, doseq=True)}" if query else path
+        return self._judge(self._open(method, target, body, given), f"{method} {path}")
 
     @contextmanager
     def download(
@@ -184,11 +172,12 @@ class Transport:
         """
         is_range = bool(start) or end is not None
         last = "" if end is None else end - 1
-        headers = {"Range": f"bytes={start}-{last}"} if is_range else {}
-        response = self._open("GET", path, None, None, headers)
+        response = self._open(
+            "GET", path, None, {"Range": f"bytes={start}-{last}"} if is_range else {}
+        )
         try:
             if response.status not in (200, 206) or (is_range and response.status != 206):
-                _judge(response, self._read(response), f"GET {path}", self.url)
+                self._judge(response, f"GET {path}")
                 raise Refused(f"{self.url} sent no part of {path}", response.status, {})
             yield self._blocks(response)
         finally:
@@ -205,24 +194,35 @@ class Transport:
             self.close()
             raise self._unreachable(error) from error
 
-    def _read(self, response: http.client.HTTPResponse) -> bytes:
+    def _judge(self, response: http.client.HTTPResponse, asked: str) -> Answer:
+        """Read a response, and return its answer or raise what its status means."""
         content = b"".join(itertools.islice(self._blocks(response), LARGEST_ANSWER // SEND_BYTES))
         if response.will_close or not response.isclosed():
             self.close()
-        return content
+        try:
+            decoded = json.loads(content) if content else None
+        except ValueError:
+            decoded = None
+        status = response.status
+        if 200 <= status < 300:
+            return Answer(decoded, response.getheader("Date"))
+        said = decoded if isinstance(decoded, dict) else {}
+        reason = str(said.get("error") or response.reason or "")[:500]
+        message = f"{self.url} answered {asked} with {status}: {reason}"
+        if status >= 500 or status in (408, 425, 429):
+            after = (response.getheader("Retry-After") or "").strip()  # a date is ignored
+            raise Retry(message, float(min(int(after), 300)) if after.isdecimal() else None)
+        if status == 401:
+            message += "; set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
+        if 300 <= status < 400:
+            message += f" (it points to {response.getheader('Location')!r}: set ENDLEX_URL to that)"
+        raise Refused(message, status, said)
 
     def _open(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, Any] | None,
-        body: bytes | memoryview | None,
-        headers: dict[str, str],
+        self, method: str, path: str, body: Body, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
-        """The response with its head read."""
+        """Ask, and return the response with its head read."""
         target = self._prefix + (path if path == "/health" else f"/api/v1{path}")
-        if query:
-            target += f"?{urlencode(query, doseq=True)}"
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         if body is not None:
@@ -236,21 +236,24 @@ class Transport:
                     raise
                 self.close()  # the server closed it while it idled
                 return self._send(method, target, body, headers)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
+        except BaseException as error:
             self.close()
-            raise self._unreachable(error) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError | http.client.HTTPException | UnicodeError):
+                raise self._unreachable(error) from error
             raise
 
     def _send(
-        self, method: str, target: str, body: bytes | memoryview | None, headers: dict[str, str]
+        self, method: str, target: str, body: Body, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
         connection = self._connection
         if connection is None:
-            connection = self._local.connection = self._connect()
+            connection = self._local.connection = self._new_connection()
+            connection.connect()
+            connection.sock.settimeout(self._read_seconds)
         try:
-            blocks = None if body is None else _blocks_of(body)
+            view = memoryview(body or b"")
+            starts = range(0, len(view), SEND_BYTES)
+            blocks = None if body is None else (view[at : at + SEND_BYTES] for at in starts)
             given = headers | self._proxy_headers
             connection.request(method, self._way + target, body=blocks, headers=given)
         except (BrokenPipeError, ConnectionResetError):
@@ -264,17 +267,12 @@ class Transport:
 
     @property
     def _connection(self) -> http.client.HTTPConnection | None:
+        """This thread's connection, if one is open."""
         return getattr(self._local, "connection", None)
 
-    def _connect(self) -> http.client.HTTPConnection:
-        connect, read = self._waits
-        connection = self._new_connection(connect)
-        connection.connect()
-        connection.sock.settimeout(read)
-        return connection
-
-    def _new_connection(self, seconds: float) -> http.client.HTTPConnection:
+    def _new_connection(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        seconds = self._connect_seconds
         proxy = None if self.is_local else proxy_for(self.url)
         if proxy is None:
             return kind(self.host, self.port, timeout=seconds)
@@ -298,7 +296,7 @@ class Transport:
         return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}{hint}")
 
     def ill_answer(self) -> Retry:
-        """The error for an answer that went well and is not what an Endlex server says."""
+        """Return the error for an answer that went well and that no Endlex server gives."""
         return Retry(f"{self.url} does not answer like an Endlex server")
 
     def close(self) -> None:
@@ -323,41 +321,8 @@ def _is_token(token: str) -> bool:
     return token.isascii() and token.isprintable() and " " not in token and token != ""
 
 
-def _blocks_of(body: bytes | memoryview) -> Iterator[memoryview]:
-    view = memoryview(body)
-    for start in range(0, len(view), SEND_BYTES):
-        yield view[start : start + SEND_BYTES]
-
-
-def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: str) -> Answer:
-    status = response.status
-    try:
-        decoded = json.loads(content) if content else None
-    except ValueError:
-        decoded = None
-    if 200 <= status < 300:
-        return Answer(decoded, response.getheader("Date"))
-    said = decoded if isinstance(decoded, dict) else {}
-    reason = str(said.get("error") or response.reason or "")[:500]
-    message = f"{url} answered {asked} with {status}: {reason}"
-    if status >= 500 or status in (408, 425, 429):
-        raise Retry(message, _seconds(response.getheader("Retry-After")))
-    if status == 401:
-        message += "; set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
-    if 300 <= status < 400:
-        message += f" (it points to {response.getheader('Location')!r}: set ENDLEX_URL to that)"
-    raise Refused(message, status, said)
-
-
-def _seconds(header: str | None) -> float | None:
-    """Return the seconds of a Retry-After header; None for a date, which is ignored."""
-    if header is None or not header.strip().isdecimal():
-        return None
-    return float(min(int(header), 300))
-
-
 def quoted(*parts: str) -> str:
-    """A path of these parts, each of them quoted: `quoted("runs", run)` is `/runs/<run>`."""
+    """Return a path of these parts, each quoted: `quoted("runs", run)` is `/runs/<run>`."""
     return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 

@@ -10,18 +10,18 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from endlex.api import Api
+from endlex.client.directories import runs_folder, server_token, server_url
 from endlex.client.process import describe
-from endlex.client.run_directory import runs_folder, server_token, server_url
-from endlex.client.shipping import read_state, shipper_process, sync_command
-from endlex.client.sync import compare_directory
+from endlex.client.shipper.control import read_state, shipper_process, sync_command
 from endlex.client.transport import Refused, TransportError
+from endlex.client.verify import compare_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import PROTOCOL, EndlexError
@@ -29,29 +29,21 @@ from endlex.reading import summarize
 
 LITTLE_SPACE = 2 * 2**30
 CLOCK_SECONDS = 5.0
-LIBRARIES: dict[str, tuple[dict[str, str], str]] = {
-    "system": (
-        {"psutil": "psutil", "pynvml": "nvidia-ml-py"},
-        "some figures of this machine are not recorded",
-    ),
-    "watch": ({"plotext": "plotext"}, "`endlex watch` prints lines only"),
-    "import": (
-        {"wandb": "wandb", "tensorboard": "tensorboard", "pyarrow": "pyarrow"},
-        "not every tool's runs can be imported",
-    ),
+LIBRARIES: dict[str, tuple[str, str]] = {
+    "system": ("psutil pynvml", "some figures of this machine are not recorded"),
+    "watch": ("plotext", "`endlex watch` prints lines only"),
+    "import": ("wandb tensorboard pyarrow", "not every tool's runs can be imported"),
     "server": (
-        {
-            name: name
-            for name in ("fastapi", "uvicorn", "sse_starlette", "orjson", "numpy", "pyarrow")
-        },
+        "fastapi uvicorn sse_starlette orjson numpy pyarrow",
         "this machine cannot be the server",
     ),
 }
-"""By extra: its packages by module, and what is missing without them."""
+"""By extra: its modules, and what is missing without them."""
+PACKAGES = {"pynvml": "nvidia-ml-py"}
+"""Packages whose modules have other names."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What one check found."""
 
     state: Literal["ok", "note", "fault"]
@@ -59,23 +51,14 @@ class Finding:
     message: str
 
 
-def finding(check: str, good: bool, message: str, remedy: str = "") -> Finding:
-    """Return what a check found, with the remedy if something is not good."""
-    if good:
-        return Finding("ok", check, message)
-    return Finding("fault", check, f"{message}: {remedy}" if remedy else message)
-
-
-def note(check: str, message: str) -> Finding:
-    """Return what works, but less."""
-    return Finding("note", check, message)
+ok, note, fault = (partial(Finding, state) for state in ("ok", "note", "fault"))
 
 
 def doctor(directories: Sequence[str], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
     findings = [_versions(), *_libraries(), *_server(url), _disk(), *_journals(directories, url)]
     if as_json:
-        print_json([asdict(finding) for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
         for finding in findings:
             print(f"{finding.state:5}  {finding.check:10}  {printable(finding.message)}")
@@ -88,35 +71,29 @@ def _versions() -> Finding:
     except metadata.PackageNotFoundError:
         version = "not installed as a package"
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    return Finding("ok", "version", f"endlex {version}, protocol {PROTOCOL}; {python}")
+    return ok("version", f"endlex {version}, protocol {PROTOCOL}; {python}")
 
 
 def _libraries() -> Iterator[Finding]:
-    here = []
-    for extra, (libraries, without) in LIBRARIES.items():
-        absent = [name for name in libraries if importlib.util.find_spec(name) is None]
+    for extra, (modules, without) in LIBRARIES.items():
+        absent = [name for name in modules.split() if importlib.util.find_spec(name) is None]
         if absent:
-            lacking = ", ".join(libraries[name] for name in absent)
+            lacking = ", ".join(PACKAGES.get(name, name) for name in absent)
             yield note(extra, f"no {lacking}: {without}; pip install 'endlex[{extra}]'")
-        else:
-            here.append(extra)
-            yield Finding("ok", extra, "its packages are here")
-    if "server" in here and importlib.util.find_spec("endlex.server") is not None:
-        assets = importlib.import_module("endlex.server.web.pages").missing_assets()
-        if assets:
-            yield Finding(
-                "fault",
-                "server",
-                f"the dashboard's charts lack {', '.join(assets)}: install endlex again where the "
-                "build can reach npm's registry, or from a wheel",
-            )
+            continue
+        yield ok(extra, "its packages are here")
+        if extra == "server" and importlib.util.find_spec("endlex.server") is not None:
+            assets = importlib.import_module("endlex.server.web.pages").missing_assets()
+            if assets:
+                lacking = f"the dashboard's charts lack {', '.join(assets)}"
+                remedy = "install endlex where the build can reach npm's registry, or from a wheel"
+                yield fault("server", f"{lacking}: {remedy}")
 
 
 def _server(url: str | None) -> Iterator[Finding]:
     if not (url or server_url()):
-        yield note(
-            "server", "none is set (ENDLEX_URL): runs stay on this machine until `endlex sync`"
-        )
+        said = "none is set (ENDLEX_URL): runs stay on this machine until `endlex sync`"
+        yield note("server", said)
         return
     try:
         server = find_server(url)
@@ -124,22 +101,24 @@ def _server(url: str | None) -> Iterator[Finding]:
         answer = server.transport.request("GET", "/health")
         after = time.time()
     except EndlexError as error:
-        yield Finding("fault", "server", str(error))
+        yield fault("server", str(error))
         return
     health = answer.content if isinstance(answer.content, dict) else {}
-    if (theirs := health.get("protocol")) != PROTOCOL:
-        said = f"{server.url} answers, but not as an Endlex server"
-        if theirs is not None:
-            said = f"{server.url} speaks protocol {theirs}, and this side {PROTOCOL}"
-            said += ": upgrade the older side"
-        yield Finding("fault", "server", said)
-        return
-    yield Finding("ok", "server", f"{server.url}, endlex {health.get('version')}")
-    free = int(health.get("disk_free_bytes", 0))
-    said = f"{format_bytes(free)} free on the server's disk"
-    yield finding("server", free > LITTLE_SPACE, said, "free some with `endlex prune`")
-    yield _clock(answer.date, before, after)
-    yield from _scopes(server)
+    theirs = health.get("protocol")
+    if theirs is None:
+        yield fault("server", f"{server.url} answers, but not as an Endlex server")
+    elif theirs != PROTOCOL:
+        said = f"{server.url} speaks protocol {theirs}, and this side {PROTOCOL}"
+        yield fault("server", f"{said}: upgrade the older side")
+    else:
+        yield ok("server", f"{server.url}, endlex {health.get('version')}")
+        said = f"{format_bytes(health.get('disk_free_bytes', 0))} free on the server's disk"
+        if health.get("disk_free_bytes", 0) > LITTLE_SPACE:
+            yield ok("server", said)
+        else:
+            yield fault("server", f"{said}: free some with `endlex prune`")
+        yield _clock(answer.date, before, after)
+        yield _scopes(server)
 
 
 def _clock(date: str | None, before: float, after: float) -> Finding:
@@ -149,7 +128,7 @@ def _clock(date: str | None, before: float, after: float) -> Finding:
     said = parsedate_to_datetime(date).timestamp()
     apart = max(0.0, said - after, before - said - 1)
     if apart <= CLOCK_SECONDS:
-        return Finding("ok", "clock", "equal to the server's")
+        return ok("clock", "equal to the server's")
     return note(
         "clock",
         f"this machine's and the server's are {apart:,.0f} s apart: "
@@ -157,7 +136,7 @@ def _clock(date: str | None, before: float, after: float) -> Finding:
     )
 
 
-def _scopes(server: Api) -> Iterator[Finding]:
+def _scopes(server: Api) -> Finding:
     """Find out what the token may do by asking for things that change nothing."""
     nobody = "0" * 10
     questions: dict[str, tuple[str, str, Any]] = {
@@ -168,27 +147,24 @@ def _scopes(server: Api) -> Iterator[Finding]:
         "manage": ("POST", "/prune", {"run": nobody, "keep_last": 1, "dry_run": True}),
     }
     allowed = []
-    for scope, (method, path, body) in questions.items():
+    for scope, question in questions.items():
         try:
-            server.send(method, path, body)
+            server.send(*question)
         except Refused as error:
             if error.status in (401, 403):
                 continue
         except EndlexError as error:
-            yield Finding("fault", "token", str(error))
-            return
+            return fault("token", str(error))
         allowed.append(scope)
     given = "the token" if server_token() else "no token is set, and without one this machine"
-    lacking = [scope for scope in ("write", "checkpoint") if scope not in allowed]
     if not allowed:
-        said = f"{given} may do nothing there"
         remedy = "set ENDLEX_TOKEN or ~/.config/endlex/token to one from `endlex token create`"
-        yield finding("token", False, said, remedy)
-    elif lacking:
-        said = f"{given} may {', '.join(allowed)}, not {', '.join(lacking)}"
-        yield note("token", f"{said}: a box that trains needs write and checkpoint")
-    else:
-        yield Finding("ok", "token", f"{given} may {', '.join(allowed)}")
+        return fault("token", f"{given} may do nothing there: {remedy}")
+    said = f"{given} may {', '.join(allowed)}"
+    if lacking := [scope for scope in ("write", "checkpoint") if scope not in allowed]:
+        needs = "a box that trains needs write and checkpoint"
+        return note("token", f"{said}, not {', '.join(lacking)}: {needs}")
+    return ok("token", said)
 
 
 def _disk() -> Finding:
@@ -196,9 +172,11 @@ def _disk() -> Finding:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    remedy = "journals and checkpoints need more; free some, or set ENDLEX_DIR"
     said = f"{format_bytes(free)} free in {folder}"
-    return finding("disk", free >= LITTLE_SPACE, said, remedy)
+    if free >= LITTLE_SPACE:
+        return ok("disk", said)
+    remedy = "journals and checkpoints need more; free some, or set ENDLEX_DIR"
+    return fault("disk", f"{said}: {remedy}")
 
 
 def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
@@ -208,8 +186,8 @@ def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
             yield from _damage(directory)
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:
-            yield Finding("fault", "journals", str(error))
-    yield finding("journals", not known.unreadable, "; ".join(str(known).splitlines()))
+            yield fault("journals", str(error))
+    yield (fault if known.unreadable else ok)("journals", "; ".join(str(known).splitlines()))
 
 
 def _damage(directory: Path) -> Iterator[Finding]:
@@ -218,16 +196,16 @@ def _damage(directory: Path) -> Iterator[Finding]:
             lines = count(session["damaged_lines"], "damaged line")
             what = f"session {session['session']} of {directory} has {lines}"
             remedy = "the disk may be failing; the rest is sent all the same"
-            yield finding("journals", False, what, remedy)
+            yield fault("journals", f"{what}: {remedy}")
 
 
 def _sending(directory: Path, url: str | None) -> Finding:
     """Say whether one run's directory is sent, and who sends it."""
     shipper = shipper_process(directory)
     if shipper is not None:
-        error = read_state(directory).get("error")
         said = f"{directory}: its shipper, {describe(shipper.name)}, sends it"
-        return finding("journals", not error, said, f"it says: {error}")
+        error = read_state(directory).get("error")
+        return fault("journals", f"{said}: it says: {error}") if error else ok("journals", said)
     try:
         missing = compare_directory(directory, find_server(url).transport).missing
     except TransportError:
@@ -237,4 +215,4 @@ def _sending(directory: Path, url: str | None) -> Finding:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         return note("journals", f"{directory}: {missing[0]}{more}: {sync_command(directory)}")
-    return Finding("ok", "journals", f"{directory}: all of it is on the server")
+    return ok("journals", f"{directory}: all of it is on the server")

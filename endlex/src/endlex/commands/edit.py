@@ -109,9 +109,6 @@ def _check_rule(rule: str) -> None:
         raise EndlexError(f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'")
 
 
-PRUNE = "/prune"
-
-
 def prune(
     run: str | None,
     project: str | None,
@@ -144,16 +141,16 @@ def prune(
         "project": project,
     }
     request = {key: value for key, value in asked.items() if value is not None}
-    plan = server.send("POST", PRUNE, request | {"dry_run": True})
-    if dry_run or not plan["removed"]:
-        _print_outcome(plan, "would be removed", as_json)
+    plan = server.send("POST", "/prune", request | {"dry_run": True})
+    is_over = dry_run or not plan["removed"]
+    if is_over or not yes:
+        _print_outcome(plan, "would be removed", as_json and is_over)
+    if is_over:
         return 0
-    if not yes:
-        _print_outcome(plan, "would be removed", False)
-        if not confirm("remove them?", yes):
-            print("nothing was removed")
-            return 1
-    _print_outcome(server.send("POST", PRUNE, request | {"dry_run": False}), "removed", as_json)
+    if not confirm("remove them?", yes):
+        print("nothing was removed")
+        return 1
+    _print_outcome(server.send("POST", "/prune", request | {"dry_run": False}), "removed", as_json)
     return 0
 
 

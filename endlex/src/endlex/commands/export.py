@@ -7,14 +7,13 @@ Parquet.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.api import run_path
-from endlex.client.process import fsync
+from endlex.client.process import replacing
+from endlex.client.transport import quoted
 from endlex.commands.rendering import format_bytes
 from endlex.commands.targets import find_server, is_run_directory
 from endlex.formats import write_run
@@ -36,7 +35,7 @@ def export(run: str, format: str | None, output: Path | None, url: str | None) -
         _write(output, kind, lambda file: _write_local(Path(run), kind, file))
         return 0
     server = find_server(url)
-    path = f"{run_path(server.run(run).id, 'export')}?format={kind}"
+    path = f"{quoted('runs', server.run(run).id, 'export')}?format={kind}"
     _write(output, kind, lambda file: server.download(path, file))
     return 0
 
@@ -51,15 +50,8 @@ def _write(output: Path | None, kind: str, write: Callable[[IO[bytes]], Any]) ->
         return
     if output.is_dir():
         raise UsageError(f"{output} is a directory: give a file's name")
-    temporary = output.with_name(f".{output.name}.{os.urandom(4).hex()}.part")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            fsync(file.fileno())
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(output) as file:
+        write(file)
     print(f"{output}: {format_bytes(output.stat().st_size)}", file=sys.stderr)
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from endlex.client.run_directory import runs_folder
+from endlex.client.directories import runs_folder
 from endlex.commands.rendering import count, printable
 from endlex.importers.run_directory import Imported
 from endlex.protocol import EndlexError, UsageError
+
+NOUNS = {"metrics": "metrics record", "text": "text", "table": "table", "media": "file"}
+Task = tuple[Path, Callable[[], Imported | list[Imported]]]
+"""What is imported, and how."""
 
 
 def from_wandb(path: Path, project: str | None, to: Path | None) -> int:
     """Import every `.wandb` file at or below a path."""
     from endlex.importers.wandb import find_wandb_files, import_wandb
 
-    files = find_wandb_files(_existing(path))
-    return _import_all([(f, partial(import_wandb, f, to or runs_folder(), project)) for f in files])
+    root, files = to or runs_folder(), find_wandb_files(_existing(path))
+    return _import_all((file, partial(import_wandb, file, root, project)) for file in files)
 
 
 def from_tensorboard(path: Path, project: str | None, to: Path | None) -> int:
@@ -30,10 +34,8 @@ def from_tensorboard(path: Path, project: str | None, to: Path | None) -> int:
         raise UsageError(f"{path} is a file: give the directory that holds the event files")
     group = project or top.resolve().name
     return _import_all(
-        [
-            (place, partial(import_tensorboard, place, root, group, run_name(top, place)))
-            for place in find_event_directories(top)
-        ]
+        (place, partial(import_tensorboard, place, root, group, run_name(top, place)))
+        for place in find_event_directories(top)
     )
 
 
@@ -41,20 +43,16 @@ def from_trackio(path: Path, project: str | None, to: Path | None) -> int:
     """Import every run of trackio's databases in a directory."""
     from endlex.importers.trackio import find_trackio_files, import_trackio
 
-    files = find_trackio_files(_existing(path))
-    return _import_all(
-        [(f, partial(import_trackio, f, to or runs_folder(), project)) for f in files]
-    )
+    root, files = to or runs_folder(), find_trackio_files(_existing(path))
+    return _import_all((file, partial(import_trackio, file, root, project)) for file in files)
 
 
 def from_neptune(path: Path, project: str | None, to: Path | None) -> int:
     """Import every run of neptune-exporter's Parquet files at or below a path."""
     from endlex.importers.neptune import find_neptune_runs, import_neptune
 
-    runs = find_neptune_runs(_existing(path))
-    return _import_all(
-        [(run[0], partial(import_neptune, run, to or runs_folder(), project)) for run in runs]
-    )
+    root, runs = to or runs_folder(), find_neptune_runs(_existing(path))
+    return _import_all((run[0], partial(import_neptune, run, root, project)) for run in runs)
 
 
 def _existing(path: Path) -> Path:
@@ -63,22 +61,23 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]]) -> int:
+def _import_all(tasks: Iterable[Task]) -> int:
     """Import one after the other; one that fails does not keep the others back."""
     imported: list[Imported] = []
-    failed = 0
+    failed = False
     for place, task in tasks:
         try:
             done = task()
         except Exception as error:  # whatever a damaged file makes of a library
-            failed += 1
+            failed = True
             known = isinstance(error, EndlexError | OSError)
             said = str(error) if known else f"{type(error).__name__}: {error}"
             print(f"{place}: not imported: {printable(said)}")
             continue
         for one in done if isinstance(done, list) else [done]:
             imported.append(one)
-            counts = ", ".join(count(one.counts[kind], noun) for kind, noun in _shown(one))
+            shown = [kind for kind in NOUNS if one.counts[kind] or kind == "metrics"]
+            counts = ", ".join(count(one.counts[kind], NOUNS[kind]) for kind in shown)
             print(f"{place} -> {one.directory}: {counts}")
             if one.skipped:
                 left = ", ".join(f"{n:,} x {printable(what)}" for what, n in one.skipped.items())
@@ -87,8 +86,3 @@ def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported | list[Importe
         directories = " ".join(dict.fromkeys(shlex.quote(str(one.directory)) for one in imported))
         print(f"ship with: endlex sync {directories}")
     return 1 if failed else 0
-
-
-def _shown(done: Imported) -> list[tuple[str, str]]:
-    nouns = {"metrics": "metrics record", "text": "text", "table": "table", "media": "file"}
-    return [(kind, noun) for kind, noun in nouns.items() if done.counts[kind] or kind == "metrics"]

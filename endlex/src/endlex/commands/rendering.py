@@ -102,32 +102,33 @@ def confirm(question: str, yes: bool) -> bool:
 
 
 class ProgressLine:
-    """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds."""
+    """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds.
 
-    def __init__(self) -> None:
+    As a context manager it removes the line at the end, before something else is printed.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self._terminal = sys.stderr.isatty()
         self._last = 0.0
         self._width = 0
 
-    def show(self, text: str) -> None:
-        """Replace the line's text."""
+    def show(self, what: str, done: int, total: int) -> None:
+        """Show how many bytes of something are done."""
         now = time.monotonic()
         if now - self._last < (0.1 if self._terminal else 10.0):
             return
         self._last = now
-        text = printable(text)
+        text = printable(f"{self._prefix}{what}: {format_bytes(done)} of {format_bytes(total)}")
         if self._terminal:
             print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def show_bytes(self, what: str, done: int, total: int) -> None:
-        """Show how many bytes of something are done."""
-        self.show(f"{what}: {format_bytes(done)} of {format_bytes(total)}")
+    def __enter__(self) -> ProgressLine:
+        return self
 
-    def clear(self) -> None:
-        """Remove the line, before something else is printed."""
-        if self._terminal and self._width:
+    def __exit__(self, *_: object) -> None:
+        if self._width:
             print(f"\r{' ' * self._width}\r", end="", file=sys.stderr, flush=True)
-            self._width = 0

@@ -38,9 +38,7 @@ def import_server(module: str) -> Any:
 
 def data_directory(data: Path | None) -> Path:
     """Return the server's data directory: the one given, else the environment's or the default."""
-    if data is not None:
-        return data
-    return Path(import_server("settings").DataDir.from_environment().root)
+    return data or Path(import_server("settings").DataDir.from_environment().root)
 
 
 def serve(

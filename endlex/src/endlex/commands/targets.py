@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.api import Api
-from endlex.client.run_directory import RunFile, read_run_file, registered, runs_folder
+from endlex.client.directories import RunFile, read_run_file, registered, runs_folder
 from endlex.commands.rendering import count
 from endlex.protocol import RUN_FILE, EndlexError, UsageError
 from endlex.reading import session_files, summarize

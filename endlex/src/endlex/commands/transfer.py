@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.api import LAST, choose_checkpoint, run_path
-from endlex.client.run_directory import claim_directory, require_run_file
-from endlex.client.sync import require_all_sent, sync_directory
-from endlex.client.transfers import pull_checkpoint, push_checkpoint
-from endlex.client.transport import Retry
+from endlex.api import LAST, choose_checkpoint
+from endlex.client.directories import claim_directory, require_run_file
+from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
+from endlex.client.transport import Retry, quoted
+from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes
 from endlex.commands.targets import find_server, is_run_directory, local_runs
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError
@@ -33,32 +34,35 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
     server = find_server(url)
     server.get("/health")  # a wrong address fails at once; later faults are waited out
     transport = server.transport
-    line = ProgressLine()
     failed = 0
     for number, directory in enumerate(todo, 1):
         place = f"[{number}/{len(todo)}] {directory}" if len(todo) > 1 else str(directory)
-
-        def show(what: str, done: int, total: int, place: str = place) -> None:
-            line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
-
         try:
-            sent = sync_directory(
-                directory, transport, show, drop_failed=drop_failed, resend=resend
-            )
-            require_all_sent(directory, transport, sent)
+            with ProgressLine(f"{place}: ") as line:
+                sent = sync_directory(
+                    directory, transport, line.show, drop_failed=drop_failed, resend=resend
+                )
+                require_all_sent(directory, transport, sent)
         except KeyboardInterrupt:
-            line.clear()
             again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
             print(f"stopped; what was sent stays sent. To resume: endlex sync {again}")
             return 130
         except (EndlexError, OSError) as error:
-            line.clear()
             print(f"{place}: not all sent: {error}")
             failed += 1
         else:
-            line.clear()
             print(f"{place}: all on {transport.url}")
     return 1 if failed or known.unreadable else 0
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressLine]:
+    """Show progress in the block; a fault of the network says how to resume."""
+    try:
+        with ProgressLine() as line:
+            yield line
+    except Retry as error:
+        raise EndlexError(f"{error}; run the same command to resume") from error
 
 
 def pull(run: str, directory: Path, url: str | None) -> int:
@@ -74,17 +78,12 @@ def pull(run: str, directory: Path, url: str | None) -> int:
             raise EndlexError(f"{error} (for the run named {run!r} give {run}@last)") from error
         raise
     checkpoint = choose_checkpoint(found["checkpoints"], which, word)
-    size = format_bytes(checkpoint["bytes"])
-    line = ProgressLine()
-    show = partial(line.show_bytes, checkpoint["name"])
-    try:
-        pull_checkpoint(found["run"], checkpoint["name"], directory, server.transport, show)
-    except Retry as error:
-        line.clear()
-        raise EndlexError(f"{error}; run the same command to resume") from error
-    line.clear()
+    name, size = checkpoint["name"], format_bytes(checkpoint["bytes"])
+    with _progress() as line:
+        show = partial(line.show, name)
+        pull_checkpoint(found["run"], name, directory, server.transport, show)
     print(
-        f"{directory}: checkpoint {checkpoint['name']} (step {checkpoint['step']:,}, {size}) of "
+        f"{directory}: checkpoint {name} (step {checkpoint['step']:,}, {size}) of "
         f"run {found['run']}, every hash verified"
     )
     print(_join_run(directory, found))
@@ -125,23 +124,18 @@ def push(
     if not (checkpoint := name or _checkpoint_name(path)):
         raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
     server = find_server(url)
-    line = ProgressLine()
-    try:
+    with _progress() as line:
         if run is None:
             directory = _save(path, project, checkpoint, step, alias)
-            sync_directory(directory, server.transport, line.show_bytes)
+            sync_directory(directory, server.transport, line.show)
             identity = require_run_file(directory)["run"]
         else:
             here = is_run_directory(Path(run))
             identity = require_run_file(Path(run))["run"] if here else server.run(run).id
-            show = partial(line.show_bytes, checkpoint)
+            show = partial(line.show, checkpoint)
             send = partial(push_checkpoint, identity, path, checkpoint, server.transport)
             send(step=step, aliases=alias, progress=show)
-    except Retry as error:
-        line.clear()
-        raise EndlexError(f"{error}; run the same command to resume") from error
-    line.clear()
-    published = server.get(run_path(identity, "checkpoints", checkpoint))
+    published = server.get(quoted("runs", identity, "checkpoints", checkpoint))
     files = published["files"]
     size = sum(file["bytes"] for file in files)
     print(

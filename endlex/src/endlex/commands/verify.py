@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from endlex.client.run_directory import RunFile, runs_folder
-from endlex.client.shipping import BACKGROUND, read_state, shipper_process
-from endlex.client.sync import Comparison, LetGo, compare_directory
+from endlex.client.directories import RunFile, runs_folder
+from endlex.client.shipper.control import BACKGROUND, read_state, shipper_process
 from endlex.client.transport import Transport
+from endlex.client.verify import Comparison, LetGo, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import SYSTEM, EndlexError, UsageError

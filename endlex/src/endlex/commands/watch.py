@@ -12,12 +12,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.api import run_path
-from endlex.client.transport import Unreachable
+from endlex.client.transport import Unreachable, quoted
 from endlex.commands.rendering import format_age, format_number, printable
 from endlex.commands.targets import find_server, is_run_directory, load_run
 from endlex.protocol import EndlexError, UsageError
@@ -50,7 +50,7 @@ def _series(text: str, url: str | None, name: str, width: int) -> tuple[list[flo
         kept = steps[::-stride][::-1]
         return [float(step) for step in kept], [points[step][1] for step in kept]
     query = {"metric": name, "x": "step", "points": width}
-    found = find_server(url).get(run_path(text, "series"), query)["series"]
+    found = find_server(url).get(quoted("runs", text, "series"), query)["series"]
     found = found.get(name, {"x": [], "y": []})
     pairs = zip(found["x"], found["y"], strict=True)
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
@@ -62,10 +62,25 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
     plotext = _import_plotext() if sys.stdout.isatty() else None
     if not is_run_directory(Path(run)):
         run = find_server(url).run(run).id
-    try:
-        _watch(run, url, metric, every, once, plotext)
-    except KeyboardInterrupt:
-        print()
+    printed = None
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                look = _look(run, url)
+                names = _choose(look, metric)
+                if plotext is not None:
+                    _draw(plotext, look, names, partial(_series, run, url))
+                elif (line := _line(look, names)) != printed:
+                    print(line, flush=True)
+                    printed = line
+                if once or look["status"] in ENDED:
+                    return 0
+            except Unreachable as error:  # the server may come back; the first look must succeed
+                if once or (printed is None and plotext is None):
+                    raise
+                print(f"{error}; trying again", file=sys.stderr)
+            time.sleep(every)
+    print()
     return 0
 
 
@@ -82,28 +97,6 @@ def _import_plotext() -> Any:
             "plots need plotext, which is not installed here: pip install 'endlex[watch]'; "
             "without it, `endlex watch RUN | cat` prints lines"
         ) from error
-
-
-def _watch(
-    run: str, url: str | None, metric: Sequence[str], every: float, once: bool, plotext: Any
-) -> None:
-    printed = None
-    while True:
-        try:
-            look = _look(run, url)
-            names = _choose(look, metric)
-            if plotext is not None:
-                _draw(plotext, look, names, partial(_series, run, url))
-            elif (line := _line(look, names)) != printed:
-                print(line, flush=True)
-                printed = line
-            if once or look["status"] in ENDED:
-                return
-        except Unreachable as error:  # the server may come back; the first look must succeed
-            if once or (printed is None and plotext is None):
-                raise
-            print(f"{error}; trying again", file=sys.stderr)
-        time.sleep(every)
 
 
 def _choose(look: Look, wanted: Sequence[str]) -> list[str]:

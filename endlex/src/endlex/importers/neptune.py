@@ -16,7 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from endlex.client.recorder import read_file
+from endlex.client.log import read_file
 from endlex.importers.run_directory import Imported, RunWriter, Source, find_files, inside, load
 from endlex.protocol import EndlexError
 

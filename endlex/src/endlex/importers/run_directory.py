@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from endlex.client.directories import claim_directory, register
 from endlex.client.journal import Journal, tidy_name, to_json
-from endlex.client.journal_sync import renew_session
-from endlex.client.recorder import HISTOGRAM, keep_media, read_file
-from endlex.client.run_directory import claim_directory, register
+from endlex.client.log import HISTOGRAM, keep_media, read_file
+from endlex.client.shipper.send_journals import renew_session
 from endlex.protocol import (
     CONFIG,
     FINISH,

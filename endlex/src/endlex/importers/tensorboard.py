@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.client.recorder import HISTOGRAM
+from endlex.client.log import HISTOGRAM
 from endlex.importers.run_directory import Imported, RunWriter, Source, load
 from endlex.protocol import EndlexError
 

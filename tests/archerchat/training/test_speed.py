@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 
-from archerchat.training.outcome import RECENT_STEPS, WARMUP_STEPS, Outcome, Throughput
+import pytest
+
+from archerchat.training.loop import RECENT_STEPS, WARMUP_STEPS, Speed
 
 
-def timed(*seconds: float) -> Throughput:
+def timed(*seconds: float) -> Speed:
     """Steps of 100 tokens and 50 operations each, on a device that does 1000 a second."""
-    throughput = Throughput(1000)
-    for each in seconds:
-        throughput.add(each, 100, 50)
-    return throughput
+    count = len(seconds)
+    return Speed(1000, list(seconds), tokens=100 * count, flops=50 * count)
+
+
+def figures(speed: Speed) -> tuple[float, float, float]:
+    return speed.tokens_per_second, speed.mfu, speed.data_wait_share
 
 
 def test_the_rate_is_the_median_step_s_after_the_warm_up() -> None:
-    throughput = timed(*[9.0] * WARMUP_STEPS, 0.5, 7.0, 0.25)
-    throughput.wait_seconds = 5.275
-    assert throughput.outcome(True) == Outcome(True, 200.0, 0.1, 0.1)
+    speed = timed(*[9.0] * WARMUP_STEPS, 0.5, 7.0, 0.25)
+    speed.wait_seconds = 5.275
+    assert figures(speed) == pytest.approx((200.0, 0.1, 0.1))
 
 
 def test_a_call_without_a_steady_step_says_what_it_can() -> None:
-    assert timed(2.0, 0.5).outcome(False) == Outcome(False, 50.0, 0.025, 0.0)
-    nothing = timed().outcome(True)
+    assert figures(timed(2.0, 0.5)) == (50.0, 0.025, 0.0)
+    nothing = timed()
     assert math.isnan(nothing.tokens_per_second)
     assert math.isnan(nothing.mfu)
     assert nothing.data_wait_share == 0.0

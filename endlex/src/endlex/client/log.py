@@ -43,12 +43,14 @@ from endlex.protocol import (
 )
 from endlex.reading import last_step
 
+HISTOGRAM = ["low", "high", "count"]
+"""Columns of the tables that hold histograms."""
 PNG, OTHER = "image/png", "application/octet-stream"
 SAME_ALERT_SECONDS = 60.0
 
 
-class Recorder:
-    """The part of a run that records; nothing that is logged stops the trainer.
+class Log:
+    """The calls of a run that record; nothing that is logged stops the trainer.
 
     What cannot be recorded is left out, with one warning per name, and counted in `refused`. When
     strict, it raises an `EndlexError` instead.
@@ -84,9 +86,9 @@ class Recorder:
         """Record metrics of one step; a later value of the same metric and step replaces it.
 
         Args:
-            values: by metric name, such as "train/loss"; anything that `float` takes (an array of
-                one element too), NaN and infinities included, but not text. A mapping in place of
-                a value is a prefix: `{"train": {"loss": 1.0}}` is "train/loss".
+            values: by metric name; anything that `float` takes (an array of one element too), NaN
+                and infinities included, but not text. A mapping in place of a value is a prefix:
+                `{"train": {"loss": 1.0}}` is "train/loss".
             step: counts from 0; one more than the last one if not given.
             commit: False leaves the step open: the next call without a step is of the same one.
         """
@@ -139,9 +141,9 @@ class Recorder:
             for number, row in enumerate(map(list, rows)):
                 if len(row) == len(names):
                     kept.append(row)
-                    continue
-                has = f"has {len(row)} values for {len(names)} columns"
-                self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
+                else:
+                    has = f"has {len(row)} values for {len(names)} columns"
+                    self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
             return {"columns": names, "rows": kept}
 
         self._record(TABLE, name, step, content)
@@ -173,28 +175,19 @@ class Recorder:
 
         Args:
             image: a path, a PIL image, a figure of matplotlib or plotly, or an array: [H, W] or
-                [H, W, 1, 3 or 4], uint8, or floats from 0 to 1.
+                [H, W, 1, 3 or 4], uint8, or floats from 0 to 1; [3, H, W] as torch has it, too.
         """
-        self._log_media(name, step, caption, lambda: encode_image(image))
+        self._record(MEDIA, name, step, lambda: self._keep(encode_image(image), caption))
 
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
         """Record a file of one step; its suffix says what it is: audio, video, an image."""
-        self._log_media(name, step, caption, lambda: read_file(path))
+        self._record(MEDIA, name, step, lambda: self._keep(read_file(path), caption))
 
-    def _log_media(
-        self,
-        name: str,
-        step: int | None,
-        caption: str | None,
-        encode: Callable[[], tuple[bytes, str]],
-    ) -> None:
-        def content() -> dict[str, Any]:
-            assert self.directory is not None
-            return keep_media(self.directory, *encode(), caption)
-
-        self._record(MEDIA, name, step, content)
+    def _keep(self, encoded: tuple[bytes, str], caption: str | None) -> dict[str, Any]:
+        assert self.directory is not None
+        return keep_media(self.directory, *encoded, caption)
 
     def _record(
         self, kind: str, name: str, step: int | None, content: Callable[[], dict[str, Any]]
@@ -203,10 +196,8 @@ class Recorder:
         if self._journal is None or self._is_over():
             return
         try:
-            head = {
-                "step": self._number(step, after=0),
-                "name": accepted_name(name, f"{kind} name", self._refuse),
-            }
+            number = self._number(step, after=0)
+            head = {"step": number, "name": accepted_name(name, f"{kind} name", self._refuse)}
             self._journal.append(kind, head | content())
         except Exception as error:  # whatever some library's figure raises
             self._refuse(name, error)
@@ -236,18 +227,15 @@ class Recorder:
         """Return the step as a number; without a good one, that many `after` the last one."""
         if type(step) is int and 0 <= step <= MAX_STEP:
             return step
-        following = min(max(self._latest_step() + after, 0), MAX_STEP)
+        latest = self._last_step  # here, or else in a session before this one
+        if latest is None:
+            latest = last_step(self.directory) if self.directory is not None else -1
+        following = min(max(latest + after, 0), MAX_STEP)
         try:
             return following if step is None else checked_step(step)
         except EndlexError as error:
             self._refuse("step", EndlexError(f"{error}; recorded as step {following}"))
             return following
-
-    def _latest_step(self) -> int:
-        """The step logged last, here or in a session before this one, or -1."""
-        if self._last_step is not None:
-            return self._last_step
-        return last_step(self.directory) if self.directory is not None else -1
 
     def _watch_shipper(self) -> None:
         """Look whether the shipper still lives."""
@@ -296,11 +284,7 @@ def read_file(path: Path | str) -> tuple[bytes, str]:
 
 
 def encode_image(image: Any) -> tuple[bytes, str]:
-    """Return a picture's content and type.
-
-    Args:
-        image: a path, a figure, a PIL image, or an array of [H, W] or [H, W, 1, 3 or 4], of 0 to
-            255 as uint8, else of 0 to 1; [3, H, W] as torch has it, too.
+    """Return a picture's content and type; `Log.log_image` says what it may be.
 
     Raises:
         EndlexError: it is none of these.
@@ -319,7 +303,7 @@ def encode_image(image: Any) -> tuple[bytes, str]:
     elif hasattr(image, "save") and hasattr(image, "mode"):  # of PIL
         image.save(buffer, format="PNG")
     else:
-        return _encode_array(image), PNG
+        return _encode_array(as_array(image)), PNG
     return buffer.getvalue(), PNG
 
 
@@ -335,11 +319,11 @@ def as_array(value: Any) -> Any:
     return np.asarray(value)
 
 
-def _encode_array(image: Any) -> bytes:
+def _encode_array(array: Any) -> bytes:
+    """Return an array as PNG, whose format is at https://www.w3.org/TR/png-3/."""
     import struct
     import zlib
 
-    array = as_array(image)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     array = array[:, :, None] if array.ndim == 2 else array
@@ -356,10 +340,6 @@ def _encode_array(image: Any) -> bytes:
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks
     )
-
-
-HISTOGRAM = ["low", "high", "count"]
-"""Columns of the tables that hold histograms."""
 
 
 def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> list[list[float]]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import transfers, uploads
-from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
-from endlex.client.sync import compare_directory, sync_directory
-from endlex.client.transfers import pull_checkpoint, push_checkpoint
+from endlex.client import checkpoints, transfers
+from endlex.client.checkpoints import CheckpointFailed
+from endlex.client.shipper.control import BACKGROUND, FOREGROUND, take_lock, unsent
+from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
 from endlex.client.transport import Refused, Transport, Unreachable
-from endlex.client.uploads import CheckpointFailed
+from endlex.client.verify import compare_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files
 
@@ -25,7 +25,7 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "PART_BYTES", PART)
+    monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
 
 
 def checkpoint(folder: Path, size: int = 5 * PART + 7) -> Path:
@@ -245,7 +245,7 @@ def test_two_syncs_do_not_meet(transport: Transport, tmp_path: Path) -> None:
 def test_sync_takes_over_from_a_shipper_and_leaves_one_behind_for_a_live_trainer(
     stub: Any, transport: Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
 ) -> None:
-    from endlex.client.shipping import shipper_process, stop_shipper
+    from endlex.client.shipper.control import shipper_process, stop_shipper
 
     monkeypatch.setenv("ENDLEX_URL", "http://127.0.0.1:9")
     run = endlex.init("p", "d4", directory=tmp_path, id=RUN)

@@ -1,4 +1,4 @@
-"""What a run was and what it printed, recorded as texts under Endlex's own names.
+"""What a run was, what it printed and how it ended, recorded as texts under Endlex's own names.
 
 What it was: commit, uncommitted changes, command, versions, machine. What cannot be found out is
 left out. Only the changes need a process, `git diff`, for a few milliseconds.
@@ -21,20 +21,26 @@ import shlex
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import Journal
+from endlex.client.process import describe_error
 from endlex.protocol import (
     CHANGES,
     CONSOLE,
     ENVIRONMENT,
+    EXCEPTION,
+    FINISH,
     MAX_CONSOLE_CHARS,
+    MAX_REASON_CHARS,
     MAX_TEXT_CHARS,
     PACKAGES,
+    Status,
 )
 
 GIT_SECONDS = 5.0
@@ -61,6 +67,19 @@ def record_environment(journal: Journal, code: bool) -> None:
     journal.append_own(PACKAGES, installed_packages())
 
 
+def record_end(journal: Journal, status: Status, error: BaseException | None) -> None:
+    """Record how the run ended, and close its journal."""
+    end: dict[str, Any] = {"status": status}
+    if error is not None and status != "finished":
+        end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
+        if not isinstance(error, SystemExit):
+            lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
+            journal.append_own(EXCEPTION, lines)
+    journal.append(FINISH, end)
+    journal.close()
+    journal.path.with_suffix(".fault").unlink(missing_ok=True)
+
+
 def describe_environment(place: Path | str | None = None) -> dict[str, Any]:
     """Return what there is to know of this process: command, commit, versions, machine.
 
@@ -81,35 +100,31 @@ def describe_environment(place: Path | str | None = None) -> dict[str, Any]:
     }
     if root is not None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            commit, found["branch"] = _head(_git_directory(root))
+            commit, found["branch"] = _head(root / ".git")
             found["commit"] = commit if COMMIT.fullmatch(commit or "") else None
     return found
 
 
-def _git_directory(root: Path) -> Path:
-    entry = root / ".git"
-    if entry.is_dir():
-        return entry
-    return (root / entry.read_text().removeprefix("gitdir:").strip()).resolve()  # of a worktree
-
-
-def _head(directory: Path) -> tuple[str | None, str | None]:
+def _head(git: Path) -> tuple[str | None, str | None]:
     """Return commit and branch from git's own files: no process is started for it."""
-    head = (directory / "HEAD").read_text().strip()
+    if git.is_file():  # of a worktree
+        git = (git.parent / git.read_text().removeprefix("gitdir:").strip()).resolve()
+    head = (git / "HEAD").read_text().strip()
     if not head.startswith("ref:"):
         return head, None
     name = head.removeprefix("ref:").strip()
-    shared = directory / "commondir"
-    common = (directory / shared.read_text().strip()) if shared.is_file() else directory
-    for place in (directory / name, common / name):
+    branch = name.removeprefix("refs/heads/")
+    shared = git / "commondir"
+    common = (git / shared.read_text().strip()) if shared.is_file() else git
+    for place in (git / name, common / name):
         if place.is_file():
-            return place.read_text().strip(), name.removeprefix("refs/heads/")
+            return place.read_text().strip(), branch
     packed = common / "packed-refs"
     for line in packed.read_text().splitlines() if packed.is_file() else ():
         commit, _, packed_name = line.partition(" ")
         if packed_name == name:
-            return commit, name.removeprefix("refs/heads/")
-    return None, name.removeprefix("refs/heads/")
+            return commit, branch
+    return None, branch
 
 
 def uncommitted_changes(place: Path | str | None = None) -> str:
@@ -136,26 +151,21 @@ def uncommitted_changes(place: Path | str | None = None) -> str:
 
 def installed_packages() -> str:
     """Return `name==version` of each package that can be imported here, one per line, sorted."""
-    return "\n".join(sorted(set(_packages()), key=str.lower))
-
-
-def _packages() -> Iterator[str]:
+    found = set()
     for entry in sys.path:  # by the directories' names: reading every package takes long
-        try:
-            names = [path.name for path in Path(entry or ".").iterdir()]
-        except OSError:
-            continue
-        for name in names:
-            if name.endswith((".dist-info", ".egg-info")) and "-" in name:
-                package, _, version = name.rpartition(".")[0].partition("-")
-                yield f"{package.replace('_', '-')}=={version}"
+        with contextlib.suppress(OSError):
+            for path in Path(entry or ".").iterdir():
+                package, dash, version = path.stem.partition("-")
+                if dash and path.suffix in (".dist-info", ".egg-info"):
+                    found.add(f"{package.replace('_', '-')}=={version}")
+    return "\n".join(sorted(found, key=str.lower))
 
 
 def _checkout(place: Path | str | None) -> Path | None:
     program = Path(sys.argv[0]) if sys.argv and sys.argv[0] not in ("", "-c") else None
-    for start in [place] if place is not None else [program and program.parent, Path.cwd()]:
-        here = Path(start).resolve() if start is not None else None
-        for parent in [here, *here.parents] if here else []:
+    starts = [program and program.parent, Path.cwd()] if place is None else [Path(place)]
+    for here in [start.resolve() for start in starts if start is not None]:
+        for parent in (here, *here.parents):
             if (parent / ".git").exists():
                 return parent
     return None
@@ -192,14 +202,14 @@ class Console:
                 *whole, rest = (self._partial.get(stream, "") + text).split("\n")
                 self._partial[stream] = rest.rpartition("\r")[2][-LINE_CHARS:] or rest[-LINE_CHARS:]
                 for line in whole:
-                    self._add_line(line.rstrip("\r").rpartition("\r")[2])
+                    self._add_line(line)
                 if whole and time.monotonic() - self._flushed > CHUNK_SECONDS:
                     self._flush()
             finally:
                 self._busy = False
 
     def _add_line(self, line: str) -> None:
-        line = ESCAPES.sub("", line)[:LINE_CHARS]
+        line = ESCAPES.sub("", line.rstrip("\r").rpartition("\r")[2])[:LINE_CHARS]
         if self._kept > MAX_CONSOLE_CHARS:
             self._left_out += len(self._last) == LAST_LINES
             self._last.append(line)
@@ -227,7 +237,7 @@ class Console:
         with self._lock:
             self._busy = True
             for line in filter(None, self._partial.values()):
-                self._add_line(line.strip("\r").rpartition("\r")[2])
+                self._add_line(line)
             if self._left_out:
                 self._lines.append(f"... {self._left_out:,} lines left out ...")
             self._lines += self._last

@@ -1,4 +1,4 @@
-"""Journals on their way: from the offset that the server has acknowledged, in batches.
+"""Send journals: from the offset that the server has acknowledged, in batches.
 
 The server is asked once how much it has of a session, with the hash of it: nothing is added to
 another content under the same id. Then each batch is whole lines from that offset on, with a
@@ -38,18 +38,15 @@ from endlex.reading import (
 
 BATCH_BYTES = 2**20
 DEFLATE_LEVEL = 6
+HEARTBEAT_SECONDS = 20.0
 
 
 class SessionDiffers(EndlexError):
     """The server has another content under the session's id."""
 
 
-class SessionSync:
-    """One journal, and how far it is on the server.
-
-    Args:
-        path: of the journal; its stem is the session.
-    """
+class SessionShipper:
+    """Send one journal, whose path's stem is the session."""
 
     def __init__(self, run: str, path: Path, transport: Transport) -> None:
         self.path, self.session, self.kind = path, path.stem, session_kind(path)
@@ -59,9 +56,8 @@ class SessionSync:
         """Bytes that the server has; None until it was asked."""
         self.settled_size = -1
         """Size of the file when nothing whole was left to send."""
-        self.alive = True
-        self.done = False
-        """Everything is acknowledged, the writer is gone, and its end was reported."""
+        self.alive, self.done = True, False
+        """Whether it is written; whether all is sent, with how it ended."""
         self.error: str | None = None
         self.retry_at = self.beat_at = 0.0
 
@@ -73,8 +69,9 @@ class SessionSync:
         """
         length = content_length(self.path)
         try:
-            query = {"upto": length}
-            answer = self._transport.request("GET", f"{self._where}/journal", query=query)
+            answer = self._transport.request(
+                "GET", f"{self._where}/journal", query={"upto": length}
+            )
             offset, theirs = int(answer.content["offset"]), answer.content["sha256"]
         except Refused as error:
             if error.status != 404:
@@ -132,20 +129,15 @@ class SessionSync:
     def missing_bytes(self) -> int:
         """Compare both sides by hash, and return how many bytes the server lacks.
 
-        Where this side lost its last lines (power failed after they were sent), nothing is
-        missing as long as the rest is equal.
+        Nothing is missing where this side lost lines (power failed) after they were sent.
         """
         return max(content_length(self.path) - self.ask(), 0)
 
 
 def renew_session(path: Path) -> Path:
-    """Give a journal that nobody writes another session id, made from its content.
-
-    What a server has under the old id stays there.
-    """
+    """Give a journal that nobody writes another session id, made from its content."""
     content = path.read_bytes()
-    number = path.stem.partition("-")[0]
-    session = f"{number}-{hashlib.sha256(content).hexdigest()[:12]}"
+    session = f"{path.stem.partition('-')[0]}-{hashlib.sha256(content).hexdigest()[:12]}"
     renewed = path.with_name(f"{session}.jsonl")
     write_whole(renewed, content.replace(path.stem.encode(), session.encode()))
     path.unlink()
@@ -153,7 +145,7 @@ def renew_session(path: Path) -> Path:
 
 
 def read_batch(path: Path, start: int, size: int) -> bytes:
-    """Whole lines from `start` on: as many as fit, but at least one if there is one."""
+    """Return whole lines from `start` on: as many as fit, but at least one if there is one."""
     with path.open("rb") as file:
         file.seek(start)
         batch = file.read(size)
@@ -170,7 +162,6 @@ def read_batch(path: Path, start: int, size: int) -> bytes:
 
 
 def _digest(path: Path, length: int) -> str:
-    """SHA-256 of a file's first bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while length and (block := file.read(min(length, 2**20))):
@@ -179,27 +170,19 @@ def _digest(path: Path, length: int) -> str:
     return digest.hexdigest()
 
 
-HEARTBEAT_SECONDS = 20.0
-
-
 class JournalShipper:
     """Ship the journals of a run's directory; new sessions are found as they appear.
 
-    Args:
-        reported: sessions whose end was reported to this server before.
+    The server knows already how the `reported` sessions ended.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        run: str,
-        transport: Transport,
-        reported: Collection[str] = (),
+        self, directory: Path, run: str, transport: Transport, reported: Collection[str] = ()
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
         self._reported = set(reported)
         self._oom_kills = oom_kills()
-        self.sessions: dict[str, SessionSync] = {}
+        self.sessions: dict[str, SessionShipper] = {}
         self.denied = False
         """Whether the last refusal was of the token."""
 
@@ -211,7 +194,7 @@ class JournalShipper:
         """
         for path in session_files(self._directory):
             if path.stem not in self.sessions:
-                self.sessions[path.stem] = SessionSync(self._run, path, self._transport)
+                self.sessions[path.stem] = SessionShipper(self._run, path, self._transport)
         more, later = False, None
         for session in self.sessions.values():
             if session.done or time.monotonic() < session.retry_at:
@@ -231,11 +214,10 @@ class JournalShipper:
             raise later
         return more
 
-    def _advance(self, session: SessionSync) -> bool:
+    def _advance(self, session: SessionShipper) -> bool:
         size = session.path.stat().st_size
         if size != session.settled_size or session.acknowledged is None:
-            sent = session.ship()
-            if sent:
+            if sent := session.ship():
                 self._reported.discard(session.session)
                 self._beat(session, size)
                 return sent >= BATCH_BYTES // 2
@@ -247,33 +229,28 @@ class JournalShipper:
             self._report_end(session)
         return False
 
-    def _beat(self, session: SessionSync, size: int) -> None:
+    def _beat(self, session: SessionShipper, size: int) -> None:
         now = time.monotonic()
         if session.acknowledged and now >= session.beat_at:
             session.report("running", max(size - session.acknowledged, 0))
             session.beat_at = now + HEARTBEAT_SECONDS
 
-    def _report_end(self, session: SessionSync) -> None:
+    def _report_end(self, session: SessionShipper) -> None:
         if session.acknowledged and session.session not in self._reported:
-            status = end_status(session.path) or gone_status(session.path)
-            reason = self._reason(session.path) if status == CRASHED else None
+            status, reason = end_status(session.path) or gone_status(session.path), None
+            if status == CRASHED:
+                reason = gone_reason(session.path)
+                if oom_kills() > self._oom_kills:
+                    killed = "the kernel ended a process of this machine for lack of memory"
+                    reason = f"{killed}; {reason}"
             session.report(status, 0, reason)
         session.done = True
 
-    def _reason(self, path: Path) -> str:
-        killed = oom_kills() > self._oom_kills
-        memory = "the kernel ended a process of this machine for lack of memory; " if killed else ""
-        return memory + gone_reason(path)
-
     def states(self) -> dict[str, dict[str, Any]]:
-        """By session: `acknowledged` bytes, whether it is `done`, and `error`."""
+        """Return, by session, `acknowledged` bytes, whether it is `done`, and `error`."""
         return {
-            name: {
-                "acknowledged": session.acknowledged or 0,
-                "done": session.done,
-                "error": session.error,
-            }
-            for name, session in self.sessions.items()
+            name: {"acknowledged": one.acknowledged or 0, "done": one.done, "error": one.error}
+            for name, one in self.sessions.items()
         }
 
     def errors(self) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.run_directory import read_run_file, register, registered, registry
+from endlex.client.directories import read_run_file, register, registered, registry
 from endlex.protocol import MAX_NAME_CHARS
 from endlex.reading import read_run, session_files
 

@@ -14,12 +14,19 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import checkpoints, uploads
-from endlex.client.checkpoints import manifest_path, read_note, staged_names
-from endlex.client.shipper import ALL_MEDIA, CheckpointShipper
-from endlex.client.shipping import wait_until_shipped
+from endlex.client import checkpoints
+from endlex.client.checkpoints import (
+    CheckpointFailed,
+    FileChanged,
+    manifest_path,
+    read_note,
+    staged_manifest,
+    staged_names,
+)
+from endlex.client.shipper import send_checkpoints
+from endlex.client.shipper.control import wait_until_shipped
+from endlex.client.shipper.send_checkpoints import ALL_MEDIA, CheckpointShipper, Uploader
 from endlex.client.transport import Refused, Retry, Transport
-from endlex.client.uploads import CheckpointFailed, FileChanged, Uploader, staged_manifest
 from endlex.reading import read_run, session_files
 
 PART = 64 * 1024
@@ -27,9 +34,9 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "PART_BYTES", PART)
+    monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
     monkeypatch.setattr("endlex.client.transport.SEND_BYTES", 8 * 1024)
-    monkeypatch.setattr(uploads, "VERIFY_SECONDS", (0.001, 0.01))
+    monkeypatch.setattr(send_checkpoints, "VERIFY_SECONDS", (0.001, 0.01))
 
 
 @pytest.fixture
@@ -255,7 +262,7 @@ def test_a_token_without_the_scope_is_refused(
 def test_the_thread_sends_in_order_and_goes_on_after_failures(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("endlex.client.shipper.CHECKPOINT_POLL_SECONDS", 0.01)
+    monkeypatch.setattr("endlex.client.shipper.send_checkpoints.POLL_SECONDS", 0.01)
     monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     names = [
         run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step, link=True)
@@ -269,9 +276,9 @@ def test_the_thread_sends_in_order_and_goes_on_after_failures(
     shipper.start()
     stub.wait_for(lambda: len(stub.manifests) == 2)
     shipper.stop()
-    states = {name: state["state"] for name, state in shipper.states().items()}
+    states = {name: state["state"] for name, state in shipper.states.items()}
     assert states["step_1"] == "failed"
-    assert "file changed" in shipper.states()["step_1"]["error"]
+    assert "file changed" in shipper.states["step_1"]["error"]
     assert states["step_0"] == "published"
     assert [name for _, name in stub.manifests] == ["step_0", "step_2"]
     assert "step_1" in staged_names(run.directory)
@@ -314,7 +321,7 @@ def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
     capsys: pytest.CaptureFixture[str],
     damage: bytes,
 ) -> None:
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.0)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 0.0)
     damaged, good = log_files(run, tmp_path, b"RIFF1", b"RIFF2")
     damaged.write_bytes(damage)
     assert run.directory is not None
@@ -322,7 +329,7 @@ def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
     shipper._send_waiting()
     assert stub.parts == {good.name: b"RIFF2"}
     assert shipper.waiting() == [], "nothing keeps the shipper alive"
-    said = shipper.states()[ALL_MEDIA]["error"]
+    said = shipper.states[ALL_MEDIA]["error"]
     assert said == f"a logged file was damaged before it was sent: {damaged}.damaged"
     wait_until_shipped(run.directory, session_files(run.directory)[0])
     assert f"damaged before it was sent: media/{damaged.name}.damaged" in capsys.readouterr().err
@@ -330,7 +337,7 @@ def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
     assert again == damaged
     shipper._send_waiting()
     assert set(stub.parts) == {damaged.name, good.name, other.name}
-    assert shipper.states()[ALL_MEDIA]["state"] == "published"
+    assert shipper.states[ALL_MEDIA]["state"] == "published"
 
 
 @pytest.mark.parametrize("fault", [503, 403, "disk"])
@@ -352,7 +359,7 @@ def test_faults_of_media_hold_up_no_checkpoint(
         stub.before = lambda method, path: fault if picture.name in path else None
         shipper._send_waiting()
     assert list(stub.manifests) == [(run.id, name)]
-    assert shipper.states()[ALL_MEDIA]["state"] in ("waiting", "refused")
+    assert shipper.states[ALL_MEDIA]["state"] in ("waiting", "refused")
     stub.before = lambda method, path: None
     monkeypatch.setattr(shipper, "_media_at", 0.0)
     shipper._send_waiting()

@@ -1,8 +1,8 @@
-"""The shipper as others see it: start it, ask how far it is, wait for it.
+"""The shipper as others see it: start it, stop it, ask how far it is, wait for it.
 
 One shipper serves a run's directory, and holds the lock of `shipper.lock`, in which its process is
 named. It publishes how far it is in `shipper.json`. Everything that it needs is on the disk, so
-it may be killed and started again at any moment.
+it may be killed and started again at any moment. Nothing here uses the network.
 """
 
 from __future__ import annotations
@@ -36,22 +36,29 @@ from endlex.client.process import (
     warn,
     write_whole,
 )
-from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
 from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
 
+LOCK_FILE, STATE_FILE, LOG_FILE = "shipper.lock", "shipper.json", "shipper.log"
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
 BEGIN_SECONDS = 1.0
 """Seconds without a living shipper, at a run's end, after which another one is started."""
 POLL_SECONDS = 0.02
 NAMING_POLLS = 10
-DONE = "done"
-"""State of a shipper that ended because nothing was left to do."""
-STOPPED = "stopped"
-"""State of a shipper that was asked to end."""
-FOREGROUND = "foreground"
-BACKGROUND = "background"
+DONE, STOPPED = "done", "stopped"
+"""States of a shipper that ended: because nothing was left to do, or because it was asked to."""
+FOREGROUND, BACKGROUND = "foreground", "background"
+"""Kinds of holder: `endlex sync`, and a shipper that a trainer started."""
+
+
+class Holder(NamedTuple):
+    """The process that has a directory's lock; its `pid` is 0 if it could not be written."""
+
+    pid: int
+    kind: str
+    name: str
+    """As `process_name` has it."""
 
 
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
@@ -59,13 +66,10 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
 
     Args:
         kind: `BACKGROUND` or `FOREGROUND`; written to the lock with the process id.
-        seconds: how long to wait for another one to end.
-
-    Returns:
-        The open lock, or None if another process keeps it.
+        seconds: how long to wait for another one to end; None is returned if it does not.
     """
     try:
-        lock = (directory / SHIPPER_LOCK).open("a+")
+        lock = (directory / LOCK_FILE).open("a+")
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise
@@ -94,16 +98,6 @@ def holding(lock: IO[str]) -> Iterator[None]:
         lock.close()
 
 
-class Holder(NamedTuple):
-    """The process that has a directory's lock."""
-
-    pid: int
-    """0 if it could not be written."""
-    kind: str
-    name: str
-    """As `process_name` has it."""
-
-
 def _holder(lock: IO[str]) -> Holder | None:
     """Lock the open file and return None, or return the process that has it."""
     locked = try_lock(lock)
@@ -116,20 +110,23 @@ def _holder(lock: IO[str]) -> Holder | None:
     return holder if locked is False or is_running(holder.name) else None
 
 
-def shipper_process(directory: Path) -> Holder | None:
-    """The directory's living shipper, or None."""
-    for _attempt in range(NAMING_POLLS):
+def shipper_process(directory: Path, polls: int = NAMING_POLLS) -> Holder | None:
+    """Return the directory's living shipper, or None.
+
+    One that has just taken the lock has some `polls` to write its name to it.
+    """
+    for poll in range(polls):
         try:
-            with (directory / SHIPPER_LOCK).open("r+") as lock:
+            with (directory / LOCK_FILE).open("r+") as lock:
                 holder = _holder(lock)
         except OSError as error:
             if error.errno not in (errno.ENOENT, *READ_ONLY):
                 raise
             return None
-        if holder is None or holder.pid:
+        if holder is None or holder.pid or poll == polls - 1:
             return holder
-        time.sleep(POLL_SECONDS)  # a process has the lock and is about to write its name
-    return holder
+        time.sleep(POLL_SECONDS)
+    return None
 
 
 def say(message: str) -> None:
@@ -139,11 +136,9 @@ def say(message: str) -> None:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """What the shipper last published: `sessions` with their acknowledged bytes, `checkpoints`
-    with their states, `error` in words or None. Empty if there was none.
-    """
+    """Return what the shipper last published: sessions, checkpoints, error; empty if nothing."""
     try:
-        state = json.loads((directory / SHIPPER_STATE).read_bytes())
+        state = json.loads((directory / STATE_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -153,18 +148,17 @@ def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
     """Publish how far the process is that sends this directory, for `read_state`."""
     text = json.dumps({"state": state, "pid": os.getpid(), **content, "updated": time.time()})
     with contextlib.suppress(OSError):  # a full disk stops no shipping
-        write_whole(directory / SHIPPER_STATE, text.encode(), durable=False)
+        write_whole(directory / STATE_FILE, text.encode(), durable=False)
 
 
 def failed_checkpoints(directory: Path) -> dict[str, str]:
-    """Staged checkpoints that can never be published as they are, with the reason of each."""
+    """Return the staged checkpoints that can never be published as they are, with the reasons."""
     found: dict[str, str] = {}
     states = read_state(directory).get("checkpoints", {})
     for name in staged_names(directory):
         state = states.get(name, {})
         reason = state.get("error") if state.get("state") == "failed" else None
-        reason = reason or staged_change(directory, name)
-        if reason:
+        if reason := reason or staged_change(directory, name):
             found[name] = str(reason)
     return found
 
@@ -172,20 +166,17 @@ def failed_checkpoints(directory: Path) -> dict[str, str]:
 def start_shipper(directory: Path, *, url: str | None = None) -> None:
     """Start a shipper that outlives this process; if there is one already, it ends soon.
 
-    It inherits the environment, so the server's address and token, and no open files.
-
-    Args:
-        url: of the server, if not that of the environment.
+    It inherits the environment, so the token and, unless `url` is given, the server's address.
     """
     import subprocess
 
-    package = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parents[3]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if url is not None:
         environment["ENDLEX_URL"] = url
     shipper = [sys.executable, "-P", "-m", "endlex.client.shipper", str(directory)]
-    with (directory / SHIPPER_LOG).open("ab") as log:
+    with (directory / LOG_FILE).open("ab") as log:
         subprocess.run(  # by a shell that ends at once: then it is not our child
             ["/bin/sh", "-c", '"$@" &', "sh", *shipper],
             stdin=subprocess.DEVNULL,
@@ -200,19 +191,11 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 def restart_shipper_if_killed(directory: Path) -> None:
     """Start a shipper unless one lives, or the last one was asked to end.
 
-    `log` does this once a minute: asking takes tens of microseconds, and starting one that was
-    killed under two milliseconds.
+    `log` does this once a minute: it takes tens of microseconds, and a start two milliseconds.
     """
-    if not _is_locked(directory) and read_state(directory).get("state") != STOPPED:
+    was_stopped = read_state(directory).get("state") == STOPPED
+    if not was_stopped and shipper_process(directory, polls=1) is None:
         start_shipper(directory)
-
-
-def _is_locked(directory: Path) -> bool:
-    try:
-        with (directory / SHIPPER_LOCK).open("r+") as lock:
-            return _holder(lock) is not None
-    except FileNotFoundError:
-        return False
 
 
 def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
@@ -245,12 +228,11 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
 
 
 class Unsent(NamedTuple):
-    """How much the server has not acknowledged yet."""
+    """How much the server has not acknowledged yet; `files` are of checkpoints and media."""
 
     records: int
     bytes: int
     files: int
-    """Files of checkpoints and media."""
 
     def __bool__(self) -> bool:
         return bool(self.bytes or self.files)
@@ -258,15 +240,19 @@ class Unsent(NamedTuple):
 
 def unsent(directory: Path) -> Unsent:
     """Return what the server has not acknowledged, as far as this side knows."""
-    known = read_state(directory).get("sessions", {})
     records = size = 0
     for path in session_files(directory):
-        acknowledged = known.get(path.stem, {}).get("acknowledged", 0)
-        size += max(content_length(path) - acknowledged, 0)
         with path.open("rb") as file:
-            file.seek(acknowledged)
-            records += sum(line.endswith(b"\n") for line in file)
+            file.seek(_acknowledged(directory, path))
+            for line in file:
+                if line.endswith(b"\n"):
+                    records, size = records + 1, size + len(line)
     return Unsent(records, size, _count_files(directory))
+
+
+def _acknowledged(directory: Path, journal: Path) -> int:
+    session = read_state(directory).get("sessions", {}).get(journal.stem, {})
+    return int(session.get("acknowledged", 0))
 
 
 def _count_files(directory: Path) -> int:
@@ -281,36 +267,31 @@ def _count_files(directory: Path) -> int:
 
 
 def sync_command(directory: Path) -> str:
-    """What to type to send the rest."""
+    """Return what to type to send the rest."""
     import shlex
 
     return f"endlex sync {shlex.quote(str(directory))}"
 
 
 def wait_until_shipped(directory: Path, journal: Path) -> None:
-    """Wait until the server has all of a finished session, or say what it lacks.
-
-    Args:
-        journal: of the session that just ended.
-    """
-    deadline = time.monotonic() + FINISH_SECONDS
+    """Wait until the server has a session that just ended, or say what it lacks."""
+    began, end, left = time.monotonic(), content_length(journal), Unsent(0, 0, 0)
     # A short run's shipper may be about to begin: a second one would only follow it.
-    restart_at = min(time.monotonic() + BEGIN_SECONDS, deadline)
-    end = content_length(journal)
-    is_sent = False
-    while not is_sent and time.monotonic() < deadline:
-        session = read_state(directory).get("sessions", {}).get(journal.stem, {})
-        is_sent = session.get("acknowledged", 0) >= end and not _count_files(directory)
-        if not is_sent:
-            time.sleep(POLL_SECONDS)
-        if not is_sent and time.monotonic() >= restart_at:
-            restart_at = math.inf
+    restart_after = min(BEGIN_SECONDS, FINISH_SECONDS)
+    while _acknowledged(directory, journal) < end or _count_files(directory):
+        waited = time.monotonic() - began
+        if waited >= restart_after:
+            restart_after = math.inf
             restart_shipper_if_killed(directory)
+        if waited >= FINISH_SECONDS:
+            left = unsent(directory)
+            break
+        time.sleep(POLL_SECONDS)
     for name, reason in failed_checkpoints(directory).items():
         warn(f"checkpoint {name} cannot be sent: {reason}")
     for sha256 in damaged_media(directory):
         warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
-    if not is_sent and (left := unsent(directory)):
+    if left:
         error = read_state(directory).get("error")
         warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "

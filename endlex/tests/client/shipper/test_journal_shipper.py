@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from endlex.client import journal_sync
 from endlex.client.journal import Journal
-from endlex.client.journal_sync import JournalShipper
+from endlex.client.shipper import send_journals
+from endlex.client.shipper.send_journals import JournalShipper
 from endlex.client.transport import Retry, Transport, Unreachable
 from endlex.protocol import METRICS
 
@@ -50,7 +50,7 @@ def test_what_was_refused_waits_and_works_later(
 ) -> None:
     opened = journal(tmp_path)
     stub.before = lambda method, path: 403
-    monkeypatch.setattr(journal_sync, "REFUSED_SECONDS", 0.0)
+    monkeypatch.setattr(send_journals, "REFUSED_SECONDS", 0.0)
     shipper = JournalShipper(tmp_path, RUN, transport)
     shipper.tick()
     assert shipper.denied
@@ -58,7 +58,7 @@ def test_what_was_refused_waits_and_works_later(
     settle(shipper)
     assert stub.content(opened.session) == opened.path.read_bytes()
     assert shipper.sessions[opened.session].error is None
-    monkeypatch.setattr(journal_sync, "REFUSED_SECONDS", 30.0)
+    monkeypatch.setattr(send_journals, "REFUSED_SECONDS", 30.0)
     patient = JournalShipper(tmp_path, RUN, transport)
     stub.before = lambda method, path: 403
     patient.tick()
@@ -102,7 +102,7 @@ def test_a_heartbeat_says_what_is_unsent(
     stub: Any, transport: Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = journal(tmp_path)
-    monkeypatch.setattr(journal_sync, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(send_journals, "HEARTBEAT_SECONDS", 0.0)
     shipper = JournalShipper(tmp_path, RUN, transport)
     settle(shipper)
     assert len(stub.states) == 3

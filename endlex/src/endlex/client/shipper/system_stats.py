@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from endlex.client.directories import RunFile, session_start
 from endlex.client.journal import Journal
 from endlex.client.process import Stop
-from endlex.client.run_directory import RunFile, session_start
-from endlex.client.shipping import say
+from endlex.client.shipper.control import say
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0
@@ -36,11 +36,7 @@ Sensor = Callable[[], dict[str, float]]
 
 
 def sensors(directory: Path) -> list[Sensor]:
-    """Return what can be measured here; importing the libraries for it is part of this call.
-
-    Args:
-        directory: on the disk whose free space counts.
-    """
+    """Return what can be measured with the libraries that are here, and on this disk."""
     found: list[Sensor] = [
         lambda: {
             "system/disk_free_bytes": shutil.disk_usage(directory).free,
@@ -49,7 +45,7 @@ def sensors(directory: Path) -> list[Sensor]:
         lambda: {"system/load": os.getloadavg()[0]},
     ]
     if (psutil := _library("psutil")) is not None:
-        found += [lambda: _machine(psutil), _Network(psutil)]
+        found += [lambda: _machine(psutil), _network(psutil)]
     if (nvml := _library("pynvml")) is not None:
         with contextlib.suppress(Exception):  # no driver, or no card
             nvml.nvmlInit()
@@ -75,26 +71,27 @@ def _machine(psutil: Any) -> dict[str, float]:
     }
 
 
-class _Network:
-    """Bytes per second over all interfaces but the loopback one, since the last call."""
+def _network(psutil: Any) -> Sensor:
+    """Return a sensor of all interfaces but the loopback one, for the time between two calls."""
 
-    def __init__(self, psutil: Any) -> None:
-        self._psutil = psutil
-        self._last = self._count()
-
-    def _count(self) -> tuple[float, int, int]:
-        interfaces = self._psutil.net_io_counters(pernic=True).items()
+    def count() -> tuple[float, int, int]:
+        interfaces = psutil.net_io_counters(pernic=True).items()
         counts = [count for name, count in interfaces if not name.startswith("lo")]
         sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
         return time.monotonic(), sent, received
 
-    def __call__(self) -> dict[str, float]:
-        then, self._last = self._last, self._count()
-        seconds = max(self._last[0] - then[0], 1e-3)
+    last = count()
+
+    def measure() -> dict[str, float]:
+        nonlocal last
+        before, last = last, count()
+        seconds, sent, received = (now - then for now, then in zip(last, before, strict=True))
         return {
-            "system/net_sent_bytes_per_second": (self._last[1] - then[1]) / seconds,
-            "system/net_received_bytes_per_second": (self._last[2] - then[2]) / seconds,
+            "system/net_sent_bytes_per_second": sent / max(seconds, 1e-3),
+            "system/net_received_bytes_per_second": received / max(seconds, 1e-3),
         }
+
+    return measure
 
 
 def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:

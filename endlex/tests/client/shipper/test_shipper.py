@@ -17,7 +17,7 @@ import pytest
 
 import endlex
 from endlex.client.journal import Journal
-from endlex.client.shipping import (
+from endlex.client.shipper.control import (
     BACKGROUND,
     read_state,
     shipper_process,
@@ -164,7 +164,7 @@ def test_finish_does_not_wait_for_a_server_that_does_not_answer(
     kind: str,
 ) -> None:
     monkeypatch.setenv("ENDLEX_URL", black_hole if kind == "black hole" else "http://127.0.0.1:9")
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 1.0)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 1.0)
     run = endlex.init("p", "d4", directory=directory)
     run.log({"loss": 1.0})
     weights = tmp_path / "weights"
@@ -183,9 +183,9 @@ def test_finish_starts_no_second_shipper_while_the_first_begins(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     started: list[Path] = []
-    monkeypatch.setattr("endlex.client.shipping.start_shipper", started.append)
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 60.0)
-    monkeypatch.setattr("endlex.client.shipping.BEGIN_SECONDS", 60.0)
+    monkeypatch.setattr("endlex.client.shipper.control.start_shipper", started.append)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 60.0)
+    monkeypatch.setattr("endlex.client.shipper.control.BEGIN_SECONDS", 60.0)
     run = endlex.init("p", "d4", directory=directory)
     run.log({"loss": 1.0})
     monkeypatch.setenv("ENDLEX_URL", stub.url)
@@ -202,8 +202,8 @@ def test_finish_starts_a_shipper_that_was_killed(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until, finish_seconds: float
 ) -> None:
     monkeypatch.setenv("ENDLEX_URL", stub.url)
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", finish_seconds)
-    monkeypatch.setattr("endlex.client.shipping.BEGIN_SECONDS", 0.2)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", finish_seconds)
+    monkeypatch.setattr("endlex.client.shipper.control.BEGIN_SECONDS", 0.2)
     run = endlex.init("p", "d4", directory=directory)
     until(lambda: shipper_process(directory) is not None)
     kill_shipper(directory, signal.SIGKILL)
@@ -217,7 +217,7 @@ def test_finish_says_what_can_never_be_sent_and_waits_for_no_more(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("endlex.client.checkpoints._clone", lambda *arguments: False)
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 60.0)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 60.0)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "last.pt").write_bytes(b"first")
     run.save(tmp_path / "last.pt", step=1, link=True)
@@ -253,7 +253,7 @@ def test_a_refused_token_is_said_and_tried_again_rarely(
     files = [path.read_bytes() for path in directory.iterdir() if path.is_file()]
     assert not any(b"wrong-token" in content for content in files)
     asked = len(stub.requests)
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 1.5)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 1.5)
     run.finish()
     assert len(stub.requests) - asked <= 1
     assert "401" in capfd.readouterr().err
@@ -263,7 +263,7 @@ def test_what_keeps_the_shipper_from_starting_is_said_at_the_end(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, until: Until
 ) -> None:
     monkeypatch.setenv("ENDLEX_URL", "ftp://example.org")
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 0.1)
     run = endlex.init("p", "d4", directory=directory)
     until(lambda: read_state(directory).get("state") == "failed")
     run.finish()
@@ -293,7 +293,7 @@ def test_sessions_in_quick_succession_are_all_sent(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     monkeypatch.setenv("ENDLEX_URL", stub.url)
-    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.3)
+    monkeypatch.setattr("endlex.client.shipper.control.FINISH_SECONDS", 0.3)
     for step in range(6):  # each may meet the shipper of the one before as it ends
         run = endlex.init("p", "d4", directory=directory)
         run.log({"loss": 1.0}, step=step)
@@ -388,22 +388,22 @@ def test_a_full_disk_on_this_side_stops_no_shipping(
 def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from endlex.client import uploads
-    from endlex.client.shipper import CheckpointShipper
+    from endlex.client import checkpoints
+    from endlex.client.shipper.send_checkpoints import CheckpointShipper
     from endlex.client.transport import Transport
 
-    write, refusals = uploads.write_whole, iter([OSError("No space left on device")])
+    write, refusals = checkpoints.write_whole, iter([OSError("No space left on device")])
 
     def limited(*arguments: Any) -> None:
         for error in refusals:
             raise error
         write(*arguments)
 
-    monkeypatch.setattr(uploads, "write_whole", limited)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "weights").write_bytes(b"w")
     name = run.save(tmp_path / "weights", step=1)
-    monkeypatch.setattr("endlex.client.shipper.REFUSED_SECONDS", 0.01)
+    monkeypatch.setattr(checkpoints, "write_whole", limited)
+    monkeypatch.setattr("endlex.client.shipper.send_checkpoints.REFUSED_SECONDS", 0.01)
     shipper = CheckpointShipper(directory, run.id, Transport(stub.url))
     shipper.start()
     stub.wait_for(lambda: (run.id, name) in stub.manifests)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.surroundings import (
+from endlex.client.environment import (
     LAST_LINES,
     describe_environment,
     installed_packages,
@@ -127,7 +127,7 @@ def test_a_run_knows_its_commit_changes_command_and_packages(tmp_path: Path) -> 
 def test_the_console_is_bounded_and_keeps_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("endlex.client.surroundings.MAX_CONSOLE_CHARS", 1000)
+    monkeypatch.setattr("endlex.client.environment.MAX_CONSOLE_CHARS", 1000)
     run = endlex.init("p", "d4", directory=tmp_path, console=True)
     for number in range(500):
         print(f"\x1b[31mline {number:04d}\x1b[0m")

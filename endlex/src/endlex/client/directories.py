@@ -18,18 +18,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 from endlex.client.process import process_name, warn, write_whole
-from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
+from endlex.protocol import PROTOCOL, RUN_FILE, EndlexError, check_name, check_run_id
 
 Mode = Literal["online", "offline", "disabled"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-SHIPPER_LOCK = "shipper.lock"
-SHIPPER_STATE = "shipper.json"
-SHIPPER_LOG = "shipper.log"
 TOKEN_FILE = ".config/endlex/token"
 
 
@@ -42,37 +38,24 @@ class RunFile(TypedDict):
     created: float
 
 
-def session_start(
-    owner: RunFile,
-    kind: str,
-    *,
-    config: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = (),
-    group: object = None,
-    notes: object = None,
-    rank: int = 0,
-) -> dict[str, Any]:
-    """What the first record of a session says when this process writes it."""
+def session_start(owner: RunFile, kind: str, **given: Any) -> dict[str, Any]:
+    """Return what the first record of a session says when this process writes it.
+
+    Args:
+        given: `config`, `tags`, `group`, `notes` and `rank`, where there are any.
+    """
     return {
         "protocol": PROTOCOL,
         "run": owner["run"],
         "project": owner["project"],
         "name": owner["name"],
-        "config": dict(config or {}),
-        "tags": [check_name(tag, "tag") for tag in tags],
-        "group": None if group is None else str(group),
-        "notes": None if notes is None else str(notes),
+        **{"config": {}, "tags": [], "group": None, "notes": None},
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
-        "rank": rank,
+        "rank": 0,
         "kind": kind,
-    }
-
-
-def new_run_id() -> str:
-    """A random run id of 10 characters."""
-    return "".join(ALPHABET[byte % len(ALPHABET)] for byte in os.urandom(10))
+    } | given
 
 
 def read_run_file(directory: Path | str) -> RunFile | None:
@@ -91,6 +74,14 @@ def read_run_file(directory: Path | str) -> RunFile | None:
             "directory"
         ) from error
     return cast(RunFile, content)
+
+
+def require_run_file(directory: Path) -> RunFile:
+    """Return the content of run.json, which says whose directory this is."""
+    owner = read_run_file(directory)
+    if owner is None:
+        raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")
+    return owner
 
 
 def claim_directory(
@@ -130,11 +121,14 @@ def find_or_claim(
     """Find or make a run's directory, in `folder` if none is given; return it with its run."""
     if resume not in (None, True, False, "allow", "must", "never", "auto"):
         raise EndlexError(f"resume {resume!r} must be allow, must, never or auto")
-    folder, new_id = Path(folder or runs_folder()), run_id or new_run_id()
+    new_id = run_id or "".join(ALPHABET[byte % len(ALPHABET)] for byte in os.urandom(10))
+    folder = Path(folder or runs_folder()) / _as_file_name(project)
     if directory is None and run_id is None and resume in (True, "auto"):
-        directory = newest_directory(folder, project, name)
+        directory = _newest_directory(folder, project, name)
     if directory is None:
-        directory = default_directory(folder, project, name or "run", new_id)
+        # A run that is there under its id keeps its directory, whatever it is called now.
+        known = [run.parent for run in sorted(folder.glob(f"*-{new_id}/{RUN_FILE}"))]
+        directory = known[0] if known else folder / f"{_as_file_name(name or 'run')}-{new_id}"
     place = Path(directory).absolute()
     owner = read_run_file(place)
     if owner is None and resume == "must":
@@ -146,13 +140,12 @@ def find_or_claim(
         raise EndlexError(f"{place} holds a run already (resume='never'): give another directory")
     if owner is None:
         owner = claim_directory(place, new_id, project, name or f"run-{new_id}")
-    wanted = (project, name or owner["name"])
-    if (owner["project"], owner["name"]) != wanted:
+    if owner["project"] != project or name not in (None, owner["name"]):
         raise EndlexError(
             f"{place} is the directory of run {owner['name']!r} of project {owner['project']!r}, "
-            f"not of {wanted[1]!r} of {project!r}: give another directory"
+            f"not of {name or owner['name']!r} of {project!r}: give another directory"
         )
-    if run_id is not None and owner["run"] != run_id:
+    if run_id not in (None, owner["run"]):
         raise EndlexError(
             f"{place} is the directory of the run with id {owner['run']!r}, not {run_id!r}: give "
             "another directory, or leave the id (ENDLEX_RUN_ID) away"
@@ -161,38 +154,13 @@ def find_or_claim(
     return place, owner
 
 
-def require_run_file(directory: Path) -> RunFile:
-    """Return the content of run.json, which says whose directory this is."""
-    owner = read_run_file(directory)
-    if owner is None:
-        raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")
-    return owner
-
-
-def runs_folder() -> Path:
-    """The folder for runs that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
-    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
-
-
-def default_directory(folder: Path, project: str, name: str, run: str) -> Path:
-    """Where a run lives in a folder of many.
-
-    A run that is there under its id keeps its directory, whatever it is called now.
-    """
-    folder = folder / _as_file_name(project)
-    for existing in sorted(folder.glob(f"*-{run}")):
-        if (existing / RUN_FILE).exists():
-            return existing
-    return folder / f"{_as_file_name(name)}-{run}"
-
-
-def newest_directory(folder: Path, project: str, name: str | None) -> Path | None:
-    """The directory of the newest run of a project, and of a name if one is given; or None."""
+def _newest_directory(folder: Path, project: str, name: str | None) -> Path | None:
+    """Return the directory of the newest run of a project, and of a name if one is given."""
     found = []
-    for path in (folder / _as_file_name(project)).glob(f"*/{RUN_FILE}"):
+    for path in folder.glob(f"*/{RUN_FILE}"):
         with contextlib.suppress(EndlexError):
-            owner = read_run_file(path.parent)
-            if owner and owner["project"] == project and name in (None, owner["name"]):
+            owner = require_run_file(path.parent)
+            if owner["project"] == project and name in (None, owner["name"]):
                 found.append((owner["created"], path.parent))
     return max(found)[1] if found else None
 
@@ -201,27 +169,27 @@ def _as_file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "run"
 
 
+def runs_folder() -> Path:
+    """Return the folder for runs that were given no directory."""
+    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
+
+
 def given_run_id(run: str | None = None) -> str | None:
     """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none."""
     run = run or os.environ.get("ENDLEX_RUN_ID") or None
-    if run is not None and not RUN_ID.fullmatch(run):
-        check_run_id(run)
-    return run
+    return None if run is None else check_run_id(run)
 
 
 def server_url() -> str | None:
-    """The server that `ENDLEX_URL` names, if any."""
+    """Return the server that `ENDLEX_URL` names, if any."""
     return os.environ.get("ENDLEX_URL", "").strip() or None
 
 
 def server_token() -> str | None:
-    """The token of `ENDLEX_TOKEN` or of the file `~/.config/endlex/token`, if any."""
+    """Return the token of `ENDLEX_TOKEN` or of the file `~/.config/endlex/token`, if any."""
     token = os.environ.get("ENDLEX_TOKEN", "").strip()
-    if not token:
-        try:
-            token = (Path.home() / TOKEN_FILE).read_text().strip()
-        except (OSError, ValueError, RuntimeError):
-            return None
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        token = token or (Path.home() / TOKEN_FILE).read_text().strip()
     return token or None
 
 
@@ -230,14 +198,14 @@ def is_on(name: str) -> bool:
     return os.environ.get(f"ENDLEX_{name}", "").strip().lower() not in ("0", "false", "off", "no")
 
 
-def chosen_mode(mode: str | None) -> Mode:
+def chosen_mode(given: str | None) -> Mode:
     """Return the mode that was given, or that of the environment."""
-    mode = mode or os.environ.get("ENDLEX_MODE") or ("online" if server_url() else "offline")
+    mode = given or os.environ.get("ENDLEX_MODE") or ("online" if server_url() else "offline")
     if mode not in get_args(Mode):
         raise EndlexError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
     if mode == "online" and not server_url():
         raise EndlexError("mode 'online' needs a server: set ENDLEX_URL, or use mode 'offline'")
-    return mode  # type: ignore[return-value]
+    return cast(Mode, mode)
 
 
 def environment_number(name: str) -> int:
@@ -273,14 +241,9 @@ def register(directory: Path) -> None:
 
 def registered() -> list[Path]:
     """Return the directories of the list, oldest first."""
-    try:
-        lines = registry().read_bytes().splitlines()
-    except (FileNotFoundError, RuntimeError):
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(Path(json.loads(line)))
-        except (ValueError, TypeError):  # empty, or torn by a full disk
-            continue
-    return list(dict.fromkeys(found))
+    found: dict[Path, None] = {}
+    with contextlib.suppress(FileNotFoundError, RuntimeError):
+        for line in registry().read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # empty, or torn by a full disk
+                found[Path(json.loads(line))] = None
+    return list(found)

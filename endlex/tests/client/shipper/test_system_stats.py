@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from endlex.client import system_stats
-from endlex.client.run_directory import claim_directory
-from endlex.client.system_stats import SystemRecorder, sensors, take_sample
+from endlex.client.directories import claim_directory
+from endlex.client.shipper import system_stats
+from endlex.client.shipper.system_stats import SystemRecorder, sensors, take_sample
 from endlex.reading import end_status, read_journal
 
 

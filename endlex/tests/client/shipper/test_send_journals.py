@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from endlex.client import journal_sync
 from endlex.client.journal import Journal
-from endlex.client.journal_sync import SessionSync, read_batch
+from endlex.client.shipper import send_journals
+from endlex.client.shipper.send_journals import SessionShipper, read_batch
 from endlex.client.transport import Retry, Transport
 from endlex.protocol import MAX_BATCH_BYTES, METRICS, EndlexError
 
@@ -25,7 +25,7 @@ def journal(directory: Path, records: int = 20) -> Path:
     return opened.path
 
 
-def ship_all(sync: SessionSync) -> int:
+def ship_all(sync: SessionShipper) -> int:
     faults = 0
     while True:
         try:
@@ -37,7 +37,7 @@ def ship_all(sync: SessionSync) -> int:
 
 def test_a_journal_arrives_whole(stub: Any, transport: Transport, tmp_path: Path) -> None:
     path = journal(tmp_path)
-    sync = SessionSync(RUN, path, transport)
+    sync = SessionShipper(RUN, path, transport)
     assert sync.missing_bytes() == path.stat().st_size
     assert ship_all(sync) == 0
     assert stub.content(path.stem) == path.read_bytes()
@@ -52,9 +52,9 @@ def test_another_shipper_goes_on_from_what_is_there(
     path = journal(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(b"\n") + 1])
-    ship_all(SessionSync(RUN, path, transport))
+    ship_all(SessionShipper(RUN, path, transport))
     path.write_bytes(whole)
-    sync = SessionSync(RUN, path, transport)
+    sync = SessionShipper(RUN, path, transport)
     assert sync.ask() == whole.index(b"\n") + 1
     assert sync.ship() == len(whole) - whole.index(b"\n") - 1
     assert stub.content(path.stem) == whole
@@ -66,7 +66,7 @@ def test_the_last_record_torn_at_any_byte_is_sent_when_it_is_whole(
     path = journal(tmp_path, 3)
     whole = path.read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
-    sync = SessionSync(RUN, path, transport)
+    sync = SessionShipper(RUN, path, transport)
     for cut in range(last, len(whole)):
         path.write_bytes(whole[:cut])
         ship_all(sync)
@@ -87,14 +87,14 @@ def test_faults_before_and_after_the_effect(
     fault: int | str,
     when: str,
 ) -> None:
-    monkeypatch.setattr(journal_sync, "BATCH_BYTES", 200)
+    monkeypatch.setattr(send_journals, "BATCH_BYTES", 200)
     path, rng = journal(tmp_path, 40), random.Random(0)
     setattr(
         stub,
         when,
         lambda method, path: fault if method == "POST" and rng.random() < 0.4 else None,
     )
-    assert ship_all(SessionSync(RUN, path, transport)) > 0
+    assert ship_all(SessionShipper(RUN, path, transport)) > 0
     assert stub.content(path.stem) == path.read_bytes()
 
 
@@ -102,7 +102,7 @@ def test_a_server_that_forgot_gets_it_again(
     stub: Any, transport: Transport, tmp_path: Path
 ) -> None:
     path = journal(tmp_path)
-    sync = SessionSync(RUN, path, transport)
+    sync = SessionShipper(RUN, path, transport)
     ship_all(sync)
     stub.journals.clear()
     with path.open("ab") as file:
@@ -116,9 +116,9 @@ def test_what_this_side_lost_after_it_was_sent_is_not_missing_but_a_difference_i
 ) -> None:
     path = journal(tmp_path)
     whole = path.read_bytes()
-    ship_all(SessionSync(RUN, path, transport))
+    ship_all(SessionShipper(RUN, path, transport))
     path.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])
-    sync = SessionSync(RUN, path, transport)
+    sync = SessionShipper(RUN, path, transport)
     assert sync.missing_bytes() == 0
     assert sync.ship() == 0
     path.write_bytes(whole.replace(b'"step":1,', b'"step":2,'))
@@ -131,7 +131,7 @@ def test_what_is_not_on_this_machine_is_compressed(
 ) -> None:
     path = journal(tmp_path)
     monkeypatch.setattr(Transport, "is_local", False)
-    ship_all(SessionSync(RUN, path, transport))
+    ship_all(SessionShipper(RUN, path, transport))
     assert stub.content(path.stem) == path.read_bytes()
     assert stub.encodings == {"deflate"}
 
@@ -155,4 +155,4 @@ def test_a_server_that_is_none_is_tried_again(
     handler = stub._http.RequestHandlerClass
     monkeypatch.setattr(handler, "_route", lambda *arguments: (200, answer))
     with pytest.raises(Retry, match="does not answer like an Endlex server"):
-        SessionSync(RUN, journal(tmp_path), transport).ship()
+        SessionShipper(RUN, journal(tmp_path), transport).ship()

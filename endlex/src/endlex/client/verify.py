@@ -1,0 +1,281 @@
+"""Compare a run's directory with the server by hash: may this machine be torn down?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from endlex.client.checkpoints import (
+    damaged_media,
+    given_up,
+    load_manifest,
+    staged_names,
+    waiting_media,
+)
+from endlex.client.directories import require_run_file
+from endlex.client.process import describe
+from endlex.client.shipper.control import failed_checkpoints, shipper_process
+from endlex.client.shipper.send_checkpoints import missing_parts
+from endlex.client.shipper.send_journals import SessionDiffers, SessionShipper
+from endlex.client.transport import Refused, Transport, TransportError, quoted
+from endlex.protocol import (
+    CHECKPOINT,
+    MANIFEST_DIR,
+    MEDIA,
+    METRICS,
+    REMOVED,
+    REPLACES,
+    SYSTEM,
+    TABLE,
+    TEXT,
+    EndlexError,
+    Manifest,
+    check_manifest,
+    check_sha256,
+)
+from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
+
+OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
+"""How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
+
+Kind = Literal["journal", "checkpoint", "media", "live"]
+Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]
+"""What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server;
+to look at the journal."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a directory may not be deleted yet; as text, one line for people."""
+
+    kind: Kind
+    name: str
+    """A session, a checkpoint, or what lives: a session, or `shipper`."""
+    reason: str
+    remedy: Remedy = "sync"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LetGo:
+    """A checkpoint that the server published and that a rule or a person removed since."""
+
+    name: str
+    removed: float
+    """Unix seconds."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run's directory beside what the server has; safe to delete when nothing is missing."""
+
+    missing: list[Missing] = field(default_factory=list)
+    let_go: list[LetGo] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
+    """Checkpoints that somebody decided to do without, since they could not be sent."""
+
+
+def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
+    """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
+
+    Args:
+        published: checkpoints that are known to be, though they are still staged.
+    """
+    missing = [
+        found
+        for found in compare_directory(directory, transport).missing
+        if found.kind != "checkpoint" or found.name not in published
+    ]
+    if any(found.kind == "live" for found in missing):
+        missing = [found for found in missing if found.remedy == "resend"]
+    if missing:
+        raise EndlexError("; ".join(map(str, missing)))
+
+
+def compare_directory(directory: Path, transport: Transport) -> Comparison:
+    """Compare a run's directory with the server by hash.
+
+    Every session's journal must be there and equal, every checkpoint that was saved be published
+    with the files that were hashed here, or have been until it was removed on purpose, no
+    checkpoint wait, no trainer write and no shipper work.
+    """
+    return _Comparing(directory, transport).compare()
+
+
+class _Saved(NamedTuple):
+    """A checkpoint as its journal record describes it."""
+
+    time: float = math.inf
+    replaces: str | None = None
+
+
+class _Comparing:
+    """One comparison of a directory with the server."""
+
+    def __init__(self, directory: Path, transport: Transport) -> None:
+        self._directory, self._transport = directory, transport
+        self._run = require_run_file(directory)["run"]
+        self._saved: dict[str, _Saved] = {}
+        """Checkpoints that the journals name."""
+        self._media: dict[str, str] = {}
+        """Names of logged files that the journals name, by the hash of each part."""
+        self._missing: list[Missing] = []
+        self._let_go: list[LetGo] = []
+
+    def compare(self) -> Comparison:
+        """Look at the journals, the checkpoints, the media, and who is at work."""
+        directory = self._directory
+        shipper = shipper_process(directory)
+        for path in session_files(directory):
+            self._compare_journal(path, shipper is not None)
+        staged, failed = staged_names(directory), failed_checkpoints(directory)
+        for name in staged:
+            if name in failed:
+                self._miss("checkpoint", name, f"it cannot be sent: {failed[name]}", "drop")
+            else:
+                self._miss("checkpoint", name, "not sent yet, or not published")
+        damaged = [one for path in session_files(directory) for one in self._read_saved(path)]
+        dropped = given_up(directory)
+        hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+        for name in sorted({*self._saved, *hashed} - {*staged, *dropped}):
+            self._compare_checkpoint(name)
+        self._compare_media(dropped)
+        self._missing += damaged
+        if shipper is not None:
+            reason = f"{describe(shipper.name)} is still at work: wait for it"
+            self._miss("live", "shipper", reason, "wait")
+        return Comparison(self._missing, self._let_go, sorted(dropped))
+
+    def _miss(self, kind: Kind, name: str, reason: str, remedy: Remedy = "sync") -> None:
+        self._missing.append(Missing(kind, name, reason, remedy))
+
+    def _compare_journal(self, path: Path, has_shipper: bool) -> None:
+        is_shippers = has_shipper and session_kind(path) == SYSTEM
+        if not is_shippers and writer_is_alive(path):
+            self._miss("live", path.stem, "a process still writes this session: end it", "wait")
+        try:
+            left = SessionShipper(self._run, path, self._transport).missing_bytes()
+        except SessionDiffers as error:
+            self._miss("journal", path.stem, str(error), "resend")
+        else:
+            if left:
+                self._miss("journal", path.stem, f"{left:,} bytes are not sent")
+
+    def _read_saved(self, path: Path) -> Iterator[Missing]:
+        """Read what a session saved and logged; yield damaged lines, which may hide something."""
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
+                    continue
+                try:
+                    self._add_saved(parse_record(line))
+                except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
+                    reason = f"line {number} is damaged and may name a checkpoint or a logged file"
+                    yield Missing("journal", path.stem, reason, "look")
+
+    def _add_saved(self, record: Any) -> None:
+        if record["type"] == CHECKPOINT:
+            replaces = (record.get("metadata") or {}).get(REPLACES)
+            self._saved[record["name"]] = _Saved(float(record["time"]), replaces)
+        elif record["type"] == MEDIA:
+            for part in record["parts"]:
+                self._media[check_sha256(part["sha256"])] = str(record["name"])
+
+    def _compare_media(self, dropped: set[str]) -> None:
+        waiting, damaged = waiting_media(self._directory), damaged_media(self._directory)
+        asked = list(dict.fromkeys([*self._media, *damaged]))
+        lacking, _ = missing_parts(self._transport, asked)
+        for sha256 in dict.fromkeys([*lacking, *waiting]):
+            name = self._media.get(sha256, sha256)
+            if sha256 in waiting or not (sha256 in damaged or sha256 in dropped):
+                self._miss("media", name, "one of its files is not sent yet")
+            elif sha256 in damaged:
+                self._miss("media", name, "one of its files was damaged before it was sent", "drop")
+
+    def _compare_checkpoint(self, name: str) -> None:
+        let_go, ours = list[LetGo](), None
+        try:
+            ours = load_manifest(self._directory, name)
+            theirs = fetch_manifest(self._run, name, self._transport)
+        except TransportError:
+            raise
+        except Removed as error:
+            theirs, let_go = error.manifest, [error.let_go]
+        except EndlexError as error:
+            if self._is_replaced(self._saved.get(name, _Saved())):
+                return
+            if ours is not None and isinstance(error, Unknown):
+                said = f"{error}, though it was published there once"
+                self._miss("checkpoint", name, said, "restore")
+            else:
+                self._miss("checkpoint", name, str(error))
+            return
+        if ours is not None and ours["files"] != theirs["files"]:
+            self._miss("checkpoint", name, "the server's files differ from those saved here")
+        else:
+            self._let_go += let_go
+
+    def _is_replaced(self, saved: _Saved) -> bool:
+        """Whether the server has a later checkpoint that was saved to replace this one."""
+        if saved.replaces is None:
+            return False
+        try:
+            where = quoted("runs", self._run, "checkpoints")
+            return any(
+                other["state"] == "published"
+                and other["created"] > saved.time
+                and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+                for other in self._transport.request("GET", where).content
+            )
+        except Refused:
+            return False
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._transport.ill_answer() from error
+
+
+class Removed(EndlexError):
+    """The server published this checkpoint, with this manifest, and removed it since on purpose."""
+
+    def __init__(self, message: str, let_go: LetGo, manifest: Manifest) -> None:
+        super().__init__(message)
+        self.let_go, self.manifest = let_go, manifest
+
+
+class Unknown(EndlexError):
+    """The server knows no checkpoint of this name."""
+
+
+def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
+    """Return the manifest of a checkpoint that the server has published.
+
+    Raises:
+        Unknown: there is none of this name.
+        Removed: a rule or a person removed it.
+        EndlexError: it is not published.
+        Retry: the server is not there.
+    """
+    try:
+        answer = transport.request("GET", quoted("runs", run, "checkpoints", name))
+    except Refused as error:
+        if error.status == 404:
+            raise Unknown(f"the server has no checkpoint {name!r} of run {run}") from error
+        raise
+    content = answer.content if isinstance(answer.content, dict) else {}
+    state = content.get("state")
+    if state not in ("published", REMOVED):
+        raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
+    manifest = check_manifest(content)
+    if manifest["name"] != name:
+        raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
+    if state == REMOVED:
+        reason, removed = str(content.get("reason")), content.get("removed")
+        moment = float(removed) if isinstance(removed, int | float) else 0.0
+        message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
+        raise Removed(message, LetGo(name, moment, reason), manifest)
+    return manifest
