@@ -224,7 +224,7 @@ BUDGETS = {
     "planning": (700, 700),
     "report": (900, 1340),
     "commands": (1700, 2320),
-    "": (17_000, 23_651),
+    "": (17_000, 23_100),
     "../../endlex/src/endlex": (12_000, 14_000),
     "serving/page/*": (900, 955),
     "../../endlex/src/endlex/server/web/static/js/*.js": (4500, 4500),
