@@ -262,7 +262,7 @@ def test_a_token_without_the_scope_is_refused(
 def test_the_thread_sends_in_order_and_goes_on_after_failures(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("endlex.client.shipper.send_checkpoints.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("endlex.client.shipper.send_checkpoints.STAGED_POLL_SECONDS", 0.01)
     monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     names = [
         run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step, link=True)
