@@ -145,7 +145,7 @@ def prune(
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)
         return 0
-    if not yes:  # a person decides: JSON comes of the outcome alone
+    if not yes:  # the person who is asked sees the plan as text; JSON has the outcome alone
         _print_outcome(plan, "would be removed", as_json=False)
         if not confirm("remove them?", yes):
             print("nothing was removed")
