@@ -95,8 +95,7 @@ def grant_runs(token: str, runs: Sequence[str], data: Path | None) -> int:
 
 def list_tokens(data: Path | None, as_json: bool) -> int:
     """Print what tokens there are: names, scopes, own runs, when they were made and last used."""
-    infos = import_server("api.auth").list_tokens(data_directory(data))
-    tokens: list[dict[str, Any]] = [info.as_json() for info in infos]
+    tokens: list[dict[str, Any]] = import_server("api.auth").list_tokens(data_directory(data))
     if as_json:
         print_json(tokens)
     elif tokens:

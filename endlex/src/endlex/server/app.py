@@ -199,7 +199,7 @@ def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
                 "with `endlex token create`"
             )
         return
-    if not any(token.revoked is None for token in list_tokens(data_dir)):
+    if not any(token["revoked"] is None for token in list_tokens(data_dir)):
         raise EndlexError(
             "a public server needs a token: make one with "
             "`endlex token create --scope write,checkpoint --name BOX`"

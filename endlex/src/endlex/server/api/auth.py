@@ -16,9 +16,9 @@ import hashlib
 import secrets
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from endlex.protocol import SCOPES, EndlexError, Scope, check_name, check_run_id
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database, connect
+from endlex.server.store.queries import dicts
 from endlex.server.workers import Workers
 
 T = TypeVar("T")
@@ -41,26 +42,7 @@ LOGIN_SECONDS = 30 * 86400
 LAST_USED_EVERY = 60.0
 FAILURES = 10
 FAILURE_SECONDS = 300.0
-ADDRESSES_KEPT = 10_000
-
-
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token as it may be shown; times in Unix seconds."""
-
-    id: int
-    name: str
-    scopes: tuple[str, ...]
-    created: float
-    last_used: float | None
-    revoked: float | None
-    older_runs: bool
-    """Whether the token also owns the runs made before runs had owners."""
-    runs: tuple[str, ...]
-    """Ids of the other runs that the token owns."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+FAILURES_KEPT = 1000
 
 
 def create_token(
@@ -128,17 +110,23 @@ def _in_use(connection: sqlite3.Connection, token: int | str) -> list[int]:
     return keys
 
 
-def list_tokens(data_dir: Path) -> list[TokenInfo]:
-    """Return every token that was made, the revoked ones too, oldest first."""
+def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
+    """Return every token that was made, the revoked ones too, oldest first.
+
+    `older_runs` says whether one also owns the runs made before runs had owners; `runs` are the
+    others that it owns.
+    """
     with _database(data_dir) as connection:
-        rows = connection.execute(
-            "SELECT pk, name, scopes, created, last_used, revoked, runs_before != 0, "
-            "(SELECT group_concat(run, ' ') FROM token_run WHERE token=pk) FROM token ORDER BY pk"
-        ).fetchall()
-    return [
-        TokenInfo(pk, name, (*s.split(","),), made, used, gone, bool(old), (*(runs or "").split(),))
-        for pk, name, s, made, used, gone, old, runs in rows
-    ]
+        tokens = dicts(
+            connection,
+            "SELECT pk AS id, name, scopes, created, last_used, revoked, runs_before != 0 AS "
+            "older_runs, (SELECT group_concat(run) FROM token_run WHERE token=pk) AS runs "
+            "FROM token ORDER BY pk",
+        )
+    for token in tokens:
+        token["scopes"] = token["scopes"].split(",")
+        token["runs"] = token["runs"].split(",") if token["runs"] else []
+    return tokens
 
 
 @contextmanager
@@ -155,32 +143,14 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-class Failures:
-    """Counts wrong tokens per address over the last five minutes.
-
-    A right token always passes, so a badly set-up box locks out nobody who shares its address.
-    """
-
-    def __init__(self) -> None:
-        self._times: dict[str, list[float]] = {}
-
-    def add(self, address: str) -> int:
-        """Count one more and return how many there were lately."""
-        now = time.monotonic()
-        recent = [t for t in self._times.pop(address, []) if now - t < FAILURE_SECONDS]
-        self._times[address] = [*recent, now][-FAILURES - 1 :]
-        if len(self._times) > ADDRESSES_KEPT:
-            self._times.pop(next(iter(self._times)))
-        return len(self._times[address])
-
-
 class Auth:
     """Decides which requests may pass; one per server."""
 
     def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
         self._settings, self._database, self._workers = settings, database, workers
         self._used: dict[int, float] = {}
-        self._failures = Failures()
+        self._failures: deque[tuple[str, float]] = deque(maxlen=FAILURES_KEPT)
+        """The latest wrong tokens' addresses and times."""
 
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
         """Let a request pass that has one of `scopes`, for the run that its path names.
@@ -222,6 +192,10 @@ class Auth:
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
         return await self._workers.quick(lambda: question(self._database.reader(), *args))
 
+    def _execute(self, query: str, *values: Any) -> asyncio.Future[int]:
+        job = self._database.write(lambda c: c.execute(query, values).rowcount)
+        return asyncio.wrap_future(job)
+
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token.
 
@@ -233,13 +207,9 @@ class Auth:
             raise self._refusal(request, token)
         secret = secrets.token_urlsafe(32)
         now = time.time()
+        await self._execute("DELETE FROM login WHERE expires < ?", now)
         row = (hash_secret(secret), found[0], now, now + LOGIN_SECONDS)
-
-        def job(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM login WHERE expires < ?", (now,))
-            connection.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
-
-        await asyncio.wrap_future(self._database.write(job))
+        await self._execute("INSERT INTO login VALUES (?, ?, ?, ?)", *row)
         return secret
 
     def _refusal(self, request: Request, secret: str | None) -> ApiError:
@@ -247,7 +217,10 @@ class Auth:
         if not secret:
             return ApiError(401, "a token is needed: set ENDLEX_TOKEN, or log in", headers)
         address = request.client.host if request.client else ""
-        if self._failures.add(address) > FAILURES:
+        now = time.monotonic()
+        self._failures.append((address, now))
+        lately = [one for one, at in self._failures if now - at < FAILURE_SECONDS]
+        if lately.count(address) > FAILURES:  # right tokens pass: a bad box locks out no other
             wait = {"Retry-After": "60"}
             return ApiError(429, "too many wrong tokens from this address: wait a while", wait)
         message = "the token is not known, or revoked: make one with `endlex token create`"
@@ -255,15 +228,13 @@ class Auth:
 
     async def logout(self, cookie: str) -> None:
         """Forget a browser's login."""
-        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
-        await asyncio.wrap_future(self._database.write(lambda c: c.execute(query, values).rowcount))
+        await self._execute("DELETE FROM login WHERE hash=?", hash_secret(cookie))
 
     def _note_use(self, token: int) -> None:
         now = time.time()
         if now - self._used.get(token, 0) > LAST_USED_EVERY:
             self._used[token] = now
-            query = "UPDATE token SET last_used=? WHERE pk=?"
-            self._database.write(lambda c: c.execute(query, (now, token)).rowcount)
+            self._execute("UPDATE token SET last_used=? WHERE pk=?", now, token)
 
 
 def _find(

@@ -99,11 +99,19 @@ class Blobs:
         too_long = ApiError(413, f"a part has at most {MAX_PART_BYTES:,} bytes: cut the file finer")
         if held + (length or 0) > MAX_PART_BYTES:
             raise too_long
-        async for piece in _in_pieces(body):
-            held += len(piece)
-            if held > MAX_PART_BYTES:
-                raise too_long
-            await self._workers.file(_append_to, self._partial(sha256), piece)
+        waiting = bytearray()  # a piece that is worth a write
+        try:
+            async for chunk in body:
+                held += len(chunk)
+                if held > MAX_PART_BYTES:
+                    raise too_long
+                waiting += chunk
+                if len(waiting) >= PIECE:
+                    piece, waiting = waiting, bytearray()
+                    await self._workers.file(_append_to, self._partial(sha256), piece)
+        finally:  # what came of a broken body stays, too
+            if waiting:
+                await self._workers.file(_append_to, self._partial(sha256), waiting)
 
     def _prepare(self, sha256: str, length: int) -> int:
         """Return how many bytes have come; there must be room for the rest."""
@@ -174,25 +182,7 @@ class Blobs:
         return freed
 
 
-async def _in_pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Gather network chunks into pieces worth a write; the rest of a broken body is one, too."""
-    waiting = bytearray()
-    fault: Exception | None = None
-    try:
-        async for chunk in body:
-            waiting += chunk
-            if len(waiting) >= PIECE:
-                yield bytes(waiting)
-                waiting.clear()
-    except Exception as error:
-        fault = error
-    if waiting:
-        yield bytes(waiting)
-    if fault is not None:
-        raise fault
-
-
-def _append_to(path: Path, piece: bytes) -> None:
+def _append_to(path: Path, piece: bytearray) -> None:
     with path.open("ab") as file:
         file.write(piece)
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from endlex.protocol import NON_FINITE
 from endlex.server.store.series import (
     chunk_keys,
+    extremes,
     read_all_points,
     read_points,
     read_sampled,
@@ -147,18 +148,11 @@ def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
     if total <= points:
         return np.arange(total)
     buckets = (points - 2) // 2
-    width = -(-total // buckets)
-    whole = total // width
-    finite = np.isfinite(y)
-    everything = bool(finite.all())
-    found = [np.array([0, total - 1], np.intp)]
-    for pick, stand_in in ((np.argmin, np.inf), (np.argmax, -np.inf)):
-        usable = y if everything else np.where(finite, y, stand_in)
-        body = usable[: whole * width].reshape(whole, width)
-        found.append(pick(body, axis=1) + np.arange(whole) * width)
-        if whole * width < total:
-            found.append(np.array([whole * width + pick(usable[whole * width :])]))
-    return np.unique(np.concatenate(found))
+    finite, low, high = np.isfinite(y), y, y
+    if not finite.all():
+        low, high = np.where(finite, y, np.inf), np.where(finite, y, -np.inf)
+    inner = extremes(low, high, -(-total // buckets))
+    return np.unique(np.concatenate([[0, total - 1], inner]))
 
 
 def choose_log_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:

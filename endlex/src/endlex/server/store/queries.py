@@ -36,7 +36,7 @@ RUN_COLUMNS = f"""
 """
 DECODED: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("tags", "aliases", "metadata"), orjson.loads),
-    **dict.fromkeys(("archived", "open"), bool),
+    **dict.fromkeys(("archived", "open", "older_runs"), bool),
 }
 """Columns that the database holds as JSON, or as 0 and 1."""
 
@@ -186,7 +186,7 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
 
 
 def dicts(
-    connection: sqlite3.Connection, query: str, values: Sequence[Any] | dict[str, Any]
+    connection: sqlite3.Connection, query: str, values: Sequence[Any] | dict[str, Any] = ()
 ) -> list[dict[str, Any]]:
     """Return rows by the names of their columns, decoded."""
     cursor = connection.execute(query, values)

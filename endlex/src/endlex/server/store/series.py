@@ -166,7 +166,10 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     steps, times = points.steps, points.times
     ordered = bool((steps[1:] > steps[:-1]).all() and (times[1:] >= times[:-1]).all())
     usable = ordered and np.isfinite(points.numbers).all()
-    content = b"".join(points[_extremes(points.numbers)].pack()) if usable else b""
+    content = b""
+    if usable:
+        chosen = np.unique(extremes(points.numbers, points.numbers, BLOCK))
+        content = b"".join(points[chosen].pack())
     ends = (int(steps[0]), int(steps[-1]), float(times[0]), float(times[-1]))
     connection.execute(
         "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -174,16 +177,17 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     )
 
 
-def _extremes(numbers: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Return where the lowest and highest of each block are, in order."""
-    total = len(numbers)
-    blocks = -(-total // BLOCK)
-    padded = np.full(blocks * BLOCK, numbers[-1])
-    padded[:total] = numbers
-    table = padded.reshape(blocks, BLOCK)
-    start = np.arange(blocks) * BLOCK
-    chosen = np.concatenate([table.argmin(axis=1) + start, table.argmax(axis=1) + start])
-    return np.unique(np.minimum(chosen, total - 1))
+def extremes(low: NDArray[np.float64], high: NDArray[np.float64], width: int) -> NDArray[np.intp]:
+    """Return where the lowest of `low` and the highest of `high` in each `width` values are."""
+    whole = len(low) // width * width
+    starts = np.arange(0, whole, width)
+    found: list[Any] = [
+        low[:whole].reshape(-1, width).argmin(axis=1) + starts,
+        high[:whole].reshape(-1, width).argmax(axis=1) + starts,
+    ]
+    if whole < len(low):
+        found.append([whole + low[whole:].argmin(), whole + high[whole:].argmax()])
+    return np.concatenate(found)
 
 
 def read_sampled(
@@ -246,15 +250,9 @@ def _draw(
     points = Points.unpack(*connection.execute(query, (chunk,)).fetchone())
     x = points.times if by_time else points.steps
     points = points[(first <= x) & (x <= last)]
-    return _with_ends(points) if len(points) else points, len(points)
-
-
-def _with_ends(points: Points) -> Points:
-    """Return the extremes of each block, the first and last point, and what is not finite."""
+    if not len(points):
+        return points, 0
     finite = np.isfinite(points.numbers)
-    keep = ~finite
-    keep[[0, -1]] = True
-    usable = np.flatnonzero(finite)
-    if len(usable):
-        keep[usable[_extremes(points.numbers[usable])]] = True
-    return points[keep]
+    numbers, at, other = points.numbers[finite], np.flatnonzero(finite), np.flatnonzero(~finite)
+    ends, inner = np.array([0, len(points) - 1]), at[extremes(numbers, numbers, BLOCK)]
+    return points[np.unique(np.concatenate([ends, other, inner]))], len(points)
