@@ -23,30 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from endlex import protocol
 from endlex.client.journal import Journal, tidy_name, to_json
 from endlex.client.journal_sync import renew_session
 from endlex.client.recorder import HISTOGRAM, keep_media, read_file
 from endlex.client.run_directory import claim_directory, register
-from endlex.protocol import (
-    CONFIG,
-    FINISH,
-    JOURNAL_DIR,
-    MAX_STEP,
-    MAX_TEXT_CHARS,
-    MEDIA,
-    MEDIA_DIR,
-    METRICS,
-    NON_FINITE,
-    PROTOCOL,
-    RUN_ID,
-    SYSTEM,
-    TABLE,
-    TEXT,
-    TRAINER,
-    EndlexError,
-    Status,
-    encode_number,
-)
+from endlex.protocol import NON_FINITE, SYSTEM, TRAINER, EndlexError, Status, encode_number
 from endlex.reading import session_files
 
 LARGEST_EXACT = 2**53
@@ -105,7 +87,7 @@ class RunWriter:
             tags=tuple(tidy_name(tag, "tag") for tag in source.tags),
         )
         run = source.run
-        if not run or not RUN_ID.fullmatch(run):
+        if not run or not protocol.RUN_ID.fullmatch(run):
             identity = f"{source.tool}\0{source.identity}"
             run = hashlib.sha256(identity.encode()).hexdigest()[:10]
         project, name = (
@@ -128,7 +110,7 @@ class RunWriter:
             self._begin(TRAINER, {})
         source = self.source
         content = {
-            "protocol": PROTOCOL,
+            "protocol": protocol.PROTOCOL,
             "run": self.imported.run,
             "project": source.project,
             "name": source.name,
@@ -160,7 +142,7 @@ class RunWriter:
 
     def config(self, time: float, changed: Mapping[str, Any]) -> None:
         """Record what was added to the configuration after the first record."""
-        self._append(TRAINER, CONFIG, time, {"config": changed})
+        self._append(TRAINER, protocol.CONFIG, time, {"config": changed})
 
     def metrics(
         self, step: int, time: float, values: Mapping[str, float], *, system: bool = False
@@ -169,21 +151,21 @@ class RunWriter:
         encoded = {tidy_name(n, "metric"): encode_number(_number(v)) for n, v in values.items()}
         if encoded:
             kind = SYSTEM if system else TRAINER
-            self._record(METRICS, step, time, {"values": encoded}, kind)
+            self._record(protocol.METRICS, step, time, {"values": encoded}, kind)
 
     def text(self, step: int, time: float, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
-        if len(text) > MAX_TEXT_CHARS:
+        if len(text) > protocol.MAX_TEXT_CHARS:
             self.skip("end of a text that is too long")
-        content = {"name": tidy_name(name, TEXT), "text": text[:MAX_TEXT_CHARS]}
-        self._record(TEXT, step, time, content)
+        content = {"name": tidy_name(name, protocol.TEXT), "text": text[: protocol.MAX_TEXT_CHARS]}
+        self._record(protocol.TEXT, step, time, content)
 
     def table(
         self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
     ) -> None:
         """Record a table."""
-        content = {"name": tidy_name(name, TABLE), "columns": columns, "rows": rows}
-        self._record(TABLE, step, time, content)
+        content = {"name": tidy_name(name, protocol.TABLE), "columns": columns, "rows": rows}
+        self._record(protocol.TABLE, step, time, content)
 
     def histogram(
         self, step: int, time: float, name: str, edges: Sequence[float], counts: Sequence[float]
@@ -197,12 +179,12 @@ class RunWriter:
     ) -> None:
         """Record a picture, a sound or another file."""
         kept = keep_media(self._building, content, mime, caption)
-        self._record(MEDIA, step, time, {"name": tidy_name(name, MEDIA), **kept})
+        self._record(protocol.MEDIA, step, time, {"name": tidy_name(name, protocol.MEDIA), **kept})
 
     def _record(
         self, record: str, step: int, time: float, content: dict[str, Any], kind: str = TRAINER
     ) -> None:
-        if 0 <= step <= MAX_STEP:
+        if 0 <= step <= protocol.MAX_STEP:
             self._append(kind, record, time, {"step": step, **content})
         else:
             self.skip("step below 0 or above 2**62")
@@ -212,7 +194,7 @@ class RunWriter:
         if TRAINER not in self._journals:
             self._begin(TRAINER, {})
         for kind in list(self._journals):
-            self._append(kind, FINISH, time, {"status": status})
+            self._append(kind, protocol.FINISH, time, {"status": status})
 
     def skip(self, reason: str) -> None:
         """Count something that has no place in a journal."""
@@ -238,18 +220,18 @@ class RunWriter:
         if not final.exists():
             self._building.rename(final)
             return
-        for path in (self._building / MEDIA_DIR).glob("*"):
-            (final / MEDIA_DIR).mkdir(exist_ok=True)
-            path.replace(final / MEDIA_DIR / path.name)
+        for path in (self._building / protocol.MEDIA_DIR).glob("*"):
+            (final / protocol.MEDIA_DIR).mkdir(exist_ok=True)
+            path.replace(final / protocol.MEDIA_DIR / path.name)
         for path in session_files(self._building):
-            there = final / JOURNAL_DIR / path.name
+            there = final / protocol.JOURNAL_DIR / path.name
             old, new = there.read_bytes() if there.exists() else b"", path.read_bytes()
             if old.startswith(new):
                 continue  # the same, or a shorter copy of the source
             if not new.startswith(old):  # not grown but changed: what was sent of it stays there
                 there.unlink()
                 path = renew_session(path)
-            path.replace(final / JOURNAL_DIR / path.name)
+            path.replace(final / protocol.JOURNAL_DIR / path.name)
 
 
 def _number(value: float) -> float:

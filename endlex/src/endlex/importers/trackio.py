@@ -16,20 +16,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from endlex.importers.run_directory import (
-    Imported,
-    RunWriter,
-    Source,
-    find_files,
-    numbers_of,
-    write_row,
-)
+from endlex.importers import run_directory
+from endlex.importers.run_directory import Imported, RunWriter, numbers_of, write_row
 from endlex.protocol import EndlexError
 
 
 def find_trackio_files(path: Path) -> list[Path]:
     """Return the databases at or below a directory, or the one that is named."""
-    return find_files(path, ".db", "give trackio's directory or one of its files")
+    return run_directory.find_files(path, ".db", "give trackio's directory or one of its files")
 
 
 def import_trackio(path: Path, root: Path, project: str | None = None) -> list[Imported]:
@@ -83,7 +77,7 @@ def _import_run(
 ) -> Imported:
     config = dict(next((found for _, found in _of_run(database, "configs", run)), {}))
     created = min(_time(row) for row, _ in _of_run(database, "metrics", run))
-    source = Source(
+    source = run_directory.Source(
         tool="trackio",
         identity=f"{project}/{run}",
         project=project,

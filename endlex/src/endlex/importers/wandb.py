@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.importers.run_directory import (
-    Imported,
-    RunWriter,
-    Source,
-    find_files,
-    load,
-    numbers_of,
-    write_row,
-)
+from endlex.importers import run_directory
+from endlex.importers.run_directory import RunWriter, find_files
 from endlex.protocol import CONSOLE, EndlexError
 
 MAGIC = b":W&B"
@@ -94,7 +87,7 @@ def _fragment(content: bytes, position: int) -> tuple[bytes | None, int]:
 
 
 def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
-    messages = load("wandb.proto.wandb_internal_pb2")
+    messages = run_directory.load("wandb.proto.wandb_internal_pb2")
     for content in iter_records(path, skip):
         try:
             yield messages.Record.FromString(content)
@@ -113,7 +106,7 @@ class _Head:
     ended: float = 0.0
 
 
-def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported:
+def import_wandb(path: Path, root: Path, project: str | None = None) -> run_directory.Imported:
     """Turn one `.wandb` file into a run directory below `root`.
 
     Args:
@@ -129,7 +122,7 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
     run = head.run
     created = _seconds(run.start_time) or head.began or path.stat().st_mtime
-    source = Source(
+    source = run_directory.Source(
         tool="wandb",
         identity=f"{run.project}/{run.run_id}",
         project=project or run.project or "uncategorized",
@@ -188,7 +181,7 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             time = float(values.get("_timestamp", created))
             row = {k: v for k, v in values.items() if k not in INTERNAL}
             logged |= row.keys()
-            write_row(writer, last_step, time, row, path.parent / "files")
+            run_directory.write_row(writer, last_step, time, row, path.parent / "files")
         elif kind == "config" and last_step >= 0:
             _update_config(config, record.config)
             keys = _items(record.config.update).keys() - {"_wandb"}
@@ -198,14 +191,14 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             summary |= _items(record.summary.update)
         elif kind == "stats":
             moment = _seconds(record.stats.timestamp) or created
-            numbers = numbers_of(_items(record.stats.item), "system/")
+            numbers = run_directory.numbers_of(_items(record.stats.item), "system/")
             writer.metrics(max(0, round(moment - created)), moment, numbers, system=True)
         elif kind in ("output", "output_raw"):
             console.append(getattr(record, kind).line)
         elif kind == "artifact":
             writer.skip("artifact")
     own = {k: v for k, v in summary.items() if k not in logged and k not in INTERNAL}
-    write_row(writer, max(last_step, 0), time, own, path.parent / "files")
+    run_directory.write_row(writer, max(last_step, 0), time, own, path.parent / "files")
     lines = "".join(console).splitlines()
     for start in range(0, len(lines), CONSOLE_LINES):
         writer.text(start, time, CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))

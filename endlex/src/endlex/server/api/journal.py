@@ -22,38 +22,18 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from endlex.protocol import (
-    CHECKPOINT,
-    CRASHED,
-    LOST,
-    MAX_BATCH_BYTES,
-    MAX_REASON_CHARS,
-    MEDIA,
-    TEXT,
-    check_run_id,
-    check_session_id,
-    encode_number,
-)
+from endlex import protocol
+from endlex.protocol import CHECKPOINT, MAX_BATCH_BYTES
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response, read_body, read_json
 from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Here, Server
+from endlex.server.store import sessions
 from endlex.server.store.queries import find_run, list_sessions
 from endlex.server.store.records import Batch, Points, parse_batch
 from endlex.server.store.series import append_points
-from endlex.server.store.sessions import (
-    SessionState,
-    advance_session,
-    append_segment,
-    begin_session,
-    compress,
-    find_session,
-    hash_journal,
-    iter_bytes,
-    require_session,
-    update_run,
-)
+from endlex.server.store.sessions import SessionState
 from endlex.server.store.texts import store_records
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
@@ -81,8 +61,8 @@ async def append(
     offset: Annotated[int, Query(ge=0, lt=2**62)],
     crc: Annotated[str, Query(pattern="^[0-9a-fA-F]{8}$")],
 ) -> Response:
-    check_run_id(run)
-    check_session_id(session)
+    protocol.check_run_id(run)
+    protocol.check_session_id(session)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding not in ("identity", "deflate"):
         raise ApiError(415, f"content encoding {encoding!r} is not known: send deflate or none")
@@ -108,8 +88,8 @@ async def describe(
 ) -> Response:
     def hashed() -> dict[str, Any]:
         reader = server.database.reader()
-        state = require_session(reader, run, session)
-        digest = hash_journal(reader, state.pk, min(upto, state.offset))
+        state = sessions.require_session(reader, run, session)
+        digest = sessions.hash_journal(reader, state.pk, min(upto, state.offset))
         return {"offset": state.offset, "sha256": digest}
 
     return json_response(await server.workers.read(hashed))
@@ -117,7 +97,7 @@ async def describe(
 
 @router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
 async def raw(server: Here, run: str, session: str) -> Response:
-    state = await server.ask(lambda c: require_session(c, run, session))
+    state = await server.ask(lambda c: sessions.require_session(c, run, session))
     name = f'attachment; filename="{session}.jsonl"'
     headers = {"Content-Length": str(state.offset), "Content-Disposition": name}
     return StreamingResponse(_stream(server, state), 200, headers, "application/x-ndjson")
@@ -126,7 +106,7 @@ async def raw(server: Here, run: str, session: str) -> Response:
 async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
     def piece(start: int) -> bytes:
         end = min(start + PIECE, state.offset)
-        return next(iter_bytes(server.database.reader(), state.pk, start, end))
+        return next(sessions.iter_bytes(server.database.reader(), state.pk, start, end))
 
     start = 0
     while start < state.offset:
@@ -136,7 +116,7 @@ async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
 
 
 @router.get("/sessions", dependencies=READ_OR_WRITE)
-async def sessions(server: Here, run: str) -> Response:
+async def list_all(server: Here, run: str) -> Response:
     return json_response(await server.ask(lambda c: list_sessions(c, find_run(c, run))))
 
 
@@ -151,9 +131,9 @@ async def set_state(request: Request, server: Here, run: str, session: str) -> R
 def _set_state(
     server: Server, connection: sqlite3.Connection, run: str, session: str, report: StateReport
 ) -> list[Event]:
-    state = require_session(connection, run, session)
+    state = sessions.require_session(connection, run, session)
     # A heartbeat does not take back an end that the journal or the shipper told.
-    open_ended = ("running", CRASHED, LOST)
+    open_ended = ("running", protocol.CRASHED, protocol.LOST)
     keep = report.status in open_ended and state.status not in open_ended
     connection.execute(
         "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes), heard=? WHERE pk=?",
@@ -161,12 +141,12 @@ def _set_state(
     )
     if keep or state.status == report.status:
         return []
-    run_status = update_run(connection, state.run)
+    run_status = sessions.update_run(connection, state.run)
     events: list[Event] = [("run", {"run": run, "updated": time.time(), "status": run_status})]
-    if state.status == LOST:
+    if state.status == protocol.LOST:
         events += server.watch.returned(connection, state.run, run)
-    if report.status == CRASHED:
-        reason = report.reason and report.reason[:MAX_REASON_CHARS]
+    if report.status == protocol.CRASHED:
+        reason = report.reason and report.reason[: protocol.MAX_REASON_CHARS]
         events += server.watch.ended(connection, state, run, report.status, reason)
     return events
 
@@ -183,7 +163,7 @@ class Prepared:
 
     @classmethod
     def of(cls, offset: int, body: bytes) -> Prepared:
-        return cls(offset, body, compress(body), parse_batch(body))
+        return cls(offset, body, sessions.compress(body), parse_batch(body))
 
     def after(self, offset: int) -> Prepared:
         """Return what is beyond `offset`: the bytes below it were acknowledged before."""
@@ -227,7 +207,7 @@ def _store(
     server: Server, connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
 ) -> tuple[int, list[Event]]:
     """Store what is new in a batch; return the offset up to which the session is here, and news."""
-    state = find_session(connection, run, session)
+    state = sessions.find_session(connection, run, session)
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"
         raise ApiError(409, message, offset=state.offset)
@@ -240,13 +220,13 @@ def _store(
         raise disk_full()
     if state.pk == 0:
         first = prepared.body[: prepared.body.index(b"\n")]
-        state = begin_session(connection, run, session, first)
+        state = sessions.begin_session(connection, run, session, first)
     batch, reached = prepared.batch, state.offset + len(prepared.body)
-    append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
+    sessions.append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
     _store_batch(connection, state, batch)
-    advance_session(connection, state, reached, batch)
+    sessions.advance_session(connection, state, reached, batch)
     alerts = server.watch.observe(connection, state, run, batch)
-    status = update_run(connection, state.run)
+    status = sessions.update_run(connection, state.run)
     return reached, [*_news(run, status, batch), *alerts]
 
 
@@ -272,7 +252,7 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
     finite = points.numbers[np.isfinite(points.numbers)]
     lowest = float(finite.min()) if len(finite) else None
     highest = float(finite.max()) if len(finite) else None
-    encoded = encode_number(last)
+    encoded = protocol.encode_number(last)
     text = encoded if isinstance(encoded, str) else None
     pk: int = connection.execute(
         "INSERT INTO metric (run, name, count, last, last_text, last_step, min, max) "
@@ -291,7 +271,7 @@ def _news(run: str, status: str, batch: Batch) -> list[Event]:
     if batch.points:
         last = max(int(points.steps[-1]) for points in batch.points.values())
         news.append(("metrics", {"run": run, "metrics": list(batch.points), "last_step": last}))
-    for kind in (TEXT, MEDIA):
+    for kind in (protocol.TEXT, protocol.MEDIA):
         for name, record in {record["name"]: record for record in batch.records[kind]}.items():
             news.append((kind, {"run": run, "name": name, "step": record["step"]}))
     for record in batch.records[CHECKPOINT]:

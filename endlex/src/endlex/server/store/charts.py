@@ -18,14 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
-from endlex.server.store.series import (
-    chunk_keys,
-    extremes,
-    read_all_points,
-    read_points,
-    read_sampled,
-    slice_between,
-)
+from endlex.server.store import series
+from endlex.server.store.series import read_points, read_sampled
 
 STEP = "step"
 TIME = "time"
@@ -79,7 +73,7 @@ def _read_one(
 ) -> dict[str, Any]:
     drawn = None
     if metric is not None and axis is None and not query.log:
-        keys, by_time = chunk_keys(connection, metric), query.x == TIME
+        keys, by_time = series.chunk_keys(connection, metric), query.x == TIME
         drawn = read_sampled(connection, keys, by_time, query.first, query.last, query.points)
     x, y = (drawn.x, drawn.y) if drawn else _read_xy(connection, metric, query, axis)
     count = drawn.count if drawn else len(y)
@@ -114,14 +108,14 @@ def _read_xy(
     if axis is not None:
         x, y = _joined(*_by_step(connection, metric), axis)
     elif metric is not None:
-        points = read_all_points(connection, metric)
+        points = series.read_all_points(connection, metric)
         x, y = points.times, points.numbers
     else:
         return np.empty(0), np.empty(0)
     if not bool((x[1:] >= x[:-1]).all()):
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
-    wanted = slice_between(x, query.first, query.last)
+    wanted = series.slice_between(x, query.first, query.last)
     return x[wanted], y[wanted]
 
 
@@ -151,7 +145,7 @@ def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
     finite, low, high = np.isfinite(y), y, y
     if not finite.all():
         low, high = np.where(finite, y, np.inf), np.where(finite, y, -np.inf)
-    inner = extremes(low, high, -(-total // buckets))
+    inner = series.extremes(low, high, -(-total // buckets))
     return np.unique(np.concatenate([[0, total - 1], inner]))
 
 

@@ -13,16 +13,8 @@ from pydantic import BaseModel, Field
 from endlex.protocol import REMOVED, SYSTEM
 from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
-from endlex.server.store.search import (
-    COLUMNS,
-    Condition,
-    count_names,
-    marks,
-    read_values,
-    require_names,
-    search_condition,
-    sort_expression,
-)
+from endlex.server.store import search
+from endlex.server.store.search import Condition, marks, read_values
 
 SHORT_CONFIG_KEYS = 200
 SHORT_CONFIG_CHARS = 100
@@ -97,11 +89,11 @@ def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]
             run["summary"] = summaries.get(run["number"], {})
             run["config"] = _shortened(flatten(configs.get(run["number"], {})))
     found = {"runs": runs, "total": total}
-    return found | (count_names(connection, (where, values)) if query.names else {})
+    return found | (search.count_names(connection, (where, values)) if query.names else {})
 
 
 def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
-    conditions = [search_condition(connection, parse_search(query.q))]
+    conditions = [search.search_condition(connection, parse_search(query.q))]
     ids = [one for one in query.ids.split(",") if one]
     if ids:
         conditions.append((f"run.id IN ({marks(ids)})", ids))
@@ -122,9 +114,9 @@ def _order(connection: sqlite3.Connection, sort: str) -> Condition:
     """Return an ORDER BY expression and its values; runs without the key come last."""
     name = sort.removeprefix("-")
     key = parse_key(name, True)
-    if name not in COLUMNS:
-        require_names(connection, [key])
-    expression, values = sort_expression(key, name)
+    if name not in search.COLUMNS:
+        search.require_names(connection, [key])
+    expression, values = search.sort_expression(key, name)
     direction = "DESC" if sort.startswith("-") else "ASC"
     return f"{expression} {direction} NULLS LAST, run.pk DESC", values
 

@@ -19,25 +19,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from endlex.protocol import (
-    ALERT,
-    CHECKPOINT,
-    CONFIG,
-    FINISH,
-    LEVELS,
-    MAX_STEP,
-    MAX_TEXT_CHARS,
-    MEDIA,
-    METRICS,
-    STATUSES,
-    TABLE,
-    TEXT,
-    EndlexError,
-    check_checkpoint_name,
-    check_name,
-    check_sha256,
-    decode_number,
-)
+from endlex import protocol
+from endlex.protocol import EndlexError, check_name
 
 MOST_MEDIA_PARTS = 10_000
 UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError)
@@ -93,7 +76,7 @@ class Batch:
     @property
     def finish(self) -> Record | None:
         """How the session ended, if a line says so."""
-        return self.records[FINISH][-1] if self.records[FINISH] else None
+        return self.records[protocol.FINISH][-1] if self.records[protocol.FINISH] else None
 
 
 class _Block:
@@ -117,7 +100,7 @@ class _Block:
         steps = np.frombuffer(array("q", self.steps), np.int64)
         times = np.frombuffer(array("d", self.times), np.float64)
         values = np.frombuffer(array("d", self.values), np.float64)
-        if len(steps) and (steps.min() < 0 or steps.max() > MAX_STEP):
+        if len(steps) and (steps.min() < 0 or steps.max() > protocol.MAX_STEP):
             raise OverflowError("a step is out of range")
         if not np.isfinite(times).all():
             raise OverflowError("a time is out of range")
@@ -140,7 +123,7 @@ def _gather(records: list[Any], batch: Batch) -> None:
     """Sort records into `batch`; raises one of `UNSOUND` at a damaged one."""
     blocks: dict[tuple[str, ...], _Block] = {}
     for position, record in enumerate(records):
-        if record["type"] == METRICS:
+        if record["type"] == protocol.METRICS:
             values = record["values"]
             names = tuple(values)
             block = blocks.get(names)
@@ -179,12 +162,12 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
     try:
         record = orjson.loads(line)
         _check_moment(record)
-        if record["type"] == METRICS:
+        if record["type"] == protocol.METRICS:
             _check_step(record)
             values = record["values"]
             for name, value in values.items():
                 check_name(name, "metric name")
-                values[name] = float(decode_number(value))
+                values[name] = float(protocol.decode_number(value))
         else:
             _check_other(record)
     except UNSOUND:
@@ -199,7 +182,7 @@ def _check_moment(record: Any) -> None:
 
 
 def _check_step(record: Record) -> None:
-    if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
+    if type(record["step"]) is not int or not 0 <= record["step"] <= protocol.MAX_STEP:
         raise EndlexError("not a step")
 
 
@@ -208,30 +191,30 @@ def _check_other(record: Record) -> None:
     _check_moment(record)
     orjson.dumps(record)  # raises at values that are nested too deeply to be stored as JSON again
     kind, sound = record["type"], True
-    if kind in (TEXT, TABLE, CHECKPOINT, MEDIA):
+    if kind in (protocol.TEXT, protocol.TABLE, protocol.CHECKPOINT, protocol.MEDIA):
         _check_step(record)
-        if kind == CHECKPOINT:
-            check_checkpoint_name(record["name"])
+        if kind == protocol.CHECKPOINT:
+            protocol.check_checkpoint_name(record["name"])
         else:
             check_name(record["name"], "name")
-    if kind == TEXT:
-        sound = isinstance(record["text"], str) and len(record["text"]) <= MAX_TEXT_CHARS
-    elif kind == TABLE:
+    if kind == protocol.TEXT:
+        sound = isinstance(record["text"], str) and len(record["text"]) <= protocol.MAX_TEXT_CHARS
+    elif kind == protocol.TABLE:
         rows = record["rows"]
         sound = all(isinstance(one, list) for one in (record["columns"], rows, *rows))
-    elif kind == CHECKPOINT:
+    elif kind == protocol.CHECKPOINT:
         sound = all(type(file["bytes"]) is int for file in record["files"])
-    elif kind == CONFIG:
+    elif kind == protocol.CONFIG:
         sound = isinstance(record["config"], dict)
-    elif kind == MEDIA:
-        sizes = [part["bytes"] for part in record["parts"] if check_sha256(part["sha256"])]
+    elif kind == protocol.MEDIA:
+        sizes = [part["bytes"] for part in record["parts"] if protocol.check_sha256(part["sha256"])]
         sound = len(sizes) <= MOST_MEDIA_PARTS and all(type(n) is int and n > 0 for n in sizes)
         sound = sound and record["bytes"] == sum(sizes)
         sound = sound and isinstance(record["kind"], str) and isinstance(record["mime"], str)
-    elif kind == ALERT:
+    elif kind == protocol.ALERT:
         check_name(record["title"], "title")
-        sound = record["level"] in LEVELS and isinstance(record["text"], str)
-    elif kind == FINISH:
-        sound = record["status"] in STATUSES
+        sound = record["level"] in protocol.LEVELS and isinstance(record["text"], str)
+    elif kind == protocol.FINISH:
+        sound = record["status"] in protocol.STATUSES
     if not sound:
         raise EndlexError(f"not a record of type {kind}")
