@@ -47,10 +47,6 @@ class Hub:
             reader.dropped = True
             reader.wake.set()
 
-    @property
-    def full(self) -> bool:
-        return len(self._readers) >= MOST_READERS
-
     def publish(self, kind: str, content: dict[str, Any]) -> None:
         """Tell every reader, from any thread; `content` names its run under `run`."""
         loop = self._loop

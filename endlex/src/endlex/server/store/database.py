@@ -173,13 +173,21 @@ class Database:
         # A caller that waits may be cancelled, as the sweep is at shutdown, and its job too. From
         # here on none can be: a result that nobody takes must not end the only writer there is.
         jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
+        if not jobs:
+            return
         try:
-            if jobs:
-                self._writer.execute("BEGIN IMMEDIATE")
+            self._writer.execute("BEGIN IMMEDIATE")
             for job, future in jobs:
-                done.extend(self._run(job, future))
-            if jobs:
-                self._writer.execute("COMMIT")
+                self._writer.execute("SAVEPOINT job")
+                try:
+                    done.append((future, job(self._writer)))
+                except Exception as error:
+                    if not self._writer.in_transaction:  # a full disk undoes everything at once
+                        raise
+                    self._writer.execute("ROLLBACK TO job")
+                    future.set_exception(error)
+                self._writer.execute("RELEASE job")
+            self._writer.execute("COMMIT")
         except BaseException as error:
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
@@ -189,19 +197,3 @@ class Database:
         else:
             for future, result in done:
                 future.set_result(result)
-
-    def _run(
-        self, job: Callable[[sqlite3.Connection], Any], future: Future[Any]
-    ) -> list[tuple[Future[Any], Any]]:
-        self._writer.execute("SAVEPOINT job")
-        try:
-            result = job(self._writer)
-        except Exception as error:
-            if not self._writer.in_transaction:  # a full disk undoes everything at once
-                raise
-            self._writer.execute("ROLLBACK TO job")
-            self._writer.execute("RELEASE job")
-            future.set_exception(error)
-            return []
-        self._writer.execute("RELEASE job")
-        return [(future, result)]

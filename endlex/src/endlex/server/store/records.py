@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, Endle
 """What reading a damaged record raises."""
 
 Record = dict[str, Any]
+Block = tuple[list[int], list[int], list[float], list[float]]
+"""Metrics records with the same names: their positions, steps, times, and values in a row."""
 
 
 @dataclass(frozen=True)
@@ -79,34 +81,6 @@ class Batch:
         return self.records[protocol.FINISH][-1] if self.records[protocol.FINISH] else None
 
 
-class _Block:
-    """Metrics records with the same names, in columns that grow."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.positions: list[int] = []
-        self.steps: list[int] = []
-        self.times: list[float] = []
-        self.values: list[float] = []
-
-    def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return steps [n], times [n] and values [n, names].
-
-        Raises:
-            TypeError, OverflowError: something is not a number of its kind.
-        """
-        for name in self.names:
-            check_name(name, "metric name")
-        steps = np.frombuffer(array("q", self.steps), np.int64)
-        times = np.frombuffer(array("d", self.times), np.float64)
-        values = np.frombuffer(array("d", self.values), np.float64)
-        if len(steps) and (steps.min() < 0 or steps.max() > protocol.MAX_STEP):
-            raise OverflowError("a step is out of range")
-        if not np.isfinite(times).all():
-            raise OverflowError("a time is out of range")
-        return steps, times, values.reshape(len(steps), len(self.names))
-
-
 def parse_batch(body: bytes) -> Batch:
     """Read whole journal lines; `body` ends with a line end, or is empty."""
     lines = body.split(b"\n")[:-1]
@@ -121,32 +95,42 @@ def parse_batch(body: bytes) -> Batch:
 
 def _gather(records: list[Any], batch: Batch) -> None:
     """Sort records into `batch`; raises one of `UNSOUND` at a damaged one."""
-    blocks: dict[tuple[str, ...], _Block] = {}
+    blocks: defaultdict[tuple[str, ...], Block] = defaultdict(lambda: ([], [], [], []))
     for position, record in enumerate(records):
         if record["type"] == protocol.METRICS:
             values = record["values"]
-            names = tuple(values)
-            block = blocks.get(names)
-            if block is None:
-                block = blocks[names] = _Block(names)
-            block.positions.append(position)
-            block.steps.append(record["step"])
-            block.times.append(record["time"])
-            block.values.extend(values.values())
+            positions, steps, times, numbers = blocks[tuple(values)]
+            positions.append(position)
+            steps.append(record["step"])
+            times.append(record["time"])
+            numbers.extend(values.values())
         else:
             _check_other(record)
             batch.records[record["type"]].append(record)
-    batch.points = _to_points(list(blocks.values()))
-
-
-def _to_points(blocks: list[_Block]) -> dict[str, Points]:
     found: dict[str, list[tuple[list[int], Points]]] = {}
-    for block in blocks:
-        steps, times, values = block.columns()
-        for column, name in enumerate(block.names):
-            points = Points(steps, np.ascontiguousarray(values[:, column]), times)
-            found.setdefault(name, []).append((block.positions, points))
-    return {name: _in_order(pieces) for name, pieces in found.items()}
+    for names, block in blocks.items():
+        for name, points in zip(names, _iter_points(names, *block[1:]), strict=True):
+            found.setdefault(name, []).append((block[0], points))
+    batch.points = {name: _in_order(pieces) for name, pieces in found.items()}
+
+
+def _iter_points(
+    names: tuple[str, ...], steps: list[int], times: list[float], numbers: list[float]
+) -> Iterator[Points]:
+    """Yield the points of each name.
+
+    Raises:
+        TypeError, OverflowError: something is not a number of its kind.
+    """
+    for name in names:
+        check_name(name, "metric name")
+    at = np.frombuffer(array("q", steps), np.int64)
+    moments = np.frombuffer(array("d", times), np.float64)
+    table = np.frombuffer(array("d", numbers), np.float64).reshape(len(at), len(names))
+    if at.min() < 0 or at.max() > protocol.MAX_STEP or not np.isfinite(moments).all():
+        raise OverflowError("a step or a time is out of range")
+    for column in table.T:
+        yield Points(at, np.ascontiguousarray(column), moments)
 
 
 def _in_order(pieces: list[tuple[list[int], Points]]) -> Points:
