@@ -9,7 +9,7 @@ from pathlib import Path
 
 from endlex.client.run_directory import runs_folder
 from endlex.commands.rendering import count, printable
-from endlex.importers.run_directory import Imported
+from endlex.importers.run_directory import RunWriter
 from endlex.protocol import EndlexError, UsageError
 
 
@@ -63,9 +63,9 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]]) -> int:
+def _import_all(tasks: Sequence[tuple[Path, Callable[[], RunWriter | list[RunWriter]]]]) -> int:
     """Import one after the other; one that fails does not keep the others back."""
-    imported: list[Imported] = []
+    imported: list[RunWriter] = []
     failed = 0
     for place, task in tasks:
         try:
@@ -89,6 +89,6 @@ def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported | list[Importe
     return 1 if failed else 0
 
 
-def _shown(done: Imported) -> list[tuple[str, str]]:
+def _shown(done: RunWriter) -> list[tuple[str, str]]:
     nouns = {"metrics": "metrics record", "text": "text", "table": "table", "media": "file"}
     return [(kind, noun) for kind, noun in nouns.items() if done.counts[kind] or kind == "metrics"]

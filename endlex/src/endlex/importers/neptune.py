@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.recorder import read_file
-from endlex.importers.run_directory import Imported, RunWriter, Source, find_files, inside, load
+from endlex.importers.run_directory import RunWriter, Source, find_files, inside, load
 from endlex.protocol import EndlexError
 
 SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")
@@ -33,7 +33,7 @@ def find_neptune_runs(path: Path) -> list[list[Path]]:
     return list(runs.values())
 
 
-def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> Imported:
+def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> RunWriter:
     """Turn the Parquet files of one run into a run directory below `root`.
 
     Raises:
@@ -63,7 +63,7 @@ def import_neptune(paths: list[Path], root: Path, project: str | None = None) ->
         for row in rows:
             if row["attribute_type"] not in SINGLE:
                 _write_row(writer, row, began, files)
-    return writer.imported
+    return writer
 
 
 def _read_rows(paths: list[Path]) -> list[Row]:

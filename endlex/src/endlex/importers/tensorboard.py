@@ -19,7 +19,7 @@ from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.recorder import HISTOGRAM
-from endlex.importers.run_directory import Imported, RunWriter, Source, load
+from endlex.importers.run_directory import RunWriter, Source, load
 from endlex.protocol import EndlexError
 
 HEAD = struct.Struct("<QI")
@@ -96,7 +96,7 @@ def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) 
 
 def import_tensorboard(
     directory: Path, root: Path, project: str | None = None, name: str | None = None
-) -> Imported:
+) -> RunWriter:
     """Turn the event files of one directory into a run directory below `root`.
 
     Args:
@@ -133,7 +133,7 @@ def import_tensorboard(
             _write_file(file, writer)
         if has_failed:
             writer.finish(times[-1], "failed")
-    return writer.imported
+    return writer
 
 
 def _hyperparameters(event: Any) -> Iterator[Any]:

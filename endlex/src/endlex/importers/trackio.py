@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from endlex.importers import run_directory
-from endlex.importers.run_directory import Imported, RunWriter, numbers_of, write_row
-from endlex.protocol import EndlexError
+from endlex.importers.run_directory import RunWriter, numbers_of, write_row
+from endlex.protocol import SYSTEM, EndlexError
 
 
 def find_trackio_files(path: Path) -> list[Path]:
@@ -26,7 +26,7 @@ def find_trackio_files(path: Path) -> list[Path]:
     return run_directory.find_files(path, ".db", "give trackio's directory or one of its files")
 
 
-def import_trackio(path: Path, root: Path, project: str | None = None) -> list[Imported]:
+def import_trackio(path: Path, root: Path, project: str | None = None) -> list[RunWriter]:
     """Turn each run of a database into a run directory below `root`.
 
     Raises:
@@ -74,7 +74,7 @@ def _of_run(
 
 def _import_run(
     database: sqlite3.Connection, path: Path, root: Path, project: str, run: str, name: str
-) -> Imported:
+) -> RunWriter:
     config = dict(next((found for _, found in _of_run(database, "configs", run)), {}))
     created = min(_time(row) for row, _ in _of_run(database, "metrics", run))
     source = run_directory.Source(
@@ -92,8 +92,8 @@ def _import_run(
             write_row(writer, int(row["step"]), _time(row), values, path.parent / "media")
         for row, values in _of_run(database, "system_metrics", run, writer.skip):
             step = max(0, round(_time(row) - created))
-            writer.metrics(step, _time(row), numbers_of(values, "system/"), system=True)
-    return writer.imported
+            writer.metrics(step, _time(row), numbers_of(values, "system/"), SYSTEM)
+    return writer
 
 
 def _time(row: sqlite3.Row) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 from endlex.client.journal import tidy_name
 from endlex.importers import run_directory
 from endlex.importers.run_directory import RunWriter, find_files
-from endlex.protocol import CONSOLE, EndlexError
+from endlex.protocol import CONSOLE, SYSTEM, EndlexError
 
 MAGIC = b":W&B"
 HEADER_BYTES = 7
@@ -106,7 +106,7 @@ class _Head:
     ended: float = 0.0
 
 
-def import_wandb(path: Path, root: Path, project: str | None = None) -> run_directory.Imported:
+def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWriter:
     """Turn one `.wandb` file into a run directory below `root`.
 
     Args:
@@ -140,7 +140,7 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> run_dire
         _write_records(path, writer, created, head.config)
         if head.exit_code is not None:  # else it was killed, or is still written
             writer.finish(max(head.ended, created), "failed" if head.exit_code else "finished")
-    return writer.imported
+    return writer
 
 
 def _read_head(path: Path) -> _Head:
@@ -192,7 +192,7 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
         elif kind == "stats":
             moment = _seconds(record.stats.timestamp) or created
             numbers = run_directory.numbers_of(_items(record.stats.item), "system/")
-            writer.metrics(max(0, round(moment - created)), moment, numbers, system=True)
+            writer.metrics(max(0, round(moment - created)), moment, numbers, SYSTEM)
         elif kind in ("output", "output_raw"):
             console.append(getattr(record, kind).line)
         elif kind == "artifact":
