@@ -34,11 +34,7 @@ def find_neptune_runs(path: Path) -> list[list[Path]]:
 
 
 def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> RunWriter:
-    """Turn the Parquet files of one run into a run directory below `root`.
-
-    Raises:
-        EndlexError: a file is damaged or not the exporter's, or pyarrow is not installed.
-    """
+    """Turn the Parquet files of one run into a run directory, or raise an `EndlexError`."""
     rows = _read_rows(paths)
     if not rows:
         raise EndlexError(f"{paths[0]} is empty")

@@ -59,11 +59,9 @@ class Source:
 class RunWriter:
     """Build one run directory; as a context manager it appears whole, or not at all.
 
-    If the run is there already, its new sessions, and what grown ones have more, join it. Its id
-    is the tool's own where the alphabet allows, else a hash of its identity.
-
-    Args:
-        root: where it goes, as `root/<project>/<name>-<run id>`.
+    It goes to `root/<project>/<name>-<run id>`. If the run is there already, its new sessions, and
+    what grown ones have more, join it. Its id is the tool's own where the alphabet allows, else a
+    hash of its identity.
     """
 
     def __init__(self, root: Path, source: Source) -> None:
@@ -231,11 +229,7 @@ LARGEST_FILE = 64 * 2**20
 
 
 def load(module: str) -> Any:
-    """Return a module of a tool's own library.
-
-    Raises:
-        EndlexError: it is not installed.
-    """
+    """Return a module of a tool's own library; an `EndlexError` if it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -246,11 +240,7 @@ def load(module: str) -> Any:
 
 
 def find_files(path: Path, suffix: str, remedy: str) -> list[Path]:
-    """Return the files of a suffix at or below `path`.
-
-    Raises:
-        EndlexError: there is none.
-    """
+    """Return the files of a suffix at or below `path`; an `EndlexError` if there is none."""
     found = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
     if not found:
         raise EndlexError(f"{path} holds no {suffix} file: {remedy}")
@@ -284,8 +274,7 @@ def write_row(
 ) -> None:
     """Write one call of `log`: numbers together; texts, tables, histograms and media one by one.
 
-    Args:
-        files: the directory below which the paths of files are.
+    The paths of files are below `files`.
     """
     writer.metrics(step, time, numbers_of(row))
     for name, value in flatten(row).items():

@@ -30,11 +30,7 @@ FAILED = 2
 
 
 def find_event_directories(path: Path) -> list[Path]:
-    """Return the directories at or below `path` that hold event files.
-
-    Raises:
-        EndlexError: there is none.
-    """
+    """Return the directories with event files at or below `path`; an `EndlexError` if none has."""
     found = {file.parent for file in path.rglob("*tfevents*") if file.is_file()}
     if not found:
         raise EndlexError(f"{path} holds no event files (events.out.tfevents...)")
@@ -50,11 +46,7 @@ def run_name(top: Path, directory: Path) -> str:
 def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
     """Yield a file's events; what is torn at its end (a killed run) is passed over.
 
-    Args:
-        skip: told of each damaged stretch; the events before and after it are yielded.
-
-    Raises:
-        EndlexError: TensorBoard's library is not installed.
+    `skip` is told of each damaged stretch; the events before and after it are yielded.
     """
     event = load("tensorboard.compat.proto.event_pb2").Event
     checksum = load("tensorboard.compat.tensorflow_stub.pywrap_tensorflow").masked_crc32c
@@ -97,16 +89,9 @@ def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) 
 def import_tensorboard(
     directory: Path, root: Path, project: str | None = None, name: str | None = None
 ) -> RunWriter:
-    """Turn the event files of one directory into a run directory below `root`.
+    """Turn the event files of one directory, not those below it, into a run directory below `root`.
 
-    Args:
-        directory: the one that holds the files; what is below it is not looked at.
-        root: run directories are made below it.
-        project: the project's name; the parent directory's without it.
-        name: the run's; the directory's without it.
-
-    Raises:
-        EndlexError: no file is an event file, or TensorBoard's library is not installed.
+    The project and the name are those of the parent directory and the directory if none is given.
     """
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
     config, times, has_failed = dict[str, Any](), [0.0], False

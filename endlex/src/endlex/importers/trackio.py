@@ -27,11 +27,7 @@ def find_trackio_files(path: Path) -> list[Path]:
 
 
 def import_trackio(path: Path, root: Path, project: str | None = None) -> list[RunWriter]:
-    """Turn each run of a database into a run directory below `root`.
-
-    Raises:
-        EndlexError: it is not trackio's, or damaged.
-    """
+    """Turn each run of a database into a run directory, or raise an `EndlexError`."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             database.row_factory = sqlite3.Row

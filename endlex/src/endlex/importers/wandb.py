@@ -41,11 +41,7 @@ def find_wandb_files(path: Path) -> list[Path]:
 def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[bytes]:
     """Yield a `.wandb` file's messages; what is torn at its end (a killed run) is passed over.
 
-    Args:
-        skip: told of each damaged stretch; the records before and after it are yielded.
-
-    Raises:
-        EndlexError: it is no `.wandb` file.
+    `skip` is told of each damaged stretch; the records before and after it are yielded.
     """
     content = path.read_bytes()
     if content[: len(MAGIC)] != MAGIC:
@@ -107,16 +103,7 @@ class _Head:
 
 
 def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWriter:
-    """Turn one `.wandb` file into a run directory below `root`.
-
-    Args:
-        path: the file.
-        root: run directories are made below it.
-        project: instead of the run's own.
-
-    Raises:
-        EndlexError: the file holds no run, or wandb's library is not installed.
-    """
+    """Turn one `.wandb` file into a run directory below `root`; a `project` replaces its own."""
     head = _read_head(path)
     if head.run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")

@@ -54,12 +54,7 @@ MOST_CONNECTIONS = 1000
 
 
 def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI:
-    """Return the application that serves one data directory.
-
-    Args:
-        data_dir: made when the application starts, if missing.
-        settings: the defaults suit one person on one machine.
-    """
+    """Return the application of one data directory, which is made when it starts, if missing."""
     settings = settings or Settings()
     data = DataDir(Path(data_dir))
     app = FastAPI(

@@ -8,13 +8,9 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """An answer other than 2xx: `{"error": message}` and whatever the client needs to continue.
+    """An answer other than 2xx: `{"error": message, **extra}`, such as `extra` with an `offset`.
 
-    Args:
-        status: the HTTP status.
-        message: names the value and the remedy.
-        headers: sent along, such as Retry-After.
-        extra: further keys of the body, such as `offset`.
+    The message names the value and the remedy.
     """
 
     def __init__(

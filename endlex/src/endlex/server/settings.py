@@ -89,11 +89,7 @@ class DataDir:
         return self.root / "partial"
 
     def create(self) -> None:
-        """Make the directories, readable by their owner alone.
-
-        Raises:
-            EndlexError: they cannot be made there.
-        """
+        """Make the directories, readable by their owner alone, or raise an `EndlexError`."""
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             for directory in (self.parts, self.partial):

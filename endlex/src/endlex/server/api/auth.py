@@ -51,9 +51,8 @@ def create_token(
     """Make a token and return it; this is the only time that it is seen.
 
     Args:
-        data_dir: the server's; made if missing. The server may be running.
+        data_dir: made if missing; its server may be running.
         name: for people, such as the box that it is for.
-        scopes: of `SCOPES`.
         runs: ids of runs that become its own, as if it had created them.
 
     Raises:
@@ -80,8 +79,7 @@ def create_token(
 def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
     """Make runs a token's own, by the token's id or name and the runs' ids.
 
-    Raises:
-        EndlexError: no token of that id or name is in use, or an id is not one.
+    A token that is not in use, or an id that is none, is an `EndlexError`.
     """
     with _database(data_dir) as connection:
         pairs = [(pk, check_run_id(run)) for pk in _in_use(connection, token) for run in runs]
@@ -91,8 +89,7 @@ def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
 def revoke_token(data_dir: Path, token: int | str) -> int:
     """Revoke tokens by id or by name, end their logins, and return how many they were.
 
-    Raises:
-        EndlexError: there is none of that id or name that still counts.
+    It is an `EndlexError` that none of that id or name still counts.
     """
     with _database(data_dir) as connection:
         keys = _in_use(connection, token)
@@ -155,8 +152,7 @@ class Auth:
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
         """Let a request pass that has one of `scopes`, for the run that its path names.
 
-        Args:
-            creates: whether the request may create that run, which is then the token's own.
+        With `creates` the request may create that run, which is then the token's own.
 
         Raises:
             ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
@@ -197,11 +193,7 @@ class Auth:
         return asyncio.wrap_future(job)
 
     async def login(self, request: Request, token: str) -> str:
-        """Return the cookie for a browser that gave a token.
-
-        Raises:
-            ApiError: 401, it does not count; 429.
-        """
+        """Return the cookie for a browser that gave a token; `ApiError` 401 or 429 if it is wrong."""
         _, found = await self._ask(_find, token, None)
         if found is None:
             raise self._refusal(request, token)

@@ -181,11 +181,7 @@ def file_response(
 ) -> Response:
     """Answer a GET or HEAD with a file, or with what its Range header asks for.
 
-    Args:
-        headers: sent along; with an `ETag`, `If-None-Match` and `If-Range` are answered too.
-
-    Raises:
-        ApiError: 416, the range is outside the file.
+    `headers` are sent along; with an `ETag`, `If-None-Match` and `If-Range` are answered too.
     """
     tag, asked = headers.get("ETag"), request.headers
     if tag and tag in asked.get("if-none-match", ""):
@@ -206,10 +202,8 @@ def file_response(
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """Return the first byte that a Range header asks for and the one after the last.
 
-    Several ranges, or another unit, are None, which is all of the file.
-
-    Raises:
-        ApiError: 416, the range is outside the file.
+    Several ranges, or another unit, are None, which is all of the file. A range outside the file is
+    an `ApiError` 416.
     """
     match = SINGLE.fullmatch(header.strip()) if header else None
     if match is None or match.groups() == ("", ""):

@@ -114,15 +114,7 @@ RECORDS_AT_ONCE = 200
 def export_run(
     connection: sqlite3.Connection, run: str, kind: str, file: IO[bytes], wanted: Sequence[str]
 ) -> None:
-    """Write a run as csv, json or parquet.
-
-    Args:
-        wanted: names of metrics; all if empty.
-
-    Raises:
-        ApiError: 404.
-        OSError: the file cannot be written.
-    """
+    """Write a run as csv, json or parquet, with the metrics `wanted`, or all if that is empty."""
     pk = find_run(connection, run)
     texts, tables = (_iter_records(connection, pk, one) for one in ("texts", "tables"))
     series = _iter_series(connection, pk, wanted)

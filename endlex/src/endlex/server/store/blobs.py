@@ -70,7 +70,6 @@ class Blobs:
 
         Args:
             sha256: a checked digest.
-            offset: how many bytes of it the client believes to be here.
             length: of the body, where it was told.
 
         Raises:
@@ -147,11 +146,7 @@ class Blobs:
         return None
 
     def read(self, sha256: str, start: int, size: int) -> bytes:
-        """Return a stretch of a part's content.
-
-        Raises:
-            OSError: the part is not here, or shorter.
-        """
+        """Return a stretch of a part's content; an `OSError` if it is not here, or shorter."""
         with self.path(sha256).open("rb") as file:
             file.seek(start)
             content = file.read(size)
@@ -160,11 +155,7 @@ class Blobs:
         return content
 
     def iter_part(self, sha256: str) -> Iterator[bytes]:
-        """Yield a part's content in pieces.
-
-        Raises:
-            FileNotFoundError: it is not here.
-        """
+        """Yield a part's content in pieces; a `FileNotFoundError` if it is not here."""
         with self.path(sha256).open("rb") as file:
             yield from iter(lambda: file.read(PIECE), b"")
 

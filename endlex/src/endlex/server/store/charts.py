@@ -130,13 +130,9 @@ def _joined(steps: NDArray[np.int64], numbers: NDArray[np.float64], axis: XY) ->
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
-    """Return the indices of at most `points` values that show the shape of `y`, in order.
+    """Return the indices of at most `points` (4 or more) values that show the shape of `y`.
 
-    Of each bucket the lowest and highest finite value, and the first and last of all.
-
-    Args:
-        y: in the order of its x; may hold NaN and infinities.
-        points: at least 4.
+    In order: of each bucket the lowest and highest finite value, and the first and last of all.
     """
     total = len(y)
     if total <= points:
@@ -165,9 +161,7 @@ def non_finite_ranges(
 ) -> list[tuple[float | int, float | int, str]]:
     """Return where values are not finite: from which x to which they follow one another, and what.
 
-    Args:
-        x: ascending.
-        y: of the same length.
+    x is ascending.
     """
     finite = np.isfinite(y)
     if finite.all():

@@ -38,11 +38,7 @@ class Checkpoints:
     def put(self, run: str, name: str, content: Any) -> Future[None] | None:
         """Accept a manifest; call it in a thread, and ask `describe` for the result.
 
-        Returns:
-            What ends when it is verified, or None where that was done before.
-
-        Raises:
-            ApiError: 404, 409 or 422.
+        What is returned ends when it is verified; it is None where that was done before.
         """
         try:
             manifest = check_manifest(content)
@@ -89,11 +85,7 @@ class Checkpoints:
         return {**orjson.loads(known["manifest"]), **kept, **answer}
 
     def find_file(self, run: str, name: str, path: str) -> ManifestFile:
-        """Return a file of a published checkpoint.
-
-        Raises:
-            ApiError: 404, there is none, or it is not published.
-        """
+        """Return a file of a published checkpoint, or raise an `ApiError` 404."""
         manifest = self.describe(run, name)
         if manifest["state"] != "published":
             raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")

@@ -44,9 +44,7 @@ UPGRADES = {
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Open the database in autocommit mode, for use by one thread at a time.
 
-    Raises:
-        EndlexError: it was made by a later version of Endlex.
-        sqlite3.Error: it cannot be opened.
+    One that a later version of Endlex made is an `EndlexError`.
     """
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     connection.create_collation("PEOPLE", compare_natural)
@@ -98,11 +96,7 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
 
 
 class Database:
-    """The open database of one server.
-
-    Args:
-        path: made if missing; its directory must be there.
-    """
+    """The open database of one server; its file is made if missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -65,11 +65,7 @@ def find_run(connection: sqlite3.Connection, run: str) -> int:
 
 
 def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]:
-    """Return the runs that match, and how many there are beyond the limit.
-
-    Raises:
-        EndlexError: the search is not one, or names what no run has.
-    """
+    """Return the runs that match and how many they are; a wrong search is an `EndlexError`."""
     where, values = _where(connection, query)
     total = connection.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
     order, order_values = _order(connection, query.sort)

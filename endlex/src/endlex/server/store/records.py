@@ -117,11 +117,7 @@ def _gather(records: list[Any], batch: Batch) -> None:
 def _iter_points(
     names: tuple[str, ...], steps: list[int], times: list[float], numbers: list[float]
 ) -> Iterator[Points]:
-    """Yield the points of each name.
-
-    Raises:
-        TypeError, OverflowError: something is not a number of its kind.
-    """
+    """Yield the points of each name; raises one of `UNSOUND` where one is no number of its kind."""
     for name in names:
         check_name(name, "metric name")
     at = np.frombuffer(array("q", steps), np.int64)

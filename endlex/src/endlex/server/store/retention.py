@@ -73,12 +73,8 @@ def prune(
 ) -> dict[str, Any]:
     """Remove what the rules do not keep of one run, of a project's runs, or of every run.
 
-    Args:
-        dry: change nothing, but return what would be removed and kept, and the bytes of parts that
-            nothing would use.
-
-    Raises:
-        ApiError: 404, there is no such run.
+    If `dry`, nothing changes, and the answer is what would be removed and kept, and the bytes of
+    parts that nothing would use. An unknown run is an `ApiError` 404.
     """
     where, values = ("project=?", [project]) if project is not None else ("1", list[str | None]())
     if run is not None:

@@ -43,8 +43,7 @@ def marks(values: Sequence[Any]) -> str:
 def search_condition(connection: sqlite3.Connection, query: Query) -> Condition:
     """Return a search as a condition on the table `run`, with the values apart.
 
-    Raises:
-        SearchError: it names a metric or a key that no run has.
+    A name that no run has is a `SearchError`.
     """
     require_names(connection, names_in(query))
     groups = [[_term(term) for term in group] for group in query]

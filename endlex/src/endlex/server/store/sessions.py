@@ -114,11 +114,7 @@ def begin_session(
 ) -> SessionState:
     """Make the rows of a session, and of its run where it is the first.
 
-    Args:
-        first: the journal's first line, which says whose session it is.
-
-    Raises:
-        ApiError: 422, it does not say that.
+    `first` is the journal's first line; one that is not its session's record is an `ApiError` 422.
     """
     record = _check_first(first, run, session)
     now, tags = time.time(), orjson.dumps(record.tags).decode()
@@ -196,11 +192,7 @@ def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
 
 
 def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
-    """Set a run's status to that of its newest trainer session, of the lowest rank, and return it.
-
-    Args:
-        now: when the run was last updated; the present if not given.
-    """
+    """Set a run's status to that of its newest trainer session, of the lowest rank; return it."""
     row = connection.execute(
         "SELECT status FROM session WHERE run=? ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1",
         (run, SYSTEM),

@@ -133,11 +133,7 @@ def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """Return how to tell an address of alerts, and the address without the prefix that says so.
-
-    Raises:
-        EndlexError: it is none of those that this module knows.
-    """
+    """Return how to tell an address, and it without a prefix that says so, or an `EndlexError`."""
     kind, plus, address = target.partition("+")
     if not plus or "/" in kind:
         kind, address = HOSTS.get(urlsplit(target).hostname or "", "json"), target
@@ -156,7 +152,6 @@ def send(target: str, alert: dict[str, Any]) -> None:
     """Tell one target of an alert.
 
     Raises:
-        EndlexError: it is none.
         OSError, ValueError, HTTPException, SMTPException: it did not take it.
     """
     kind, address = check_target(target)
