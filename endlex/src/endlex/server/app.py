@@ -64,7 +64,16 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
     app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
-    install_handlers(app)
+    for kind in (
+        ApiError,
+        EndlexError,
+        *WRONG,
+        HTTPException,
+        ClientDisconnect,
+        *STORAGE,
+        Exception,
+    ):
+        app.add_exception_handler(kind, _answer)
     app.add_api_route("/health", _health, methods=["GET"])
     for module in (journal, runs, checkpoints, export, login):
         app.include_router(module.router)
@@ -72,18 +81,11 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     return app
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Let the application answer every exception as JSON."""
-    for kind in (ApiError, EndlexError, *WRONG, HTTPException, ClientDisconnect, *STORAGE):
-        app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(Exception, _answer)
-
-
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, STORAGE) and is_disk_full(error):
         error = disk_full()
     if isinstance(error, ApiError):
-        return json_response(error.body(), error.status, error.headers)
+        return json_response(error.body, error.status, error.headers)
     if isinstance(error, EndlexError):
         return json_response({"error": str(error)}, 422)
     if isinstance(error, WRONG):

@@ -193,7 +193,7 @@ class Auth:
         return asyncio.wrap_future(job)
 
     async def login(self, request: Request, token: str) -> str:
-        """Return the cookie for a browser that gave a token; `ApiError` 401 or 429 if it is wrong."""
+        """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""
         _, found = await self._ask(_find, token, None)
         if found is None:
             raise self._refusal(request, token)

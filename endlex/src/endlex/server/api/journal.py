@@ -161,24 +161,6 @@ class Prepared:
     """`body`, compressed."""
     batch: Batch
 
-    @classmethod
-    def of(cls, offset: int, body: bytes) -> Prepared:
-        return cls(offset, body, sessions.compress(body), parse_batch(body))
-
-    def after(self, offset: int) -> Prepared:
-        """Return what is beyond `offset`: the bytes below it were acknowledged before."""
-        known = offset - self.offset
-        if known == 0:
-            return self
-        body = self.body[known:]
-        if body and self.body[known - 1 : known] != b"\n":
-            raise ApiError(
-                422,
-                f"byte {offset} is in the middle of a line, though the server ended one there: the "
-                "journal was changed after it was sent; start a new session",
-            )
-        return Prepared.of(offset, body)
-
 
 def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if deflated:
@@ -189,7 +171,22 @@ def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
         raise ApiError(400, f"the body's CRC-32 is {zlib.crc32(body):08x}, not {crc:08x}: resend")
     if body and not body.endswith(b"\n"):
         raise ApiError(400, "the body does not end with a line end: send whole lines")
-    return Prepared.of(offset, body)
+    return Prepared(offset, body, sessions.compress(body), parse_batch(body))
+
+
+def _after(prepared: Prepared, offset: int) -> Prepared:
+    """Return what is beyond `offset`: the bytes below it were acknowledged before."""
+    known = offset - prepared.offset
+    if known == 0:
+        return prepared
+    body = prepared.body[known:]
+    if body and prepared.body[known - 1 : known] != b"\n":
+        raise ApiError(
+            422,
+            f"byte {offset} is in the middle of a line, though the server ended one there: the "
+            "journal was changed after it was sent; start a new session",
+        )
+    return Prepared(offset, body, sessions.compress(body), parse_batch(body))
 
 
 def _inflate(body: bytes) -> bytes:
@@ -211,7 +208,7 @@ def _store(
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"
         raise ApiError(409, message, offset=state.offset)
-    prepared = prepared.after(state.offset)
+    prepared = _after(prepared, state.offset)
     if not prepared.body:
         return state.offset, []
     # Telemetry may use most of what uploads must leave: it is small, and worth more.

@@ -93,7 +93,7 @@ def list_settings(connection: sqlite3.Connection, project: str) -> dict[str, dic
 def save_setting(
     connection: sqlite3.Connection, project: str, kind: str, name: str, content: Any
 ) -> None:
-    """Save a setting in place of an earlier one; None deletes it. A wrong one is an `ApiError` 422."""
+    """Save a setting in place of an earlier one; None deletes it. `ApiError` 422 if it is wrong."""
     if project:
         check_name(project, "project")
     check_name(name, "name")

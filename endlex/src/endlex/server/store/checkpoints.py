@@ -89,11 +89,10 @@ class Checkpoints:
         manifest = self.describe(run, name)
         if manifest["state"] != "published":
             raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")
-        for file in manifest["files"]:
-            if file["path"] == path:
-                found: ManifestFile = file
-                return found
-        raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
+        files: dict[str, ManifestFile] = {file["path"]: file for file in manifest["files"]}
+        if path not in files:
+            raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
+        return files[path]
 
 
 def _accept(
@@ -155,9 +154,6 @@ def _describe_anew(
 
 
 logger = logging.getLogger("endlex")
-
-Outcome = tuple[str, str | None]
-"""The state that a checkpoint has after its verification, and what is wrong with it."""
 
 
 class _Stopped(Exception):
@@ -240,7 +236,8 @@ class Verifier:
             self._hub.publish("checkpoint", {"run": run, "name": other, "state": now})
         return True
 
-    def _judge(self, pk: int, manifest: Manifest) -> Outcome:
+    def _judge(self, pk: int, manifest: Manifest) -> tuple[str, str | None]:
+        """Return the state after the verification, and what is wrong."""
         for file in manifest["files"]:
             digest = hashlib.sha256()
             for part in file["parts"]:
@@ -256,7 +253,7 @@ class Verifier:
                 return self._blame(file, digest.hexdigest())
         return "published", None
 
-    def _blame(self, file: ManifestFile, found: str) -> Outcome:
+    def _blame(self, file: ManifestFile, found: str) -> tuple[str, str | None]:
         """Find out whether the manifest is wrong, or a part that decayed on this disk."""
         decayed = 0
         for part in file["parts"]:
@@ -266,8 +263,7 @@ class Verifier:
                     path.unlink()
                     decayed += 1
         if decayed:
-            return "incomplete", (
-                f"{decayed} parts were damaged on the server's disk: send them again"
-            )
+            message = f"{decayed} parts were damaged on the server's disk: send them again"
+            return "incomplete", message
         message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
         return "failed", message

@@ -309,28 +309,6 @@ class _Book:
             self.tell(kind, metric, None)
 
 
-Rule = tuple[str, Term, float]
-"""A rule's name, its comparison of a metric with a number, and the seconds it must hold for."""
-
-
-def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
-    """Yield the rules for a run's project and for all projects; unreadable ones are skipped."""
-    rows = connection.execute(
-        "SELECT setting.name, content FROM setting JOIN run ON setting.project IN (run.project, '')"
-        " WHERE run.pk=? AND kind='rules'",
-        (run,),
-    )
-    for name, content in rows.fetchall():
-        try:
-            terms = parse_search(name)
-            seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
-        except (SearchError, TypeError, ValueError):
-            continue
-        (term, *others), *more = terms
-        if term.key and term.number is not None and not others and not more:
-            yield name, term, seconds
-
-
 class RuleWatch:
     """Since when each rule has held, by run, rule and metric."""
 
@@ -342,12 +320,24 @@ class RuleWatch:
     ) -> Iterator[tuple[str, str, str | None]]:
         """Yield rule, metric and message for a batch's points; None where the rule does not hold.
 
-        A rule that has not held for long enough yet is skipped.
+        The rules are those of the run's project and of all projects. An unreadable one, and one
+        that has not held for long enough yet, is skipped.
         """
-        for rule, term, seconds in read_rules(connection, run) if batch.points else ():
-            assert term.key is not None
+        if not batch.points:
+            return
+        rows = connection.execute(
+            "SELECT setting.name, content FROM setting JOIN run "
+            "ON setting.project IN (run.project, '') WHERE run.pk=? AND kind='rules'",
+            (run,),
+        )
+        for rule, content in rows.fetchall():
+            try:
+                ((term,),) = parse_search(rule)
+                seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
+            except (SearchError, TypeError, ValueError):
+                continue
             for name, points in batch.points.items():
-                if not term.key.name.matches(name):
+                if term.key is None or term.number is None or not term.key.name.matches(name):
                     continue
                 since = self._hold((run, rule, name), term, points)
                 if since is None:
