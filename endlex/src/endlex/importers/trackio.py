@@ -31,33 +31,30 @@ def import_trackio(path: Path, root: Path, project: str | None = None) -> list[R
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             database.row_factory = sqlite3.Row
-            names = {_identity(row): str(row["run_name"]) for row in _rows(database, "metrics")}
+            query = f"SELECT {_run_column(database, 'metrics')}, run_name FROM metrics ORDER BY id"
             return [
-                _import_run(database, path, root, project or path.stem, run, name)
-                for run, name in names.items()
+                _import_run(database, path, root, project or path.stem, str(run), str(name))
+                for run, name in dict(map(tuple, database.execute(query))).items()
             ]
     except (sqlite3.Error, KeyError, IndexError) as error:
         raise EndlexError(f"{path} is no database of trackio's, or damaged: {error}") from error
 
 
-def _rows(database: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
-    there = "SELECT 1 FROM sqlite_master WHERE name=?"
-    if table == "metrics" or database.execute(there, (table,)).fetchone():
-        yield from database.execute(f"SELECT * FROM {table} ORDER BY id")
-
-
-def _identity(row: sqlite3.Row) -> str:
-    """Return a run's id; earlier versions know runs by their names."""
-    return str(row["run_id"] if "run_id" in row.keys() else row["run_name"])  # noqa: SIM118
+def _run_column(database: sqlite3.Connection, table: str) -> str | None:
+    """Return which column names the run, None if there is no table; once it was the run's name."""
+    columns = {row["name"] for row in database.execute(f"PRAGMA table_info({table})")}
+    return next((name for name in ("run_id", "run_name") if name in columns), None)
 
 
 def _of_run(
     database: sqlite3.Connection, table: str, run: str, skip: Callable[[str], Any] = str
 ) -> Iterator[tuple[sqlite3.Row, dict[str, Any]]]:
     """Yield a run's rows with what their JSON says."""
-    for row in _rows(database, table):
-        if _identity(row) != run:
-            continue
+    column = _run_column(database, table)
+    if column is None:
+        return
+    query = f"SELECT * FROM {table} WHERE {column}=? ORDER BY id"
+    for row in database.execute(query, (run,)):
         try:
             content = json.loads(row["config" if table == "configs" else "metrics"])
         except (ValueError, TypeError):

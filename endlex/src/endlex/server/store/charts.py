@@ -75,8 +75,11 @@ def _read_one(
     if metric is not None and axis is None and not query.log:
         keys, by_time = series.chunk_keys(connection, metric), query.x == TIME
         drawn = read_sampled(connection, keys, by_time, query.first, query.last, query.points)
-    x, y = (drawn.x, drawn.y) if drawn else _read_xy(connection, metric, query, axis)
-    count = drawn.count if drawn else len(y)
+    if drawn is None:
+        x, y = _read_xy(connection, metric, query, axis)
+        count = len(y)
+    else:
+        x, y, count = drawn
     chosen = (choose_log_points if query.log else choose_points)(y, query.points)
     sampled = len(chosen) < count
     shown_x = x[chosen]

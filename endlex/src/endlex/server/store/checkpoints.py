@@ -26,14 +26,44 @@ from endlex.server.store.database import Database
 from endlex.server.store.queries import dicts, find_run
 from endlex.server.store.retention import remove_replaced
 
+logger = logging.getLogger("endlex")
+
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
 
 
-class Checkpoints:
-    """Accepts and describes the checkpoints of one server."""
+class _Stopped(Exception):
+    """The server is ending."""
 
-    def __init__(self, database: Database, blobs: Blobs, verifier: Verifier) -> None:
-        self._database, self._blobs, self._verifier = database, blobs, verifier
+
+class Checkpoints:
+    """The checkpoints of one server, and the thread that hashes what was accepted, one by one."""
+
+    def __init__(self, database: Database, blobs: Blobs, hub: Hub) -> None:
+        self._database, self._blobs, self._hub = database, blobs, hub
+        self._pool = ThreadPoolExecutor(1, "endlex-verify")
+        self._progress: dict[int, int] = {}
+        """How many bytes of each that is being verified were read."""
+        self._running: dict[int, Future[None]] = {}
+        self._stopping = False
+        self._lock = threading.Lock()
+        rows = database.reader().execute("SELECT pk FROM checkpoint WHERE state='verifying'")
+        for (pk,) in rows.fetchall():  # left over from the last time
+            self._enqueue(pk)
+
+    def stop(self) -> None:
+        """End the thread; what it was verifying stays `verifying`."""
+        with self._lock:
+            self._stopping = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def _enqueue(self, pk: int) -> Future[None]:
+        """Have a checkpoint verified; the future resolves when that is done."""
+        with self._lock:
+            if self._stopping:
+                return Future()
+            if pk not in self._running:
+                self._running[pk] = self._pool.submit(self._work, pk)
+            return self._running[pk]
 
     def put(self, run: str, name: str, content: Any) -> Future[None] | None:
         """Accept a manifest; call it in a thread, and ask `describe` for the result.
@@ -60,7 +90,7 @@ class Checkpoints:
         if state == "incomplete":
             message = f"{len(missing)} parts of {name!r} are not here: send them, then this again"
             raise ApiError(409, message, state="incomplete", missing=missing)
-        return self._verifier.enqueue(pk) if state == "verifying" else None
+        return self._enqueue(pk) if state == "verifying" else None
 
     def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
@@ -77,7 +107,7 @@ class Checkpoints:
         answer = {key: known[key] for key in ("state", "bytes")}
         answer |= {k: known[k] for k in ("removed", "reason", "error") if known[k] is not None}
         if known["state"] == "verifying":
-            done = self._verifier.hashed_bytes(known["pk"])
+            done = self._progress.get(known["pk"], 0)
             answer |= {"done_bytes": done, "total_bytes": known["bytes"]}
         if not whole:
             return answer
@@ -93,105 +123,6 @@ class Checkpoints:
         if path not in files:
             raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
         return files[path]
-
-
-def _accept(
-    connection: sqlite3.Connection, run: str, manifest: Manifest, state: str, error: str | None
-) -> tuple[int, str]:
-    """Store a manifest with its state; return the checkpoint's key and the state it has now."""
-    run_pk = find_run(connection, run)
-    name = manifest["name"]
-    row = connection.execute(
-        "SELECT pk, state, manifest FROM checkpoint WHERE run=? AND name=?", (run_pk, name)
-    ).fetchone()
-    if row is not None and row[2] is not None:
-        known = orjson.loads(row[2])
-        same = known["files"] == manifest["files"] and known["step"] == manifest["step"]
-        if row[1] == "published" and not same:
-            message = f"another checkpoint {name!r} is published: save under another name"
-            raise ApiError(409, message, state="published")
-        if same and row[1] in ("published", "verifying", "failed"):
-            _describe_anew(connection, row[0], manifest, known)
-            return row[0], row[1]
-    values = {
-        "run": run_pk,
-        "name": name,
-        "step": manifest["step"],
-        "created": manifest["created"],
-        "state": state,
-        "error": error,
-        "bytes": sum(file["bytes"] for file in manifest["files"]),
-        "aliases": orjson.dumps(manifest["aliases"]).decode(),
-        "metadata": orjson.dumps(manifest["metadata"]).decode(),
-        "manifest": orjson.dumps(manifest).decode(),
-        "removed": None,
-        "reason": None,
-    }
-    changes = ", ".join(f"{column}=excluded.{column}" for column in values)
-    pk: int = connection.execute(
-        f"INSERT INTO checkpoint ({', '.join(values)}) VALUES (:{', :'.join(values)}) "
-        f"ON CONFLICT (run, name) DO UPDATE SET {changes} RETURNING pk",
-        values,
-    ).fetchone()[0]
-    connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
-    parts = {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
-    connection.executemany(
-        "INSERT INTO checkpoint_part VALUES (?, ?, ?)", [(pk, *part) for part in parts.items()]
-    )
-    return pk, state
-
-
-def _describe_anew(
-    connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
-) -> None:
-    """Update aliases and metadata, but not which older checkpoints it replaces."""
-    metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
-    metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
-    connection.execute(
-        "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
-        (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
-    )
-
-
-logger = logging.getLogger("endlex")
-
-
-class _Stopped(Exception):
-    """The server is ending."""
-
-
-class Verifier:
-    """The thread that hashes what was accepted, one checkpoint after the other."""
-
-    def __init__(self, database: Database, blobs: Blobs, hub: Hub) -> None:
-        self._database, self._blobs, self._hub = database, blobs, hub
-        self._pool = ThreadPoolExecutor(1, "endlex-verify")
-        self._progress: dict[int, int] = {}
-        self._running: dict[int, Future[None]] = {}
-        self._stopping = False
-        self._lock = threading.Lock()
-        rows = database.reader().execute("SELECT pk FROM checkpoint WHERE state='verifying'")
-        for (pk,) in rows.fetchall():  # left over from the last time
-            self.enqueue(pk)
-
-    def stop(self) -> None:
-        """End the thread; what it was verifying stays `verifying`."""
-        with self._lock:
-            self._stopping = True
-        self._pool.shutdown(cancel_futures=True)
-
-    def enqueue(self, pk: int) -> Future[None]:
-        """Have the checkpoint with this key verified; the future resolves when that is done."""
-        with self._lock:
-            if self._stopping:
-                return Future()
-            if pk not in self._running:
-                self._running[pk] = self._pool.submit(self._work, pk)
-            return self._running[pk]
-
-    def hashed_bytes(self, pk: int) -> int:
-        """How much of a checkpoint that is being verified has been read."""
-        return self._progress.get(pk, 0)
 
     def _work(self, pk: int) -> None:
         try:
@@ -267,3 +198,61 @@ class Verifier:
             return "incomplete", message
         message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
         return "failed", message
+
+
+def _accept(
+    connection: sqlite3.Connection, run: str, manifest: Manifest, state: str, error: str | None
+) -> tuple[int, str]:
+    """Store a manifest with its state; return the checkpoint's key and the state it has now."""
+    run_pk = find_run(connection, run)
+    name = manifest["name"]
+    row = connection.execute(
+        "SELECT pk, state, manifest FROM checkpoint WHERE run=? AND name=?", (run_pk, name)
+    ).fetchone()
+    if row is not None and row[2] is not None:
+        known = orjson.loads(row[2])
+        same = known["files"] == manifest["files"] and known["step"] == manifest["step"]
+        if row[1] == "published" and not same:
+            message = f"another checkpoint {name!r} is published: save under another name"
+            raise ApiError(409, message, state="published")
+        if same and row[1] in ("published", "verifying", "failed"):
+            _describe_anew(connection, row[0], manifest, known)
+            return row[0], row[1]
+    values = {
+        "run": run_pk,
+        "name": name,
+        "step": manifest["step"],
+        "created": manifest["created"],
+        "state": state,
+        "error": error,
+        "bytes": sum(file["bytes"] for file in manifest["files"]),
+        "aliases": orjson.dumps(manifest["aliases"]).decode(),
+        "metadata": orjson.dumps(manifest["metadata"]).decode(),
+        "manifest": orjson.dumps(manifest).decode(),
+        "removed": None,
+        "reason": None,
+    }
+    changes = ", ".join(f"{column}=excluded.{column}" for column in values)
+    pk: int = connection.execute(
+        f"INSERT INTO checkpoint ({', '.join(values)}) VALUES (:{', :'.join(values)}) "
+        f"ON CONFLICT (run, name) DO UPDATE SET {changes} RETURNING pk",
+        values,
+    ).fetchone()[0]
+    connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+    parts = {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
+    connection.executemany(
+        "INSERT INTO checkpoint_part VALUES (?, ?, ?)", [(pk, *part) for part in parts.items()]
+    )
+    return pk, state
+
+
+def _describe_anew(
+    connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
+) -> None:
+    """Update aliases and metadata, but not which older checkpoints it replaces."""
+    metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
+    metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
+    connection.execute(
+        "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
+        (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
+    )

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -41,7 +43,7 @@ OF_A_RUN = (
 """Tables with a column `run`."""
 
 Saved = dict[str, Any]
-"""A published checkpoint: pk, run (its id), name, step, bytes, aliases, metadata."""
+"""A published checkpoint: pk, its run's number and id, name, step, bytes, aliases, metadata."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -76,21 +78,20 @@ def prune(
     If `dry`, nothing changes, and the answer is what would be removed and kept, and the bytes of
     parts that nothing would use. An unknown run is an `ApiError` 404.
     """
-    where, values = ("project=?", [project]) if project is not None else ("1", list[str | None]())
     if run is not None:
         find_run(connection, run)
-        where, values = "id=?", [run]
+    published = dicts(
+        connection,
+        "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
+        "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
+        "WHERE state='published' AND CASE WHEN :run IS NULL THEN coalesce(project = :project, 1) "
+        "ELSE id = :run END ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
+        {"run": run, "project": project},
+    )
     removed: list[Saved] = []
     kept: list[Saved] = []
-    for pk, run_id in connection.execute(
-        f"SELECT pk, id FROM run WHERE {where}", values
-    ).fetchall():
-        saved = dicts(
-            connection,
-            "SELECT pk, ? AS run, name, step, bytes, aliases, metadata FROM checkpoint "
-            "WHERE run=? AND state='published' ORDER BY step, created, pk",
-            (run_id, pk),
-        )
+    for pk, of_run in groupby(published, itemgetter("number")):
+        saved = list(of_run)
         keep = _kept(connection, pk, [c for c in saved if KEEP not in c["aliases"]], rules)
         for checkpoint in saved:
             stays = KEEP in checkpoint["aliases"] or checkpoint["pk"] in keep

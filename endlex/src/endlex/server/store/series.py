@@ -20,7 +20,6 @@ jumped) the caller reads all points.
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -152,13 +151,8 @@ BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """Points that show the shape of `count` ones: x ascending, all that is not finite among y."""
-
-    x: NDArray[np.int64] | NDArray[np.float64]
-    y: NDArray[np.float64]
-    count: int
+Shape = tuple[NDArray[Any], NDArray[np.float64], int]
+"""Ascending x and y of points that show the shape of so many; all that is not finite is there."""
 
 
 def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> None:
@@ -197,7 +191,7 @@ def read_sampled(
     first: float,
     last: float,
     points: int,
-) -> Sampled | None:
+) -> Shape | None:
     """Return a range of a metric drawn from summaries, or None where all points must be read.
 
     Args:
@@ -230,7 +224,7 @@ def read_sampled(
     drawn = [_draw(connection, rows[at], by_time, first, last, whole[at]) for at in inside]
     shape = Points.joined([piece for piece, _ in drawn])
     count = sum(count for _, count in drawn)
-    return Sampled(shape.times if by_time else shape.steps, shape.numbers, count)
+    return shape.times if by_time else shape.steps, shape.numbers, count
 
 
 def _draw(
