@@ -189,14 +189,12 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
 
 
 def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
-    if not settings.public:
-        if not is_loopback(settings.host):
-            raise EndlexError(
-                f"host {settings.host!r} lets other machines in: add --public, and make a token "
-                "with `endlex token create`"
-            )
-        return
-    if not any(token["revoked"] is None for token in list_tokens(data_dir)):
+    if not settings.public and not is_loopback(settings.host):
+        raise EndlexError(
+            f"host {settings.host!r} lets other machines in: add --public, and make a token "
+            "with `endlex token create`"
+        )
+    if settings.public and all(token["revoked"] is not None for token in list_tokens(data_dir)):
         raise EndlexError(
             "a public server needs a token: make one with "
             "`endlex token create --scope write,checkpoint --name BOX`"

@@ -188,9 +188,9 @@ class Auth:
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
         return await self._workers.quick(lambda: question(self._database.reader(), *args))
 
-    def _execute(self, query: str, *values: Any) -> asyncio.Future[int]:
+    async def _execute(self, query: str, *values: Any) -> None:
         job = self._database.write(lambda c: c.execute(query, values).rowcount)
-        return asyncio.wrap_future(job)
+        await asyncio.wrap_future(job)
 
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""
@@ -226,7 +226,8 @@ class Auth:
         now = time.time()
         if now - self._used.get(token, 0) > LAST_USED_EVERY:
             self._used[token] = now
-            self._execute("UPDATE token SET last_used=? WHERE pk=?", now, token)
+            query, values = "UPDATE token SET last_used=? WHERE pk=?", (now, token)
+            self._database.write(lambda c: c.execute(query, values).rowcount)
 
 
 def _find(
