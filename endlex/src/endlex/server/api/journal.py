@@ -35,6 +35,7 @@ from endlex.server.store.records import Batch, Points, parse_batch
 from endlex.server.store.series import append_points
 from endlex.server.store.sessions import SessionState
 from endlex.server.store.texts import store_records
+from endlex.server.watch.alerts import Book
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
 READ_OR_WRITE = [Depends(require("read", "write"))]
@@ -72,10 +73,9 @@ async def append(
         prepared = await server.workers.batch(_prepare, offset, int(crc, 16), body, deflated)
         try:
             reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
-        except ApiError:
-            raise
-        except Exception:
-            server.watch.doubt()
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                server.watch.doubt()
             raise
     for kind, content in news:
         server.hub.publish(kind, content)
@@ -123,13 +123,13 @@ async def list_all(server: Here, run: str) -> Response:
 @router.post("/sessions/{session}/state", dependencies=[Depends(require("write"))])
 async def set_state(request: Request, server: Here, run: str, session: str) -> Response:
     report = await read_json(request, StateReport)
-    for kind, event in await server.write(lambda c: _set_state(server, c, run, session, report)):
+    for kind, event in await server.write(lambda c: _set_state(c, run, session, report)):
         server.hub.publish(kind, event)
     return json_response({"status": report.status})
 
 
 def _set_state(
-    server: Server, connection: sqlite3.Connection, run: str, session: str, report: StateReport
+    connection: sqlite3.Connection, run: str, session: str, report: StateReport
 ) -> list[Event]:
     state = sessions.require_session(connection, run, session)
     # A heartbeat does not take back an end that the journal or the shipper told.
@@ -141,14 +141,14 @@ def _set_state(
     )
     if keep or state.status == report.status:
         return []
-    run_status = sessions.update_run(connection, state.run)
-    events: list[Event] = [("run", {"run": run, "updated": time.time(), "status": run_status})]
+    status = sessions.update_run(connection, state.run)
+    book = Book(connection, state.run, run)
     if state.status == protocol.LOST:
-        events += server.watch.returned(connection, state.run, run)
+        book.resolve("lost")
     if report.status == protocol.CRASHED:
         reason = report.reason and report.reason[: protocol.MAX_REASON_CHARS]
-        events += server.watch.ended(connection, state, run, report.status, reason)
-    return events
+        book.tell_end(state, protocol.CRASHED, reason)
+    return [("run", {"run": run, "updated": time.time(), "status": status}), *book.events]
 
 
 @dataclass(frozen=True)

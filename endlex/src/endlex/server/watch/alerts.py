@@ -121,10 +121,7 @@ class Watch:
         self._is_doubted = False
 
     def doubt(self) -> None:
-        """Forget trends before the next batch: one that was observed is undone and comes again.
-
-        It may be called in any thread.
-        """
+        """Forget trends before the next batch, in any thread: one was undone and comes again."""
         self._is_doubted = True
 
     def observe(
@@ -135,7 +132,7 @@ class Watch:
             self._is_doubted = False
             self._trends.clear()
             self._rules = RuleWatch()
-        book = _Book(connection, state.run, run_id)
+        book = Book(connection, state.run, run_id)
         for rule, name, message in self._rules.judge(connection, state.run, batch):
             book.tell("rule", f"{name}: {rule}", message)
         if state.kind == SYSTEM:
@@ -155,35 +152,13 @@ class Watch:
         end = batch.finish
         if end and time.time() - end["time"] < QUIET_AFTER:
             reason = str(end.get("reason") or "")[:MAX_REASON_CHARS]
-            book.events += self.ended(connection, state, run_id, end["status"], reason)
-        return book.events
-
-    def ended(
-        self,
-        connection: sqlite3.Connection,
-        state: SessionState,
-        run_id: str,
-        status: str,
-        reason: str | None,
-    ) -> list[Event]:
-        """Alert that a trainer ended, and why, unless a later session has resumed the run."""
-        book = _Book(connection, state.run, run_id)
-        if state.kind == TRAINER and not was_resumed(connection, state):
-            book.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
-            if status in ("finished", "interrupted"):
-                book.resolve(status)
-        return book.events
-
-    def returned(self, connection: sqlite3.Connection, run: int, run_id: str) -> list[Event]:
-        """Resolve the `lost` alert of a run whose machine reports again."""
-        book = _Book(connection, run, run_id)
-        book.resolve("lost")
+            book.tell_end(state, end["status"], reason)
         return book.events
 
     def sweep(self, connection: sqlite3.Connection) -> list[Event]:
         """Look for problems that no data shows: silence, and the server's own disk filling up."""
         now = time.time()
-        book = _Book(connection, None, None)
+        book = Book(connection, None, None)
         free = shutil.disk_usage(self._data.root).free
         if free < 2 * self._reserve:
             book.tell("disk", "", f"the server's own disk has {free / 2**30:.2f} GiB left")
@@ -199,7 +174,7 @@ class Watch:
         for run, run_id, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = _Book(connection, run, run_id)
+                book = Book(connection, run, run_id)
                 book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
                 events += book.events
         return events
@@ -220,14 +195,14 @@ class Watch:
             status = update_run(connection, run, updated)
             events.append(("run", {"run": run_id, "updated": updated, "status": status}))
             if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = _Book(connection, run, run_id)
+                book = Book(connection, run, run_id)
                 book.resolve("stall")
                 silent = f"{(now - heard) / 60:.0f} minutes"
                 book.tell("lost", "", f"nothing was heard of the training box for {silent}")
                 events += book.events
         return events
 
-    def _watch_metric(self, book: _Book, run: int, name: str, points: Points) -> None:
+    def _watch_metric(self, book: Book, run: int, name: str, points: Points) -> None:
         finite = np.isfinite(points.numbers)
         if not finite.all():
             at = int(np.argmin(finite))
@@ -260,7 +235,7 @@ def is_more_better(name: str) -> bool:
     return bool(MORE_IS_BETTER.search(text)) and not LESS_IS_BETTER.search(text)
 
 
-def _watch_disk(book: _Book, name: str, last: float) -> None:
+def _watch_disk(book: Book, name: str, last: float) -> None:
     lower = name.lower()
     if DISK_PERCENT.search(lower):
         if last >= DISK_FULL_PERCENT:
@@ -275,7 +250,7 @@ def _watch_disk(book: _Book, name: str, last: float) -> None:
             book.tell("disk", name, None)
 
 
-class _Book:
+class Book:
     """The unresolved alerts of one run, or of the server, as one transaction changes them."""
 
     def __init__(self, connection: sqlite3.Connection, run: int | None, name: str | None) -> None:
@@ -307,6 +282,13 @@ class _Book:
         """Alerts of these kinds are over, whatever their metric."""
         for kind, metric in [key for key in self._unresolved if key[0] in kinds]:
             self.tell(kind, metric, None)
+
+    def tell_end(self, state: SessionState, status: str, reason: str | None) -> None:
+        """Alert that a trainer ended, and why, unless a later session has resumed the run."""
+        if state.kind == TRAINER and not was_resumed(self._connection, state):
+            self.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
+            if status in ("finished", "interrupted"):
+                self.resolve(status)
 
 
 class RuleWatch:
