@@ -14,7 +14,6 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,31 +90,31 @@ def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None)
             skip("record that wandb's library does not know")
 
 
-@dataclass
-class _Head:
-    """What the whole file says about the run, gathered before anything is written."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    run: Any = None
-    exit_code: int | None = None
-    began: float = 0.0
-    ended: float = 0.0
-
-
 def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWriter:
     """Turn one `.wandb` file into a run directory below `root`; a `project` replaces its own."""
-    head = _read_head(path)
-    if head.run is None:
+    run, exit_code, times, config = None, None, list[float](), dict[str, Any]()
+    for record in _iter_messages(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+            _update_config(config, run.config)
+        elif kind == "config" and not any(times):
+            _update_config(config, record.config)
+        elif kind == "exit":
+            exit_code = record.exit.exit_code
+        elif kind == "history":
+            times.append(float(_items(record.history.item).get("_timestamp", 0)))
+    config.pop("_wandb", None)
+    if run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
-    run = head.run
-    created = _seconds(run.start_time) or head.began or path.stat().st_mtime
+    created = _seconds(run.start_time) or next(filter(None, times), path.stat().st_mtime)
     source = run_directory.Source(
         tool="wandb",
         identity=f"{run.project}/{run.run_id}",
         project=project or run.project or "uncategorized",
         name=tidy_name(run.display_name, run.run_id),
         created=created,
-        config=head.config,
+        config=config,
         tags=tuple(filter(None, (*run.tags, run.job_type))),
         group=tidy_name(run.run_group, "") or None,
         notes=run.notes or None,
@@ -124,28 +123,10 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWrite
         ended="interrupted",
     )
     with RunWriter(root, source) as writer:
-        _write_records(path, writer, created, head.config)
-        if head.exit_code is not None:  # else it was killed, or is still written
-            writer.finish(max(head.ended, created), "failed" if head.exit_code else "finished")
+        _write_records(path, writer, created, config)
+        if exit_code is not None:  # else it was killed, or is still written
+            writer.finish(max([*times, created]), "failed" if exit_code else "finished")
     return writer
-
-
-def _read_head(path: Path) -> _Head:
-    head = _Head()
-    for record in _iter_messages(path):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            head.run = record.run
-            _update_config(head.config, record.run.config)
-        elif kind == "config" and not head.began:
-            _update_config(head.config, record.config)
-        elif kind == "exit":
-            head.exit_code = record.exit.exit_code
-        elif kind == "history":
-            time = float(_items(record.history.item).get("_timestamp", 0))
-            head.began, head.ended = head.began or time, max(head.ended, time)
-    head.config.pop("_wandb", None)
-    return head
 
 
 def _update_config(config: dict[str, Any], update: Any) -> None:

@@ -171,7 +171,7 @@ def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
         raise ApiError(400, f"the body's CRC-32 is {zlib.crc32(body):08x}, not {crc:08x}: resend")
     if body and not body.endswith(b"\n"):
         raise ApiError(400, "the body does not end with a line end: send whole lines")
-    return Prepared(offset, body, sessions.compress(body), parse_batch(body))
+    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
 
 
 def _after(prepared: Prepared, offset: int) -> Prepared:
@@ -186,7 +186,7 @@ def _after(prepared: Prepared, offset: int) -> Prepared:
             f"byte {offset} is in the middle of a line, though the server ended one there: the "
             "journal was changed after it was sent; start a new session",
         )
-    return Prepared(offset, body, sessions.compress(body), parse_batch(body))
+    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
 
 
 def _inflate(body: bytes) -> bytes:
