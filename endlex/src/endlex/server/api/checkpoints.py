@@ -211,10 +211,8 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     first, last = match.groups()
     if first and last and int(last) < int(first):
         return None
-    if first:
-        start, end = int(first), min(size, int(last) + 1 if last else size)
-    else:
-        start, end = max(0, size - int(last)), size
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
     if start >= end:
         headers = {"Content-Range": f"bytes */{size}"}
         raise ApiError(416, f"the file has {size:,} bytes: ask for some of them", headers)

@@ -8,6 +8,7 @@ the acknowledged offset are skipped: sending a batch twice stores it once.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
 import time
@@ -42,7 +43,6 @@ READ_OR_WRITE = [Depends(require("read", "write"))]
 
 MOST_BATCHES_AT_ONCE = 64
 """Bodies held in memory at once; further requests wait until one is stored."""
-PIECE = 2**20
 
 
 class StateReport(BaseModel, strict=True):
@@ -104,13 +104,13 @@ async def raw(server: Here, run: str, session: str) -> Response:
 
 
 async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
-    def piece(start: int) -> bytes:
-        end = min(start + PIECE, state.offset)
-        return next(sessions.iter_bytes(server.database.reader(), state.pk, start, end))
+    def segment(start: int) -> bytes:
+        reader = server.database.reader()
+        return next(sessions.iter_bytes(reader, state.pk, start, state.offset))
 
     start = 0
     while start < state.offset:
-        content = await server.workers.read(piece, start)
+        content = await server.workers.read(segment, start)
         yield content
         start += len(content)
 
@@ -247,10 +247,8 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
     """Count new points into the metric's summary and return its key."""
     last, step = float(points.numbers[-1]), int(points.steps[-1])
     finite = points.numbers[np.isfinite(points.numbers)]
-    lowest = float(finite.min()) if len(finite) else None
-    highest = float(finite.max()) if len(finite) else None
-    encoded = protocol.encode_number(last)
-    text = encoded if isinstance(encoded, str) else None
+    bounds = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
+    text = None if math.isfinite(last) else protocol.encode_number(last)
     pk: int = connection.execute(
         "INSERT INTO metric (run, name, count, last, last_text, last_step, min, max) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
@@ -258,7 +256,7 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
         "last_step=excluded.last_step, "
         "min=coalesce(min(min, excluded.min), min, excluded.min), "
         "max=coalesce(max(max, excluded.max), max, excluded.max) RETURNING pk",
-        (run, name, len(points), None if text else last, text, step, lowest, highest),
+        (run, name, len(points), None if text else last, text, step, *bounds),
     ).fetchone()[0]
     return pk
 

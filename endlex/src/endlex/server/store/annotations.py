@@ -122,5 +122,4 @@ def dismiss_alert(connection: sqlite3.Connection, alert: int) -> str | None:
     ).fetchone()
     if row is None:
         raise ApiError(404, f"there is no alert {alert}: GET /api/v1/alerts lists them")
-    found: str | None = row[0]
-    return found
+    return None if row[0] is None else str(row[0])

@@ -106,15 +106,13 @@ def _read_xy(
     connection: sqlite3.Connection, metric: int | None, query: ChartQuery, axis: XY | None
 ) -> XY:
     """Return every point of a metric in the wanted range, sorted by x."""
-    if query.x == STEP:
+    if query.x == STEP or metric is None:
         return _by_step(connection, metric, query.first, query.last)
     if axis is not None:
         x, y = _joined(*_by_step(connection, metric), axis)
-    elif metric is not None:
+    else:
         points = series.read_all_points(connection, metric)
         x, y = points.times, points.numbers
-    else:
-        return np.empty(0), np.empty(0)
     if not bool((x[1:] >= x[:-1]).all()):
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]

@@ -60,8 +60,7 @@ def find_run(connection: sqlite3.Connection, run: str) -> int:
     row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if row is None:
         raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
-    pk: int = row[0]
-    return pk
+    return int(row[0])
 
 
 def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]:

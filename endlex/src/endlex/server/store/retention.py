@@ -150,8 +150,7 @@ def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
         "WHERE checkpoint NOT IN (SELECT value FROM json_each(:gone))))",
         {"gone": gone},
     ).fetchone()
-    freed: int = row[0]
-    return freed
+    return int(row[0])
 
 
 def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], reason: str) -> None:
