@@ -246,7 +246,7 @@ def test_tokens_are_kept_as_hashes_and_can_be_revoked_while_the_server_runs(
         assert token.encode() not in path.read_bytes()
     info = list_tokens(data_dir)[0]
     assert (info["name"], info["scopes"], info["revoked"]) == ("box", ["write", "read"], None)
-    assert revoke_token(data_dir, info["id"]) == 1
+    assert revoke_token(data_dir, str(info["id"])) == 1
     assert client.get("/api/v1/runs", headers=bearer(token)).status_code == 401
     with pytest.raises(EndlexError, match="token list"):
         revoke_token(data_dir, "box")

@@ -87,8 +87,7 @@ def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -
 
 def grant_runs(token: str, runs: Sequence[str], data: Path | None) -> int:
     """Make runs a token's own."""
-    key = int(token) if token.isdecimal() else token
-    import_server("api.auth").grant_runs(data_directory(data), key, list(runs))
+    import_server("api.auth").grant_runs(data_directory(data), token, list(runs))
     print(f"token {token} may add to {count(len(runs), 'more run')}")
     return 0
 
@@ -126,7 +125,6 @@ def _own_runs(token: dict[str, Any]) -> str:
 
 def revoke_token(token: str, data: Path | None) -> int:
     """Make a token worthless from now on."""
-    key = int(token) if token.isdecimal() else token
-    revoked = import_server("api.auth").revoke_token(data_directory(data), key)
+    revoked = import_server("api.auth").revoke_token(data_directory(data), token)
     print(f"revoked {count(revoked, 'token')}")
     return 0

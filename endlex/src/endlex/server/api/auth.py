@@ -76,7 +76,7 @@ def create_token(
     return token
 
 
-def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
+def grant_runs(data_dir: Path, token: str, runs: list[str]) -> None:
     """Make runs a token's own, by the token's id or name and the runs' ids.
 
     A token that is not in use, or an id that is none, is an `EndlexError`.
@@ -86,7 +86,7 @@ def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
         connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
 
 
-def revoke_token(data_dir: Path, token: int | str) -> int:
+def revoke_token(data_dir: Path, token: str) -> int:
     """Revoke tokens by id or by name, end their logins, and return how many they were.
 
     It is an `EndlexError` that none of that id or name still counts.
@@ -98,8 +98,8 @@ def revoke_token(data_dir: Path, token: int | str) -> int:
     return len(keys)
 
 
-def _in_use(connection: sqlite3.Connection, token: int | str) -> list[int]:
-    column = "pk" if isinstance(token, int) else "name"
+def _in_use(connection: sqlite3.Connection, token: str) -> list[int]:
+    column = "pk" if token.isdecimal() else "name"
     query = f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL"
     keys = [pk for (pk,) in connection.execute(query, (token,))]
     if not keys:
