@@ -177,11 +177,11 @@ def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
     elif plugin == "text" and array is not None:
         parts = [part.decode("utf-8", "replace") for part in array.ravel().tolist()]
         writer.text(step, time, name.removesuffix("/text_summary"), "\n".join(parts))
-    elif plugin in ("images", "audio") and array is not None:
-        items = array.ravel().tolist()
-        items = items[2:] if plugin == "images" else items[::2]  # width, height; or label pairs
-        mime = "image/png" if plugin == "images" else "audio/wav"
-        for item in items:
-            writer.media(step, time, name, item, mime, None)
+    elif plugin == "images" and array is not None:
+        for item in array.ravel().tolist()[2:]:  # after width and height
+            writer.media(step, time, name, item, "image/png", None)
+    elif plugin == "audio" and array is not None:
+        for item in array.ravel().tolist()[::2]:  # each is followed by its label
+            writer.media(step, time, name, item, "audio/wav", None)
     elif plugin != "hparams" and (array is not None or plugin):
         writer.skip(plugin or "tensor")

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from endlex.protocol import SCOPES, EndlexError, Scope, check_name, check_run_id
+from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, check_run_id
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database, connect
@@ -62,7 +62,7 @@ def create_token(
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         given = ", ".join(map(repr, unknown)) or "no scope"
-        raise EndlexError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
+        raise UsageError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
     token = PREFIX + secrets.token_urlsafe(32)
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
     for run in runs:

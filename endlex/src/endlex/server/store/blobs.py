@@ -82,21 +82,19 @@ class Blobs:
             raise ApiError(429, message, {"Retry-After": "1"})
         self._uploads.add(sha256)
         try:
-            await self._append(sha256, offset, length, body)
+            held = await self._workers.file(self._prepare, sha256, length or 0)
+            if offset != held:
+                message = f"{held} bytes of part {sha256} are here: send from there"
+                raise ApiError(409, message, offset=held)
+            await self._append(self._partial(sha256), held, length or 0, body)
             await self._workers.file(self._publish, sha256)
         finally:
             self._uploads.remove(sha256)
         return True
 
-    async def _append(
-        self, sha256: str, offset: int, length: int | None, body: AsyncIterator[bytes]
-    ) -> None:
-        held = await self._workers.file(self._prepare, sha256, length or 0)
-        if offset != held:
-            message = f"{held} bytes of part {sha256} are here: send from there"
-            raise ApiError(409, message, offset=held)
+    async def _append(self, path: Path, held: int, length: int, body: AsyncIterator[bytes]) -> None:
         too_long = ApiError(413, f"a part has at most {MAX_PART_BYTES:,} bytes: cut the file finer")
-        if held + (length or 0) > MAX_PART_BYTES:
+        if held + length > MAX_PART_BYTES:
             raise too_long
         waiting = bytearray()  # a piece that is worth a write
         try:
@@ -107,10 +105,10 @@ class Blobs:
                 waiting += chunk
                 if len(waiting) >= PIECE:
                     piece, waiting = waiting, bytearray()
-                    await self._workers.file(_append_to, self._partial(sha256), piece)
+                    await self._workers.file(_append_to, path, piece)
         finally:  # what came of a broken body stays, too
             if waiting:
-                await self._workers.file(_append_to, self._partial(sha256), waiting)
+                await self._workers.file(_append_to, path, waiting)
 
     def _prepare(self, sha256: str, length: int) -> int:
         """Return how many bytes have come; there must be room for the rest."""
