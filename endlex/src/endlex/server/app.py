@@ -43,6 +43,7 @@ logger = logging.getLogger("endlex")
 
 WRONG = (RequestValidationError, ValidationError)
 STORAGE = (sqlite3.Error, OSError)
+ANSWERED = (ApiError, EndlexError, *WRONG, HTTPException, ClientDisconnect, *STORAGE, Exception)
 
 WATCH_SECONDS = 15.0
 CLEAN_SECONDS = 3600.0
@@ -64,15 +65,7 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
     app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
-    for kind in (
-        ApiError,
-        EndlexError,
-        *WRONG,
-        HTTPException,
-        ClientDisconnect,
-        *STORAGE,
-        Exception,
-    ):
+    for kind in ANSWERED:
         app.add_exception_handler(kind, _answer)
     app.add_api_route("/health", _health, methods=["GET"])
     for module in (journal, runs, checkpoints, export, login):
@@ -86,11 +79,10 @@ async def _answer(request: Request, error: Exception) -> Response:
         error = disk_full()
     if isinstance(error, ApiError):
         return json_response(error.body, error.status, error.headers)
+    if isinstance(error, WRONG):
+        error = EndlexError("; ".join(map(_describe, error.errors())))
     if isinstance(error, EndlexError):
         return json_response({"error": str(error)}, 422)
-    if isinstance(error, WRONG):
-        wrong = "; ".join(map(_describe, error.errors()))
-        return json_response({"error": wrong}, 422)
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path[:200]!r}: {error.detail}"
         return json_response({"error": message}, error.status_code, dict(error.headers or {}))
