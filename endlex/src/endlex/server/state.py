@@ -23,12 +23,7 @@ T = TypeVar("T")
 
 
 class Server:
-    """The parts of a server on a data directory, which is made if missing; `close` ends them.
-
-    Raises:
-        EndlexError: the database is a later version's.
-        OSError, sqlite3.Error: the directory cannot be used.
-    """
+    """The parts of a server on a data directory, which is made if missing; `close` ends them."""
 
     def __init__(self, data: DataDir, settings: Settings) -> None:
         data.create()

@@ -188,10 +188,6 @@ class Auth:
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
         return await self._workers.quick(lambda: question(self._database.reader(), *args))
 
-    async def _execute(self, query: str, *values: Any) -> None:
-        job = self._database.write(lambda c: c.execute(query, values).rowcount)
-        await asyncio.wrap_future(job)
-
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""
         _, found = await self._ask(_find, token, None)
@@ -199,9 +195,13 @@ class Auth:
             raise self._refusal(request, token)
         secret = secrets.token_urlsafe(32)
         now = time.time()
-        await self._execute("DELETE FROM login WHERE expires < ?", now)
         row = (hash_secret(secret), found[0], now, now + LOGIN_SECONDS)
-        await self._execute("INSERT INTO login VALUES (?, ?, ?, ?)", *row)
+
+        def job(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM login WHERE expires < ?", (now,))
+            connection.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
+
+        await asyncio.wrap_future(self._database.write(job))
         return secret
 
     def _refusal(self, request: Request, secret: str | None) -> ApiError:
@@ -217,10 +217,6 @@ class Auth:
             return ApiError(429, "too many wrong tokens from this address: wait a while", wait)
         message = "the token is not known, or revoked: make one with `endlex token create`"
         return ApiError(401, message, headers)
-
-    async def logout(self, cookie: str) -> None:
-        """Forget a browser's login."""
-        await self._execute("DELETE FROM login WHERE hash=?", hash_secret(cookie))
 
     def _note_use(self, token: int) -> None:
         now = time.time()

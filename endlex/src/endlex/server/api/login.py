@@ -7,7 +7,7 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from endlex.server.api.auth import COOKIE, LOGIN_SECONDS
+from endlex.server.api.auth import COOKIE, LOGIN_SECONDS, hash_secret
 from endlex.server.api.bodies import json_response, read_body
 from endlex.server.state import Here
 
@@ -36,7 +36,8 @@ async def login(request: Request, server: Here) -> Response:
 @router.post("/logout")
 async def logout(request: Request, server: Here) -> Response:
     if cookie := request.cookies.get(COOKIE):
-        await server.auth.logout(cookie)
+        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
+        await server.write(lambda c: c.execute(query, values).rowcount)
     answer = json_response({"logged_in": False})
     path = server.settings.root_path or "/"
     answer.delete_cookie(COOKIE, path=path, httponly=True, samesite="strict")

@@ -195,10 +195,8 @@ def read_sampled(
     """Return a range of a metric drawn from summaries, or None where all points must be read.
 
     Args:
-        series_ranges: for each series of the metric, the first key of its chunks and the first
-            beyond, in the order of the sessions.
-        by_time: whether x is time, not step.
-        first, last: the range of x; both ends are in it.
+        series_ranges: those of `chunk_keys`.
+        first, last: the range of x (time or step); both ends are in it.
         points: how many the chart will have; there must be several candidates for each.
     """
     rows: list[tuple[Any, ...]] = []

@@ -35,7 +35,6 @@ import shutil
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -116,7 +115,8 @@ class Watch:
         self._stall_seconds = settings.stall_minutes * 60
         self._reserve = settings.reserve(data.root)
         self._trends: defaultdict[tuple[int, str], _Trend] = defaultdict(_Trend)
-        self._rules = RuleWatch()
+        self._since: dict[tuple[int, str, str], float] = {}
+        """Since when each rule has held, by run, rule and metric."""
         self._started = time.time()
         self._is_doubted = False
 
@@ -131,10 +131,9 @@ class Watch:
         if self._is_doubted:
             self._is_doubted = False
             self._trends.clear()
-            self._rules = RuleWatch()
+            self._since.clear()
         book = Book(connection, state.run, run_id)
-        for rule, name, message in self._rules.judge(connection, state.run, batch):
-            book.tell("rule", f"{name}: {rule}", message)
+        self._judge_rules(connection, book, state.run, batch)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
                 _watch_disk(book, name, float(points.numbers[-1]))
@@ -201,6 +200,49 @@ class Watch:
                 book.tell("lost", "", f"nothing was heard of the training box for {silent}")
                 events += book.events
         return events
+
+    def _judge_rules(
+        self, connection: sqlite3.Connection, book: Book, run: int, batch: Batch
+    ) -> None:
+        """Compare a batch's points with the rules of the run's project and of all projects.
+
+        An unreadable rule, and one that has not held for long enough yet, is skipped.
+        """
+        if not batch.points:
+            return
+        rows = connection.execute(
+            "SELECT setting.name, content FROM setting JOIN run "
+            "ON setting.project IN (run.project, '') WHERE run.pk=? AND kind='rules'",
+            (run,),
+        )
+        for rule, content in rows.fetchall():
+            try:
+                ((term,),) = parse_search(rule)
+                seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
+            except (SearchError, TypeError, ValueError):
+                continue
+            for name, points in batch.points.items():
+                if term.key is None or term.number is None or not term.key.name.matches(name):
+                    continue
+                since = self._hold((run, rule, name), term, points)
+                if since is None:
+                    book.tell("rule", f"{name}: {rule}", None)
+                elif float(points.times[-1]) - since >= seconds:
+                    value, step = points.numbers[-1], points.steps[-1]
+                    held = f" for {seconds / 60:g} minutes" if seconds else ""
+                    said = f"{name} is {value:.6g} at step {step}: {rule}{held}"
+                    book.tell("rule", f"{name}: {rule}", said)
+
+    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
+        """Return since when a rule holds without a break, or None."""
+        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
+        breaks = np.flatnonzero(~holds)
+        if len(breaks) and breaks[-1] == len(holds) - 1:
+            self._since.pop(key, None)
+            return None
+        if len(breaks) or key not in self._since:
+            self._since[key] = float(points.times[breaks[-1] + 1 if len(breaks) else 0])
+        return self._since[key]
 
     def _watch_metric(self, book: Book, run: int, name: str, points: Points) -> None:
         finite = np.isfinite(points.numbers)
@@ -289,53 +331,3 @@ class Book:
             self.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
             if status in ("finished", "interrupted"):
                 self.resolve(status)
-
-
-class RuleWatch:
-    """Since when each rule has held, by run, rule and metric."""
-
-    def __init__(self) -> None:
-        self._since: dict[tuple[int, str, str], float] = {}
-
-    def judge(
-        self, connection: sqlite3.Connection, run: int, batch: Batch
-    ) -> Iterator[tuple[str, str, str | None]]:
-        """Yield rule, metric and message for a batch's points; None where the rule does not hold.
-
-        The rules are those of the run's project and of all projects. An unreadable one, and one
-        that has not held for long enough yet, is skipped.
-        """
-        if not batch.points:
-            return
-        rows = connection.execute(
-            "SELECT setting.name, content FROM setting JOIN run "
-            "ON setting.project IN (run.project, '') WHERE run.pk=? AND kind='rules'",
-            (run,),
-        )
-        for rule, content in rows.fetchall():
-            try:
-                ((term,),) = parse_search(rule)
-                seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
-            except (SearchError, TypeError, ValueError):
-                continue
-            for name, points in batch.points.items():
-                if term.key is None or term.number is None or not term.key.name.matches(name):
-                    continue
-                since = self._hold((run, rule, name), term, points)
-                if since is None:
-                    yield rule, name, None
-                elif float(points.times[-1]) - since >= seconds:
-                    value, step = points.numbers[-1], points.steps[-1]
-                    held = f" for {seconds / 60:g} minutes" if seconds else ""
-                    yield rule, name, f"{name} is {value:.6g} at step {step}: {rule}{held}"
-
-    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
-        """Return since when a rule holds without a break, or None."""
-        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
-        breaks = np.flatnonzero(~holds)
-        if len(breaks) and breaks[-1] == len(holds) - 1:
-            self._since.pop(key, None)
-            return None
-        if len(breaks) or key not in self._since:
-            self._since[key] = float(points.times[breaks[-1] + 1 if len(breaks) else 0])
-        return self._since[key]
