@@ -225,7 +225,7 @@ BUDGETS = {
     "report": (900, 1340),
     "commands": (1700, 2455),
     "": (17_000, 24_420),
-    "../../endlex/src/endlex": (12_000, 14_430),
+    "../../endlex/src/endlex": (12_000, 13_890),
     "serving/page/*": (900, 955),
     "../../endlex/src/endlex/server/web/static/js/*.js": (4500, 4500),
 }

@@ -93,8 +93,7 @@ def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) ->
         writer.histogram(*at, name, histogram["edges"], histogram["values"])
     elif kind in ("file", "file_series"):
         path = (row.get("file_value") or {}).get("path")
-        place = inside(files, path) if files and path else None
-        if place is not None:
+        if files and path and (place := inside(files, path)):
             writer.media(*at, name, *read_file(place), None)
         else:
             writer.skip("file that is not here")
