@@ -177,7 +177,7 @@ def test_a_token_is_printed_once_and_stored_hashed(cli: Any, place: Path) -> Non
     secret = out.strip()
     assert secret.startswith("endlex_")
     data = Path(os.environ["HOME"]) / ".local/share/endlex"
-    assert [t.name for t in list_tokens(data)] == ["box"]
+    assert [t["name"] for t in list_tokens(data)] == ["box"]
     assert secret not in cli("token", "list")[1]
     assert all(secret.encode() not in p.read_bytes() for p in data.rglob("*") if p.is_file())
     (listed,) = json.loads(cli("token", "list", "--json")[1])
