@@ -41,7 +41,7 @@ from archerchat.evals.core.results import (
 )
 from archerchat.files import sha256_file, write_json
 from archerchat.home import Home
-from archerchat.inference.loading import InferenceModel, LoadedModel, ModelOptions
+from archerchat.inference.loading import LoadedModel, ModelOptions, build_inference_model
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import Runtime, dtype_name
@@ -111,7 +111,7 @@ def _evaluate_core(
     config: EvalBaseConfig, home: Home, loaded: LoadedModel, runtime: Runtime, console: Console
 ) -> CoreResult:
     """Evaluate CORE, resuming an interrupted call, and write the results on the first rank."""
-    model, options = InferenceModel(loaded.model).model, config.core
+    model, options = build_inference_model(loaded.model), config.core
     with joined_ranks(runtime) as ranks:
         find = partial(find_bundle, config.bundle, home.cache_dir, notify=console.print)
         bundle = load_bundle(ranks.first_alone(find))
