@@ -78,9 +78,8 @@ class EvalBaseConfig(ModelOptions):
 def evaluate(config: EvalBaseConfig, home: Home) -> None:
     """Run the chosen evaluations and print their results."""
     asked = _names(config.eval, "--eval", EVALUATIONS)
-    splits = [] if config.text else list(SPLITS)
-    if config.split:
-        splits = _names(config.split, "--split", SPLITS)
+    default = [] if config.text else list(SPLITS)
+    splits = _names(config.split, "--split", SPLITS) if config.split else default
     if config.bundle and "core" not in asked:
         raise UsageError("--bundle is for CORE: add --eval core, or leave --bundle out")
     if config.text and not config.text.is_file():
@@ -190,21 +189,29 @@ def _measure_texts(
     config: EvalBaseConfig, home: Home, splits: list[str], loaded: LoadedModel, console: Console
 ) -> dict[str, float]:
     """Measure bits per byte on the splits and the text file; print one table."""
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.meta.get("config") or {}
+    rows, length = config.device_batch_size, model.config.sequence_length
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
     texts: dict[str, Iterator[tuple[Tensor, Tensor]]] = {}
     if splits:
-        data = config.data or (loaded.meta.get("config") or {}).get("data")
+        data = config.data or trained.get("data")
         if data is None:
             raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
         table.title = f"Bits per byte on {data}"
         train, val = split_shards(list_shards(data_directory(data, home)))
-        for name in splits:
-            shards = train if name == "train" else val
-            texts[name] = _iter_batches(config, shards, loaded, name, console)
+    for name in splits:
+        loader = TextLoader(
+            train if name == "train" else val,
+            tokenizer,
+            batch_size=rows,
+            sequence_length=length,
+            packing=trained.get("packing", "best-fit"),
+        )
+        steps = max(1, config.split_tokens // (rows * length))
+        texts[name] = _iter_batches(loader, model.device, steps, f"{name} bits per byte", console)
     if config.text:
-        size = config.device_batch_size, model.config.sequence_length
-        texts[str(config.text)] = iter_text_batches(config.text, tokenizer, *size, model.device)
+        batches = iter_text_batches(config.text, tokenizer, rows, length, model.device)
+        texts[str(config.text)] = batches
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(model.device)
     results: dict[str, float] = {}
     tokens = 0
@@ -225,17 +232,10 @@ def _measure_texts(
 
 
 def _iter_batches(
-    config: EvalBaseConfig, shards: list[Path], loaded: LoadedModel, split: str, console: Console
+    loader: TextLoader, device: torch.device, steps: int, title: str, console: Console
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield a split's inputs and targets (B, T), packed as in training, with a progress line."""
-    rows, length = config.device_batch_size, loaded.model.config.sequence_length
-    steps, title = max(1, config.split_tokens // (rows * length)), f"{split} bits per byte"
-    packing = (loaded.meta.get("config") or {}).get("packing", "best-fit")
-    reading = TextLoader(
-        shards, loaded.tokenizer, batch_size=rows, sequence_length=length, packing=packing
-    )
-    with reading as loader, LiveLine(console, title, steps) as line:
+    with loader, LiveLine(console, title, steps) as line:
         for step, batch in enumerate(islice(loader, steps)):
             line.show(f"{title} | batch {step + 1} of {steps}", step)
-            inputs, targets = torch.from_numpy(batch.stacked).to(loaded.model.device)
+            inputs, targets = torch.from_numpy(batch.stacked).to(device)
             yield inputs, targets
