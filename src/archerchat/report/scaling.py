@@ -190,10 +190,12 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
         UsageError: all runs took the same compute.
     """
     if len({run.flops for run in runs}) < 2:
-        raise UsageError("a law needs runs of at least two sizes, not 1: train more depths")
+        raise UsageError("a law needs runs of two sizes: name at least two, such as d6 d8 d10")
     count, losses = len(runs), [run.loss for run in runs]
     sizes: list[list[float]] = [[run.parameters for run in runs], [run.tokens for run in runs]]
-    if count >= BOTH_SIZES and _vary_apart(np.log(sizes)):
+    logs = np.log(sizes)
+    is_varied = min(len(set(np.round(row, 2))) for row in logs) >= DISTINCT
+    if count >= BOTH_SIZES and is_varied and np.abs(np.corrcoef(*logs)).min() < SAME_DIRECTION:
         reason = f"{count} runs whose parameters and tokens vary independently."
         return fit_law(losses, sizes), reason
     if count >= WITH_FLOOR:
@@ -210,23 +212,11 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
     return fit_law(losses, [[run.flops for run in runs]], floor=count >= WITH_FLOOR), reason
 
 
-def _vary_apart(logs: Array) -> bool:
-    """Whether the effects of two sizes (2, runs) can be separated."""
-    if min(len(set(np.round(row, 2))) for row in logs) < DISTINCT:
-        return False
-    return bool(np.abs(np.corrcoef(*logs)).min() < SAME_DIRECTION)
-
-
 def build_scaling_report(runs: Sequence[SizedRun], law: Law, reason: str, metric: str) -> Document:
     """Return the document."""
+    charts = _charts(runs, law, metric)
     return Document(
-        "scaling.md",
-        metric=metric,
-        runs=runs,
-        law=law,
-        reason=reason,
-        charts=_charts(runs, law, metric),
-        ahead=AHEAD,
+        "scaling.md", metric=metric, runs=runs, law=law, reason=reason, charts=charts, ahead=AHEAD
     )
 
 
