@@ -1,4 +1,4 @@
-"""What fine-tuning and reinforcement learning share: the saved model that they start from."""
+"""What fine-tuning and RL share: the saved model that they start from, and its sample answers."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ def choose_rows(stage: Stage, usual: int | None = None, reserved_bytes: int = 0)
     began_with, device = saved_rows(meta), (meta.get("hardware") or {}).get("device")
     if began_with > 0 and per_step % began_with == 0 and device == runtime.device_name:
         rows = began_with
+    rows = min(rows, stage.most_rows or rows)
     # All ranks call this, even if one lacks the saved run or has another card.
     every_rows, every_recomputes = zip(*stage.ranks.gather((rows, recomputes)), strict=True)
     stage.rows, stage.recomputes = min(every_rows), any(every_recomputes)

@@ -283,7 +283,7 @@ class Loop(Stateful):
             "train/flops": state.flops,
             "train/memory_bytes": self.runtime.peak_memory_bytes(),
         }
-        # One rate shows the schedule; the others are multiples of it, and in the config.
+        # One rate shows the schedule: that of Muon, whose groups come last.
         if isinstance(group := self.optimizer.groups[-1], MuonGroup):
             metrics["train/matrix_lr"] = group.rate * settings.lr_multiplier
         if self.scaler.is_enabled():

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,9 +46,9 @@ def run_stage(kind: Callable[..., Stage], config: Any, home: Home, console: Cons
         MemoryExceededError: and the rows cannot be halved: they were given, there is one only, or
             other ranks would wait for the one that failed.
     """
-    is_given = isinstance(config.device_batch_size, int)
+    is_given, most_rows = isinstance(config.device_batch_size, int), None
     while True:
-        stage = kind(config, home, console)
+        stage = kind(config, home, console, most_rows)
         try:
             return _run(stage)
         except MemoryExceededError as error:
@@ -57,9 +56,8 @@ def run_stage(kind: Callable[..., Stage], config: Any, home: Home, console: Cons
             if is_given or saved or stage.rows == 1 or not alone:
                 raise
             # A divisor, about half, so that a step stays a whole number of micro-batches.
-            rows = next(n for n in range(stage.rows // 2, 0, -1) if stage.rows % n == 0)
-            stage.console.print(f"{error}\nstarting again with {rows} rows per micro-batch")
-            config = replace(config, device_batch_size=rows)
+            most_rows = next(n for n in range(stage.rows // 2, 0, -1) if stage.rows % n == 0)
+            stage.console.print(f"{error}\nstarting again with {most_rows} rows per micro-batch")
         del stage
         gc.collect()
         torch.cuda.empty_cache()
@@ -151,7 +149,7 @@ def _announce_device(stage: Stage, start: Checkpoint | None) -> Iterator[tuple[s
 
 def _count_flops(stage: Stage, done: int) -> float:
     """Count the operations that are left: all steps, and the evaluations whose size is known."""
-    left = stage.total_steps(0) - done
+    left = max(0, stage.total_steps(0) - done)  # the total may be an estimate
     per_token = FORWARD_SHARE * flops_per_token(stage.model_config)
     evaluated = sum(
         each.tokens * math.ceil(left / each.every) for each in stage.evaluations if each.every

@@ -115,8 +115,17 @@ class Stage(Recipe):
     backend: Backend
     backend_reason: str
 
-    def __init__(self, config: StageConfig, home: Home, console: Console | None = None) -> None:
-        self.config, self.home = config, home
+    most_rows: int | None
+    """Limit of the rows that are chosen, where more were too many; None if there is none."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        home: Home,
+        console: Console | None = None,
+        most_rows: int | None = None,
+    ) -> None:
+        self.config, self.home, self.most_rows = config, home, most_rows
         self.runtime, self.compile = build_runtime(config.device, config.dtype), config.compile
         self.console = console or build_console(quiet=not self.runtime.is_master)
         prepare_process(self.runtime)

@@ -19,6 +19,7 @@ from archerchat.distributed import Ranks
 from archerchat.model.transformer import Transformer
 from archerchat.planning.memory import RESERVED_SHARE, estimate_memory
 from archerchat.runtime import Runtime
+from archerchat.training import fitting
 from archerchat.training.fitting import choose_rows
 from archerchat.training.recipe import Recipe
 
@@ -97,7 +98,30 @@ def test_every_stage_halves_its_rows_until_a_step_fits(
     output = capsys.readouterr().out
     assert re.findall(r"starting again with (\d) rows", output) == ["2", "1"]
     assert rows(trained_home, stage) == 1
+    config = last(trained_home, stage).meta["config"]
+    assert config["device_batch_size"] == "auto"  # another card may take more
     assert run(trained_home, stage) == 0  # finished, with the rows as they became
+
+
+def test_a_run_that_starts_again_still_computes_layers_again(
+    trained_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, hidden = fitting.fit_micro_batch, Recipe.hidden
+
+    def needs_recomputing(*given: Any, **named: Any) -> Any:
+        estimate, count, _ = fit(*given, **named)
+        return estimate, count, True
+
+    def limited(recipe: Recipe, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 2 or not recipe.model.recomputes:
+            raise torch.OutOfMemoryError("8 GiB")
+        return hidden(recipe, inputs)
+
+    use_rows(monkeypatch, 4)
+    monkeypatch.setattr(fitting, "fit_micro_batch", needs_recomputing)
+    monkeypatch.setattr(Recipe, "hidden", limited)
+    assert run(trained_home, "base", "--overwrite") == 0
+    assert rows(trained_home, "base") == 2
 
 
 def use_small_card(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
@@ -160,6 +184,7 @@ def test_each_stream_of_data_still_gives_whole_micro_batches(tmp_path: Path) -> 
         ranks=Ranks(),
         model_config=hp.model,
         saved=None,
+        most_rows=None,
         count_micro_batches=lambda rows: 16 // rows,
         recomputes=False,
         state_dtype=torch.float32,

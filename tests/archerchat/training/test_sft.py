@@ -253,6 +253,18 @@ def test_a_run_can_go_back_to_an_older_checkpoint(
     assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "again")))
 
 
+def test_a_run_that_takes_longer_than_estimated_announces_no_negative_time(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = words(mixture="SimpleSpelling:60", num_epochs=1, save_every=1, keep_last=99)
+    assert trained_home.run(*run) == 0
+    *_, before_last, _ = steps(trained_home)
+    monkeypatch.setattr(Finetuning, "total_steps", lambda stage, step: max(step, 2))
+    capsys.readouterr()
+    trained_home.run(*run, "--resume-from-step", str(before_last))
+    assert "about -" not in capsys.readouterr().out
+
+
 def test_a_changed_run_is_refused(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained_home.run(*words(num_iterations=2)) == 0
     for change, message in (
