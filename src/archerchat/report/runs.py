@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from archerchat.config import from_json
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
@@ -94,9 +93,11 @@ class Run:
 
     @property
     def model(self) -> ModelConfig | None:
-        """Shape of the model, if the journal has it."""
-        shape = self.setting("model_config")
-        return from_json(ModelConfig, shape) if shape else None
+        """Shape of the model; None if the journal has none that this version can build."""
+        try:
+            return ModelConfig(**self.setting("model_config"))
+        except (TypeError, ValueError, ArithmeticError, AssertionError):
+            return None
 
     @property
     def device(self) -> str:
