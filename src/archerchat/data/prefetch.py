@@ -77,7 +77,11 @@ class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
 
     @abstractmethod
     def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
-        """Yield each batch after `state` with the state after it; runs on a copy of the loader."""
+        """Yield each batch after `state` with the state after it.
+
+        `self` is the thread's own copy of the loader. What it assigns, such as its packer, does not
+        exist in the caller's loader, which learns only of the yielded states.
+        """
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:
