@@ -65,7 +65,7 @@ def question_indices(count: int, per_step: int, seed: int, step: int) -> list[in
     A step at the end of an epoch continues with the next epoch's first questions.
     """
     positions = range(step * per_step, (step + 1) * per_step)
-    orders = {position // count: list(range(count)) for position in positions}
+    orders = {epoch: list(range(count)) for epoch in {position // count for position in positions}}
     for epoch, order in orders.items():
         Random(f"questions {seed} {epoch}").shuffle(order)
     return [orders[position // count][position % count] for position in positions]
