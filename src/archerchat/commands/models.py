@@ -85,7 +85,7 @@ def show(config: ListConfig, home: Home) -> None:
             age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
             table.add_row(stage, path.name, shown, measured, _size_text(path), age)
     if table.row_count:
-        console = Console(emoji=False, highlight=False)
+        console = Console(markup=False, emoji=False, highlight=False)
         console.print(table)
         console.print("Commands take the first of a stage unless --model-tag names another.")
     else:
@@ -135,7 +135,8 @@ def prune(config: PruneConfig, home: Home) -> None:
 
 def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
     """Return the directories of a model, one for each stage that it went through."""
-    known = [path for each in STAGES if stage in (each, None) for path in list_models(home, each)]
+    stages = STAGES if stage is None else (stage,)
+    known = [path for each in stages for path in list_models(home, each)]
     if found := [path for path in known if path.name == tag]:
         return found
     kind = f"{stage} model" if stage else "model"
