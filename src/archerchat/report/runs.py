@@ -83,8 +83,8 @@ class Run:
         """Name of the model that the run trained."""
         base = self.setting("identity", "base", "tag")
         given = self.setting("config", "output_tag" if base else "model_tag")
-        depth = f"d{self.model.num_layers}" if self.model else self.tag
-        return str(self._present_name(given or base or depth))
+        depth = self.setting("model_config", "num_layers")
+        return str(self._present_name(given or base or (f"d{depth}" if depth else self.tag)))
 
     def _present_name(self, tag: str | None) -> str | None:
         for rename in self.renames:

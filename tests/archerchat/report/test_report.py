@@ -284,6 +284,7 @@ def test_a_shape_that_cannot_be_built_breaks_no_report(
         session(home, f"odd{number}", range(3), config=config(model_config=shape))
     session(home, "d8", range(3))
     assert "depth 8" in render(home, "d8").markdown
+    assert "report: d9" in render(home, "odd0").markdown
     for number in range(len(shapes)):
         assert f"odd{number}" in render(home, f"odd{number}").markdown
         assert compare(read_course(home, "d8"), read_course(home, f"odd{number}"))
