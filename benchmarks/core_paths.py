@@ -16,7 +16,7 @@ from archerchat.evals.core.bundle import Bundle, CoreTask, load_bundle, read_exa
 from archerchat.evals.core.layout import needed_trunk
 from archerchat.evals.core.prompts import Prompt, Prompter, Tree, choose_examples
 from archerchat.evals.core.scoring import iter_outcomes
-from archerchat.inference.loading import InferenceModel
+from archerchat.inference.loading import build_inference_model
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.transformer import Transformer
@@ -46,7 +46,7 @@ def run_path(options: argparse.Namespace) -> dict[str, Any]:
     rate = measure_peak(runtime).flops_per_second
     tokenizer = load_golden_tokenizer(options.oracle)
     model = build_model(options, runtime)
-    subject = Subject(model, tokenizer, InferenceModel(model).model)
+    subject = Subject(model, tokenizer, build_inference_model(model))
     evaluate = evaluate_plainly if options.path == "plain" else evaluate_task
     tasks = chosen_tasks(load_bundle(options.bundle), options.tasks)
     for task in tasks[:2]:  # not measured: kernels are chosen and memory is claimed at first use

@@ -61,7 +61,7 @@ def time_decoding(engine: Engine, batch: int, runtime: Runtime, bandwidth: float
 def time_prefill(model: Transformer, count: int, runtime: Runtime) -> dict[str, Any]:
     """Time prompts as long as a row."""
     rows = torch.randint(model.config.vocab_size, (count, LENGTH)).tolist()
-    seconds = runtime.median_seconds(lambda: prefill(model, rows).last_logits())
+    seconds = runtime.median_seconds(lambda: prefill(model, rows).last_logits)
     return {"tokens_per_second": round(count * LENGTH / seconds)}
 
 

@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command | Group] = {
     "rl": Command("training.rl:reinforce", "train a chat model by reinforcement", stage="rl"),
     "chat": Command("commands.chat:chat", "chat with a model in the terminal"),
     "serve": Command("commands.serve:serve", "serve OpenAI's API and a chat page"),
-    "sample": Command("commands.sample:sample", "print text that a model writes"),
+    "sample": Command("commands.chat:sample", "print text that a model writes"),
     "eval": {
         "base": Command("commands.eval_base:evaluate", "evaluate a base model"),
         "chat": Command("commands.eval_chat:evaluate", "evaluate a chat model"),
@@ -76,7 +76,7 @@ COMMANDS: dict[str, Command | Group] = {
         "": Command("commands.report:report", "write a model's training report"),
         "scaling": Command("commands.report:report_scaling", "fit a scaling law to several runs"),
     },
-    "compare": Command("commands.compare:run_comparison", "compare two runs"),
+    "compare": Command("commands.report:run_comparison", "compare two runs"),
     "models": {
         "": Command("commands.models:show", "list the models on this machine"),
         "rename": Command("commands.models:rename", "rename a model"),

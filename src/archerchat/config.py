@@ -25,6 +25,8 @@ DeviceName = Literal["cuda", "mps", "cpu"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 StateDtypeName = Literal["float32", "bfloat16"]
 AttentionName = Literal["sdpa", "matmul", "flex", "varlen", "flash"]
+StageName = Literal["base", "sft", "rl"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 T = TypeVar("T")
 
 
@@ -80,8 +82,7 @@ class Config:
         for name, limit in _limits(cast(Any, type(self))):
             value = getattr(self, name)
             if isinstance(value, int | float) and not limit.accepts(value):
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {value}; it must be {limit}")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {limit}")
 
 
 @cache
@@ -92,9 +93,7 @@ def _limits(kind: Any) -> list[tuple[str, Limit]]:
 
 def _iter_limits(hint: Any) -> Iterator[Limit]:
     """Yield the limits of a type; those in a union such as `PositiveInt | None` too."""
-    for metadata in getattr(hint, "__metadata__", ()):
-        if isinstance(metadata, Limit):
-            yield metadata
+    yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Limit))
     for argument in get_args(hint):
         yield from _iter_limits(argument)
 

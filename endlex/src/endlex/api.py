@@ -34,6 +34,7 @@ class Api:
     Args:
         url: its address; `ENDLEX_URL` if not given.
         token: `ENDLEX_TOKEN`, or the file `~/.config/endlex/token`, if not given.
+        read_only: refuse to change anything on the server.
 
     Raises:
         EndlexError: no server is named, or the address or the token is not one.

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 PROTOCOL = 2
@@ -165,27 +164,32 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def _checker(pattern: re.Pattern[str], what: str, rule: str) -> Callable[[str], str]:
-    """Return a function that returns its argument if that is one, or raises an `EndlexError`."""
-
-    def check(value: str) -> str:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise EndlexError(f"{what} {str(value)[:80]!r} must be {rule}")
-        return value
-
-    return check
+def check_run_id(run: str) -> str:
+    """Return `run` if it is a run's id, or raise an `EndlexError`."""
+    return _check(RUN_ID, run, "run id", "8 to 32 lower-case letters and digits")
 
 
-check_run_id = _checker(RUN_ID, "run id", "8 to 32 lower-case letters and digits")
-check_session_id = _checker(
-    SESSION_ID, "session id", "1 to 64 lower-case letters, digits and dashes"
-)
-check_sha256 = _checker(SHA256, "SHA-256", "64 lower-case hexadecimal digits")
-check_checkpoint_name = _checker(
-    CHECKPOINT_NAME,
-    "checkpoint name",
-    "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot",
-)
+def check_session_id(session: str) -> str:
+    """Return `session` if it is a session's id, or raise an `EndlexError`."""
+    rule = "1 to 64 lower-case letters, digits and dashes"
+    return _check(SESSION_ID, session, "session id", rule)
+
+
+def check_sha256(digest: str) -> str:
+    """Return `digest` if it is a SHA-256 in hexadecimal, or raise an `EndlexError`."""
+    return _check(SHA256, digest, "SHA-256", "64 lower-case hexadecimal digits")
+
+
+def check_checkpoint_name(name: str) -> str:
+    """Return `name` if it may name a checkpoint, or raise an `EndlexError`."""
+    rule = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
+    return _check(CHECKPOINT_NAME, name, "checkpoint name", rule)
+
+
+def _check(pattern: re.Pattern[str], value: str, what: str, rule: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise EndlexError(f"{what} {str(value)[:80]!r} must be {rule}")
+    return value
 
 
 def check_checkpoint_path(path: str) -> str:

@@ -312,6 +312,26 @@ def test_changes_are_saved_in_their_order_and_outlive_their_page(
     assert page.evaluate("() => kept") == {"GET": False, "PUT": True}
 
 
+def test_a_change_that_waits_for_another_is_saved_when_the_page_is_left(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    page.add_init_script(
+        "const plain = fetch; window.held = 0;"
+        "fetch = (url, how) => how.method === 'PUT' && !held++ ? new Promise(() => {})"
+        " : plain(url, how);"
+    )
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    for metric in ("val/bpb", "train/loss"):
+        page.locator(f"figure[data-metric='{metric}']").last.hover()
+        page.get_by_label(f"Pin to the panels: {metric}").click()
+    panels = page.locator(".panel-chart .chart-title")
+    expect(panels).to_have_text(["val/bpb", "train/loss"])
+    assert page.evaluate("() => held") == 1
+    page.reload()
+    expect(panels).to_have_text(["val/bpb", "train/loss"])
+
+
 def test_axes_switch_to_time_tokens_and_logarithms(
     page: Any, charts: Any, wait_for_chart: Callable[..., Any]
 ) -> None:

@@ -202,6 +202,26 @@ def test_without_a_run_the_module_says_so() -> None:
     assert "there is no run yet: call endlex.init first" in done.stderr
 
 
+def test_a_run_that_could_not_begin_is_not_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = endlex.init("p", "first", directory=tmp_path / "first")
+    monkeypatch.setattr("endlex.client.environment.Console", None)
+    with pytest.raises(TypeError):
+        endlex.init("p", "second", directory=tmp_path / "second", console=True)
+    assert endlex.run is first
+
+
+def test_a_disabled_run_ends_at_once() -> None:
+    script = (
+        "import sys, endlex; run = endlex.init('p', mode='disabled'); before = set(sys.modules); "
+        "run.finish(); print(*set(sys.modules) - before)"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_the_client_needs_only_the_standard_library_and_little_of_it() -> None:
     script = (
         "import sys; before = set(sys.modules); import endlex; "

@@ -29,6 +29,19 @@ thread = threading.Thread(target=sys.exit, args=(3,))
 thread.start()
 thread.join()
 """
+ANOTHER_THREAD_FINISHES_A_RUN = """
+import threading
+other = endlex.init("p", "other", directory=sys.argv[1] + "/other")
+class Slow(endlex.Run):
+    @property
+    def recorded(self):
+        thread = threading.Thread(target=other.finish)
+        thread.start()
+        thread.join()
+        return super().recorded
+run.__class__ = Slow
+sys.exit(3)
+"""
 
 
 @pytest.mark.parametrize(
@@ -46,6 +59,7 @@ thread.join()
         (CAUGHT + "run.log({'loss': 2.0})", "finished", 0),
         (CAUGHT + "raise KeyboardInterrupt", "interrupted", -signal.SIGINT),
         (IN_A_THREAD, "finished", 0),
+        (ANOTHER_THREAD_FINISHES_A_RUN, "failed", 3),
         ("with run: sys.exit(4)", "failed", 4),
     ],
 )

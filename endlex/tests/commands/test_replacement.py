@@ -75,6 +75,18 @@ def test_a_replaced_one_that_still_waits_is_not_sent(
     assert compare_directory(run.directory, transport).missing == []
 
 
+def test_one_that_waits_alone_is_not_read(
+    online: str, run: endlex.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipper asks twice a second, and the note of many files takes long to parse."""
+    assert run.directory is not None
+    save(run, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("endlex.client.checkpoints.read_note", lambda *_: pytest.fail("it is read"))
+        assert drop_replaced(run.directory) == []
+    run.finish()
+
+
 def test_an_older_machine_removes_nothing_of_a_newer_one(
     cli: Any, online: str, transport: Transport, run: endlex.Run, tmp_path: Path
 ) -> None:

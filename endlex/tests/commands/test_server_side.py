@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_export_writes_a_whole_file(
     starts = {"csv": b"metric,step,time,value", "json": b"{", "parquet": b"PAR1", "html": b"<!"}
     assert content.startswith(starts[kind])
     assert [p.name for p in place.iterdir() if p.name.startswith(".run")] == []
+
+
+def test_an_export_is_hidden_until_it_is_whole(
+    cli: Any, train: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = train()
+    before, meanwhile = set(place.iterdir()), set[Path]()
+    monkeypatch.setattr(
+        "endlex.commands.export.write_run", lambda *_: meanwhile.update(place.iterdir())
+    )
+    assert cli("export", directory, "-o", "run.csv")[0] == 0
+    (hidden,) = meanwhile - before
+    assert re.fullmatch(r"\.run\.csv\.[0-9a-f]+\.part", hidden.name)
+    assert set(place.iterdir()) - before == {place / "run.csv"}
 
 
 def test_csv_of_a_directory_is_that_of_the_server(
@@ -162,7 +177,7 @@ def test_a_token_is_printed_once_and_stored_hashed(cli: Any, place: Path) -> Non
     secret = out.strip()
     assert secret.startswith("endlex_")
     data = Path(os.environ["HOME"]) / ".local/share/endlex"
-    assert [t.name for t in list_tokens(data)] == ["box"]
+    assert [t["name"] for t in list_tokens(data)] == ["box"]
     assert secret not in cli("token", "list")[1]
     assert all(secret.encode() not in p.read_bytes() for p in data.rglob("*") if p.is_file())
     (listed,) = json.loads(cli("token", "list", "--json")[1])
@@ -178,6 +193,13 @@ def test_a_token_is_printed_once_and_stored_hashed(cli: Any, place: Path) -> Non
     assert status == 1
     assert "endlex token list" in err
     assert cli("token", "create", "--name", "x", "--scope", "root")[0] == 2
+
+
+def test_doctor_says_how_to_get_what_the_dashboard_lacks(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("endlex.server.web.pages.missing_assets", lambda: ["uPlot.js"])
+    assert "charts lack uPlot.js: install endlex again where" in cli("doctor")[1]
 
 
 def test_doctor_names_faults_and_remedies(cli: Any, train: Any, server: str) -> None:

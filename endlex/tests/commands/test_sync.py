@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ def test_several_directories_and_a_folder_of_them(cli: Any, train: Any, online: 
     assert out.count(f"all on {online}") == 2
     assert cli("sync", "endlex-runs")[0] == 0
     assert cli("verify")[0] == 0
+
+
+def test_progress_on_a_pipe_is_a_line_in_ten_seconds_for_all_directories(
+    cli: Any, train: Any, online: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = types.SimpleNamespace(monotonic=lambda: 1000.0)  # however long it takes
+    monkeypatch.setattr("endlex.commands.rendering.time", clock)
+    directories = [train(name) for name in ("one", "two", "three")]
+    status, out, err = cli("sync", *directories)
+    assert (status, out.count("all on")) == (0, 3)
+    (line,) = err.splitlines()
+    assert line.startswith(f"[1/3] {directories[0]}: journal: ")
 
 
 def test_one_that_cannot_be_sent_does_not_keep_the_others_back(

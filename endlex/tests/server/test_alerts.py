@@ -295,7 +295,7 @@ def test_points_whose_commit_failed_count_once(box: Any, monkeypatch: pytest.Mon
         def fail(*_: Any) -> None:
             raise sqlite3.OperationalError("database or disk is full")
 
-        full.setattr(journal, "update_run", fail)
+        full.setattr(journal.sessions, "update_run", fail)
         assert box.post(box.lines(low), len(box.sent)).status_code == 507
     box.send(low)
     box.send([box.metrics(15 + step, {"loss": 9.0}) for step in range(10)])

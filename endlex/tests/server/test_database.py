@@ -167,7 +167,7 @@ def test_an_alert_whose_transaction_was_undone_is_opened_again(
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "update_run", full)
+        patch.setattr(journal.sessions, "update_run", full)
         assert box.post(box.lines(records), len(box.sent)).status_code == 507
     assert box.client.get("/api/v1/alerts").json()["alerts"] == []
     box.send(records)

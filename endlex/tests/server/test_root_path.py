@@ -32,15 +32,9 @@ def test_a_proxy_may_cut_the_path_off_or_not(start: Callable[..., Any], before: 
 def test_logins_stay_under_the_path(start: Callable[..., Any], data_dir: Path) -> None:
     token = create_token(data_dir, "me", ["read"])
     client = start(public=True, root_path="/a/b")
-    form = {"token": token, "next": "/?q=x"}
-    html = {"accept": "text/html"}
-    answer = client.post("/a/b/login", data=form, headers=html, follow_redirects=False)
-    assert answer.headers["location"] == "/a/b/?q=x"
+    answer = client.post("/a/b/api/v1/login", data={"token": token})
     assert f"{COOKIE}=" in answer.headers["set-cookie"]
     assert "Path=/a/b;" in answer.headers["set-cookie"]
-    wrong = {"token": "endlex_no"}
-    answer = client.post("/a/b/login", data=wrong, headers=html, follow_redirects=False)
-    assert answer.headers["location"] == "/a/b/login?failed=1"
 
 
 @pytest.mark.parametrize("wrong", ["endlex", "/endlex/", "/", '/"><script>', "/a//b"])

@@ -284,8 +284,8 @@ def test_long_series_drawn_from_summaries_show_what_all_points_show(store: Any) 
             drawn = read_sampled(connection, keys, x == "time", float(low), float(high), 100)
             chosen[drawn is not None] += 1
             if drawn is not None:  # every candidate is a point that was logged
-                places = np.searchsorted(axis, drawn.x)
-                assert (points.numbers[places] == drawn.y).all()
+                places = np.searchsorted(axis, drawn[0])
+                assert (points.numbers[places] == drawn[1]).all()
     assert min(chosen.values()) > 0, "both ways were taken"
 
 

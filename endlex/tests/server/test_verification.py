@@ -43,7 +43,7 @@ def test_an_interrupted_verification_goes_on_after_a_restart(
     run.begin()
     run.send_parts(FILES)
     server = client.app.state.server  # type: ignore[attr-defined]
-    server.verifier.stop()  # the server dies before it verifies
+    server.checkpoints.stop()  # the server dies before it verifies
     answer = client.put(f"{URL}/c", json=run.manifest_of("c", FILES))
     assert (answer.status_code, answer.json()["state"]) == (202, "verifying")
     assert answer.json()["total_bytes"] == 4502

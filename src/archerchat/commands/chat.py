@@ -1,7 +1,8 @@
-"""`archerchat chat`: talk to a model in the terminal.
+"""`archerchat chat` and `archerchat sample`: what a model writes, in the terminal.
 
 archerchat chat                          # /help lists the commands
 archerchat chat -p "What is 6 times 7?"  # one answer
+archerchat sample                        # text with and without a prompt
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from archerchat.commands.sample import CONTROLS
+from archerchat.config import StageName
 from archerchat.console import build_console
 from archerchat.errors import UsageError
 from archerchat.files import explained_writes
 from archerchat.home import Home
 from archerchat.inference.chat import CHAT_SAMPLING, ChatSession
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import ModelOptions
-from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.loading import LoadedModel, ModelOptions
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
+from archerchat.inference.sequence import Event, Request
 from archerchat.inference.tools import PartType
 from archerchat.tasks.layouts import write_lines
 
@@ -39,6 +42,21 @@ HELP = """\
 Ctrl-C stops an answer. To send a message that starts with a slash, type two slashes."""
 HISTORY_LINES = 1000
 OPENING = {"text": "", "python": "[", "python_output": "[= "}
+ENDINGS = {
+    "length": "the context is full: /clear begins a new conversation",
+    "max_tokens": "cut at /max_tokens",
+}
+SAMPLE_SAMPLING = SamplingParams(max_new_tokens=96, temperature=0.7, top_k=50, num_samples=3)
+PROMPTS = (
+    "The capital of France is",
+    "If yesterday was Friday, then tomorrow will be",
+    "def __init__(self",
+    "Return a list of",
+)
+MAX_ROWS = 16
+"""Most samples to generate at a time."""
+CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
+"""A model may write any byte; bytes that control a terminal are replaced."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ class ChatConfig(ModelOptions):
 
     prompt: str | None = None
     """Answer this one message and exit (-p). By default, chat interactively."""
-    source: Literal["sft", "rl", "base"] = "sft"
+    source: StageName = "sft"
     """Stage to load: base, sft or rl."""
     system: str | None = None
     """System message, which comes before the first message."""
@@ -109,12 +127,8 @@ class Dialogue:
             case "/clear":
                 self.session.clear()
                 self.console.print("a new conversation", style="dim")
-            case "/temperature":
-                self._set("temperature", float, rest.strip())
-            case "/top_k":
-                self._set("top_k", _count_or_none, rest.strip())
-            case "/max_tokens":
-                self._set("max_new_tokens", int, rest.strip())
+            case "/temperature" | "/top_k" | "/max_tokens":
+                self._set(word, rest.strip())
             case "/save":
                 self._save(rest.strip())
             case "/help":
@@ -125,14 +139,16 @@ class Dialogue:
                 message = line.strip()[1:] if word.startswith("//") else line
                 show_answer(self.session, message, self.console)
 
-    def _set(self, name: str, parse: Callable[[str], Any], text: str) -> None:
-        command = name.replace("_new", "")
+    def _set(self, command: str, text: str) -> None:
+        name = "max_new_tokens" if command == "/max_tokens" else command[1:]
+        kind = float if name == "temperature" else int
         if text:
             try:
-                self.session.params = replace(self.session.params, **{name: parse(text)})
+                value: Any = None if (name, text.lower()) == ("top_k", "none") else kind(text)
+                self.session.params = replace(self.session.params, **{name: value})
             except ValueError as error:
-                raise UsageError(f"/{command} takes a number, not {text!r}") from error
-        self.console.print(f"{command} is {getattr(self.session.params, name)}", style="dim")
+                raise UsageError(f"{command} takes a number, not {text!r}") from error
+        self.console.print(f"{command[1:]} is {getattr(self.session.params, name)}", style="dim")
 
     def _save(self, text: str) -> None:
         if not text:
@@ -145,10 +161,6 @@ class Dialogue:
                 raise UsageError(f"{path} exists: choose another name")
             write_lines(path, [self.session.to_conversation()])
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
-
-
-def _count_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
 
 
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
@@ -165,10 +177,6 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
             f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
         )
     part: PartType = "text"
-    note = {
-        "length": "the context is full: /clear begins a new conversation",
-        "max_tokens": "cut at /max_tokens",
-    }
     try:
         for piece in pieces:
             if piece.starts:
@@ -180,7 +188,7 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
             style = None if part == "text" else "cyan"
             console.print(piece.text.translate(CONTROLS), end="", style=style)
             console.file.flush()
-        ending = note.get(session.completion.finish_reason or "")
+        ending = ENDINGS.get(session.completion.finish_reason or "")
     except KeyboardInterrupt:
         pieces.close()
         ending = "stopped"
@@ -203,3 +211,58 @@ def _keep_history(path: Path) -> None:
     def write() -> None:
         with contextlib.suppress(OSError):
             readline.write_history_file(path)
+
+
+@dataclass(frozen=True)
+class SampleConfig(ModelOptions):
+    """Print samples of a model, with and without prompts."""
+
+    source: StageName = "base"
+    """Stage to load: base, sft or rl."""
+    prompt: str | None = None
+    """Text to continue. By default, a few built-in prompts, then samples without a prompt."""
+    sampling: SamplingParams = SAMPLE_SAMPLING
+
+
+def sample(config: SampleConfig, home: Home) -> None:
+    """Load a model and print samples, token by token."""
+    config.sampling.refuse_changes("logprobs")
+    loaded, _ = config.load(home, config.source)
+    print_samples(loaded, config, build_console())
+
+
+def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -> None:
+    """Print the samples that `config` asks for."""
+    params, tokenizer = config.sampling, loaded.tokenizer
+    prompts = list(PROMPTS) if config.prompt is None else []
+    prompts += [config.prompt or ""] * params.num_samples
+    params = replace(
+        params, stop_token_ids=(tokenizer.bos_id, *params.stop_token_ids), num_samples=1
+    )
+    requests = [
+        Request(
+            [tokenizer.bos_id, *tokenizer.encode(prompt)],
+            replace(params, seed=derive_seed(params.seed, number)),
+            decode=tokenizer.decode,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    events = Engine(loaded.model, max_batch=min(len(requests), MAX_ROWS)).stream(requests)
+    waiting: list[list[Event]] = [[] for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        console.rule("prompted" if prompt else "no prompt", align="left")
+        console.print(prompt, end="", style="bold")
+        for event in _in_turn(events, waiting, number):
+            console.print(event.text.translate(CONTROLS), end="")
+        console.print()
+
+
+def _in_turn(events: Iterator[Event], waiting: list[list[Event]], number: int) -> Iterator[Event]:
+    """Yield the events of request `number`; those of later requests wait for their turn."""
+    for event in chain(waiting[number], events):
+        if event.request != number:
+            waiting[event.request].append(event)
+            continue
+        yield event
+        if event.finish_reason is not None:
+            return

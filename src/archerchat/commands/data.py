@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -133,18 +133,16 @@ def report_to(line: LiveLine, num_files: int) -> Report:
 
     Sizes that are not known yet are estimated by the mean of the known ones.
     """
-    files: dict[str, tuple[int, int]] = {}  # by name: bytes that have arrived, and size
-    there: dict[str, int] = {}  # bytes that an earlier command fetched, which make no rate
+    # By name: bytes that an earlier command fetched, which make no rate; bytes so far; size.
+    files: dict[str, tuple[int, int, int]] = {}
     lock = threading.Lock()
 
     def report(name: str, arrived: int, size: int) -> None:
         with lock:
-            there.setdefault(name, arrived)
-            files[name] = arrived, size
-            done, known = (sum(column) for column in zip(*files.values(), strict=True))
-            finished = sum(arrived == size for arrived, size in files.values())
-            total = known * num_files / len(files)
-            rate = line.rate(max(1, done - sum(there.values())))
+            files[name] = files.get(name, (arrived,))[0], arrived, size
+            before, done, known = (sum(column) for column in zip(*files.values(), strict=True))
+            finished = sum(arrived == size for _, arrived, size in files.values())
+            total, rate = known * num_files / len(files), line.rate(max(1, done - before))
             line.show(
                 f"{finished} of {num_files} shards, {done / 1e6:,.0f} of {total / 1e6:,.0f} "
                 f"MB at {rate / 1e6:,.1f} MB/s, {duration_text((total - done) / rate)} left",
@@ -233,35 +231,29 @@ def info(config: DataInfoConfig, home: Home) -> None:
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
     columns = ("split", "shards", "row groups", "documents", "text", "files")
     table = build_table(*columns, title=str(directory))
-
-    def add(name: str, count: str, figures: Sequence[int]) -> None:
-        row_groups, documents, *sizes = figures
-        table.add_row(name, count, f"{row_groups:,}", f"{documents:,}", *map(bytes_text, sizes))
-
-    train, validation = split_shards(list_shards(directory))
-    for split, shards in (("train", train), ("validation", validation)):
-        measured = [_measure(shard) for shard in shards]
-        add(split, f"{len(shards):,}", [sum(column) for column in zip(*measured, strict=True)])
-        for shard, figures in zip(shards, measured, strict=True) if list_each else ():
-            add(f"  {shard.stem}", "", figures)
+    splits = zip(("train", "validation"), split_shards(list_shards(directory)), strict=True)
+    for split, shards in splits:
+        measured = {}
+        for path in shards:
+            with Shard(path) as shard:
+                figures = shard.num_row_groups, shard.num_documents, shard.text_bytes
+                measured[f"  {path.stem}"] = *figures, path.stat().st_size
+        sums = tuple(sum(column) for column in zip(*measured.values(), strict=True))
+        rows = {split: sums} | (measured if list_each else {})
+        for name, (row_groups, documents, *sizes) in rows.items():
+            count = f"{len(shards):,}" if name == split else ""
+            table.add_row(name, count, f"{row_groups:,}", f"{documents:,}", *map(bytes_text, sizes))
     return table
-
-
-def _measure(path: Path) -> tuple[int, int, int, int]:
-    """Return a shard's row groups, documents, bytes of text and bytes on disk."""
-    with Shard(path) as shard:
-        return shard.num_row_groups, shard.num_documents, shard.text_bytes, path.stat().st_size
 
 
 def identity(config: DataIdentityConfig, home: Home) -> None:
     """Draw the conversations and write them, one JSON object per line."""
-    console = build_console()
     if config.save_template is not None:
         if config.save_template.exists():
             raise UsageError(f"{config.save_template} exists: name a new file for the template")
         with explained_writes(config.save_template, remedy=WRITABLE):
             write_bytes(config.save_template, default_template().encode())
-        console.print(f"wrote the template to {config.save_template}")
+        print(f"wrote the template to {config.save_template}")
         return
     values = {"name": config.name.strip(), "creator": config.creator.strip()}
     for flag, value in values.items():
@@ -274,6 +266,4 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
     conversations = draw_identity(template, config.num_conversations, config.seed)
     with explained_writes(config.output, remedy=WRITABLE):
         write_lines(config.output, conversations)
-    console.print(
-        f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
-    )
+    print(f"wrote {len(conversations)} conversations of {values['name']} to {config.output}")

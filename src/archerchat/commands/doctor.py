@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from archerchat.config import DeviceConfig
-from archerchat.console import build_console, bytes_text
+from archerchat.console import bytes_text
 from archerchat.home import Home
 from archerchat.inference.loading import can_pack
 from archerchat.model.attention import BACKENDS, choose_backend
@@ -23,24 +23,11 @@ from archerchat.planning.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, dtype_name
 from archerchat.training.telemetry import describe_environment
 
-REQUIRED = (
-    "endlex",
-    "huggingface-hub",
-    "jinja2",
-    "markdown-it-py",
-    "matplotlib",
-    "numpy",
-    "pyarrow",
-    "pyyaml",
-    "rich",
-    "rustbpe",
-    "safetensors",
-    "scipy",
-    "tiktoken",
-    "torch",
-    "tyro",
-)
-OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "psutil", "nvidia-ml-py", "lm-eval")
+REQUIRED = """
+endlex huggingface-hub jinja2 markdown-it-py matplotlib numpy pyarrow pyyaml rich rustbpe
+safetensors scipy tiktoken torch tyro
+"""
+OPTIONAL = "triton flash-attn flash-attn-3 psutil nvidia-ml-py lm-eval"
 LEAST_FREE_BYTES = 10 * 2**30
 
 
@@ -58,24 +45,24 @@ def doctor(config: DoctorConfig, home: Home) -> None:
     if config.json:
         print(json.dumps(report))
         return
-    console, missing = build_console(), report.pop("missing")
+    missing = report.pop("missing")
     versions = [f"{name} {version}" for name, version in report["packages"].items() if version]
     for title, facts in (report | {"packages": {"": ", ".join(versions)}}).items():
-        console.print(title)
+        print(title)
         for name, value in facts.items():
             is_size = name.endswith("_bytes") and value is not None
             label = name.removesuffix("_bytes").replace("_", " ")
-            console.print(f"  {label:17} {bytes_text(value) if is_size else value or '-'}")
-    console.print("missing" if missing else "nothing is missing")
+            print(f"  {label:17} {bytes_text(value) if is_size else value or '-'}")
+    print("missing" if missing else "nothing is missing")
     for what, remedy in missing:
-        console.print(f"  {what}: {remedy}")
+        print(f"  {what}: {remedy}")
 
 
 def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
     """Return each section's facts by name, and `missing` as pairs of a thing and its remedy."""
     runtime, machine = build_runtime(config.device, config.dtype), describe_environment()
     del machine["command"]
-    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    packages = {name: _version(name) for name in f"{REQUIRED} {OPTIONAL}".split()}
     report = {
         "machine": machine | {"driver": _driver(), "compiler": _compiler()},
         "device": _describe_device(runtime),
@@ -129,7 +116,7 @@ def _missing(report: dict[str, Any], runtime: Runtime) -> list[tuple[str, str]]:
     machine, packages, home = report["machine"], report["packages"], report["home"]
     blind = machine["driver"] is not None and not torch.cuda.is_available()
     without_triton = runtime.device.type == "cuda" and packages["triton"] is None
-    checks = [(packages[n] is None, f"package {n}", f"pip install {n}") for n in REQUIRED]
+    checks = [(packages[n] is None, f"package {n}", f"pip install {n}") for n in REQUIRED.split()]
     checks += [
         (blind, "a torch that uses the GPU", "bash runs/quickstart.sh, without this .venv"),
         (machine["compiler"] is None, "a C++ compiler, to compile steps", "apt-get install g++"),

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from archerchat.checkpoint import META
-from archerchat.commands.sample import SampleConfig, print_samples
+from archerchat.commands.chat import SampleConfig, print_samples
 from archerchat.config import PositiveInt
 from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.data.shards import data_directory, list_shards, split_shards
@@ -42,7 +41,7 @@ from archerchat.evals.core.results import (
 )
 from archerchat.files import sha256_file, write_json
 from archerchat.home import Home
-from archerchat.inference.loading import InferenceModel, LoadedModel, ModelOptions
+from archerchat.inference.loading import LoadedModel, ModelOptions, build_inference_model
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import Runtime, dtype_name
@@ -79,8 +78,8 @@ class EvalBaseConfig(ModelOptions):
 def evaluate(config: EvalBaseConfig, home: Home) -> None:
     """Run the chosen evaluations and print their results."""
     asked = _names(config.eval, "--eval", EVALUATIONS)
-    default = "" if config.text else ",".join(SPLITS)
-    splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
+    default = [] if config.text else list(SPLITS)
+    splits = _names(config.split, "--split", SPLITS) if config.split else default
     if config.bundle and "core" not in asked:
         raise UsageError("--bundle is for CORE: add --eval core, or leave --bundle out")
     if config.text and not config.text.is_file():
@@ -111,7 +110,7 @@ def _evaluate_core(
     config: EvalBaseConfig, home: Home, loaded: LoadedModel, runtime: Runtime, console: Console
 ) -> CoreResult:
     """Evaluate CORE, resuming an interrupted call, and write the results on the first rank."""
-    model, options = InferenceModel(loaded.model).model, config.core
+    model, options = build_inference_model(loaded.model), config.core
     with joined_ranks(runtime) as ranks:
         find = partial(find_bundle, config.bundle, home.cache_dir, notify=console.print)
         bundle = load_bundle(ranks.first_alone(find))
@@ -131,11 +130,11 @@ def _evaluate_core(
         }
         # Partial evaluations have their own names, so they never replace the whole of CORE.
         offline = is_offline(bundle.tasks)
-        parts = [f"{'offline' if offline else 'core'}_{loaded.step:06d}"]
-        parts += [f"max{options.max_per_task}"] if options.max_per_task else []
-        parts += [f"length{options.max_length}"] if options.max_length else []
-        parts += [about["bundle_sha256"][:8]] if config.bundle and not offline else []
-        path = home.eval_dir("base", loaded.tag) / f"{'_'.join(parts)}.json"
+        name = f"{'offline' if offline else 'core'}_{loaded.step:06d}"
+        name += f"_max{options.max_per_task}" if options.max_per_task else ""
+        name += f"_length{options.max_length}" if options.max_length else ""
+        name += f"_{about['bundle_sha256'][:8]}" if config.bundle and not offline else ""
+        path = home.eval_dir("base", loaded.tag) / f"{name}.json"
         kept = PartialResults(path.with_suffix(".partial.json"), about)
         result = _run_core(evaluation, model, kept, console)
     write_json(path, {**about, **result.to_json()})
@@ -143,10 +142,9 @@ def _evaluate_core(
     for note in describe(result):
         console.print(f"note: {note}")
     low, high = result.interval
-    title = "offline tasks (not CORE):" if offline else "CORE"
     console.print(
-        f"{title} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
-        f"{duration_text(result.seconds)}; {path}"
+        f"{'offline tasks (not CORE):' if offline else 'CORE'} {result.core:.4f} (95 % interval "
+        f"{low:.4f} to {high:.4f}) in {duration_text(result.seconds)}; {path}"
     )
     return result
 
@@ -191,49 +189,32 @@ def _measure_texts(
     config: EvalBaseConfig, home: Home, splits: list[str], loaded: LoadedModel, console: Console
 ) -> dict[str, float]:
     """Measure bits per byte on the splits and the text file; print one table."""
-    trained, device = loaded.meta.get("config") or {}, loaded.model.device
-    length, rows = loaded.model.config.sequence_length, config.device_batch_size
+    model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.meta.get("config") or {}
+    rows, length = config.device_batch_size, model.config.sequence_length
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
-    results: dict[str, float] = {}
+    texts: dict[str, Iterator[tuple[Tensor, Tensor]]] = {}
     if splits:
         data = config.data or trained.get("data")
         if data is None:
             raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
         table.title = f"Bits per byte on {data}"
         train, val = split_shards(list_shards(data_directory(data, home)))
-    for split in splits:
-        with TextLoader(
-            train if split == "train" else val,
-            loaded.tokenizer,
+    for name in splits:
+        loader = TextLoader(
+            train if name == "train" else val,
+            tokenizer,
             batch_size=rows,
             sequence_length=length,
             packing=trained.get("packing", "best-fit"),
-        ) as loader:
-            steps = max(1, config.split_tokens // (rows * length))
-            batches = _iter_batches(loader, device, steps, f"{split} bits per byte", console)
-            results[split] = _measure(split, batches, loaded, table)
+        )
+        steps = max(1, config.split_tokens // (rows * length))
+        texts[name] = _iter_batches(loader, model.device, steps, f"{name} bits per byte", console)
     if config.text:
-        batches = iter_text_batches(config.text, loaded.tokenizer, rows, length, device)
-        results[str(config.text)] = _measure(config.text.name, batches, loaded, table)
-    console.print(table)
-    return results
-
-
-def _iter_batches(
-    loader: TextLoader, device: torch.device, steps: int, title: str, console: Console
-) -> Iterator[tuple[Tensor, Tensor]]:
-    with LiveLine(console, title, steps) as line:
-        for step, batch in enumerate(islice(loader, steps)):
-            line.show(f"{title} | batch {step + 1} of {steps}", step)
-            inputs, targets = torch.from_numpy(batch.stacked).to(device)
-            yield inputs, targets
-
-
-def _measure(
-    name: str, batches: Iterator[tuple[Tensor, Tensor]], loaded: LoadedModel, table: Table
-) -> float:
-    """Measure bits per byte on batches, and add a line to the table."""
-    model, started, tokens = loaded.model, time.perf_counter(), 0
+        batches = iter_text_batches(config.text, tokenizer, rows, length, model.device)
+        texts[str(config.text)] = batches
+    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(model.device)
+    results: dict[str, float] = {}
+    tokens = 0
 
     def losses(inputs: Tensor, targets: Tensor) -> Tensor:
         nonlocal tokens
@@ -241,8 +222,20 @@ def _measure(
         hidden = model.hidden(inputs)
         return token_losses(hidden, model.unembedding.weight, targets, model.config.vocab_size)
 
-    token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes).to(model.device)
-    bits = evaluate_bits_per_byte(losses, batches, token_bytes)
-    rate = tokens / (time.perf_counter() - started)
-    table.add_row(name, f"{bits:.4f}", f"{tokens:,}", f"{rate:,.0f}")
-    return bits
+    for name, batches in texts.items():
+        started, tokens = time.perf_counter(), 0
+        bits = results[name] = evaluate_bits_per_byte(losses, batches, token_bytes)
+        rate = tokens / (time.perf_counter() - started)
+        table.add_row(Path(name).name, f"{bits:.4f}", f"{tokens:,}", f"{rate:,.0f}")
+    console.print(table)
+    return results
+
+
+def _iter_batches(
+    loader: TextLoader, device: torch.device, steps: int, title: str, console: Console
+) -> Iterator[tuple[Tensor, Tensor]]:
+    with loader, LiveLine(console, title, steps) as line:
+        for step, batch in enumerate(islice(loader, steps)):
+            line.show(f"{title} | batch {step + 1} of {steps}", step)
+            inputs, targets = torch.from_numpy(batch.stacked).to(device)
+            yield inputs, targets

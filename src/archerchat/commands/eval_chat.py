@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
-from archerchat.config import PositiveInt
+from archerchat.config import PositiveInt, StageName
 from archerchat.console import LiveLine, build_console, build_table
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
@@ -45,7 +45,7 @@ SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=5
 class EvalChatConfig(ModelOptions):
     """Evaluate a chat model on ChatCORE's tasks or others."""
 
-    source: Literal["sft", "rl", "base"] = "sft"
+    source: StageName = "sft"
     """Stage to load: base, sft or rl."""
     tasks: str | None = None
     """Tasks, separated by commas, each with an optional limit, such as GSM8K:200,MMLU. Defaults to
@@ -73,8 +73,8 @@ class EvalChatConfig(ModelOptions):
             )
 
 
-def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
-    """Evaluate the tasks one by one and return the figures.
+def evaluate(config: EvalChatConfig, home: Home) -> None:
+    """Evaluate the tasks one by one, and print and write the figures.
 
     The results are written after each task, to a `.partial.json` until all tasks are done.
     """
@@ -93,8 +93,8 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         "sampling": asdict(sampling),
         "limits": limits,
     }
-    folder = home.eval_dir(config.source, loaded.tag)
-    path = config.json or folder / file_name(loaded.step, limits, sampling)
+    name = file_name(loaded.step, limits, sampling)
+    path = config.json or home.eval_dir(config.source, loaded.tag) / name
     unfinished = path.with_suffix(".partial.json")
     results, answers = list[ChatTaskResult](), list[dict[str, Any]]()
     with joined_ranks(runtime) as ranks:
@@ -102,28 +102,28 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         tasks = ranks.first_alone(
             lambda: [limited(build_task(name, "test", files), n) for name, n in limits.items()]
         )
-        tokenizer, on_cuda = loaded.tokenizer, loaded.model.device.type == "cuda"
+        on_cuda = loaded.model.device.type == "cuda"
         engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
-            judged: list[Answer] = []
+            keep = partial(_keep, answers, task)
             with LiveLine(console, task.name) as line:
-                show, keep = partial(_show, line, task), judged.append
-                result = evaluate_task(engine, tokenizer, task, sampling, ranks, show, keep)
+                show = partial(_show, line, task)
+                result = evaluate_task(engine, loaded.tokenizer, task, sampling, ranks, show, keep)
             console.print(_sentence(result))
             results.append(result)
-            answers += [_describe(task, answer) for answer in judged]
-            figures |= _figures(results, complete=len(results) == len(tasks))
+            complete = len(results) == len(tasks)
+            figures |= {"complete": complete, "tasks": {r.label: r.to_json() for r in results}}
+            if core := chatcore(results):
+                figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
             if runtime.is_master:
-                write_json(path if figures["complete"] else unfinished, figures)
+                write_json(path if complete else unfinished, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
-                target = config.answers.with_name(config.answers.name + suffix)
-                write_lines(target, answers)
+                write_lines(config.answers.with_name(config.answers.name + suffix), answers)
     if runtime.is_master:
         unfinished.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
     console.print(f"figures in {path}", style="dim")
-    return figures
 
 
 def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, int | None]:
@@ -160,8 +160,8 @@ def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
     line.show(f"{task.name}: {done}/{total} | {speed}", done, total)
 
 
-def _describe(task: Task, answer: Answer) -> dict[str, Any]:
-    return {
+def _keep(answers: list[dict[str, Any]], task: Task, answer: Answer) -> None:
+    values = {
         "task": task.name,
         "problem": answer.problem,
         "sample": answer.sample,
@@ -170,14 +170,7 @@ def _describe(task: Task, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.completion.finish_reason,
         "text": answer.text,
     }
-
-
-def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
-    tasks = {result.label: result.to_json() for result in results}
-    figures: dict[str, Any] = {"complete": complete, "tasks": tasks}
-    if (core := chatcore(results)) is not None:
-        figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
-    return figures
+    answers.append(values)
 
 
 def _sentence(result: ChatTaskResult) -> str:
@@ -213,8 +206,8 @@ def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
             f"{result.random_baseline:.2f}",
             f"{result.centred:.4f}",
         )
-    if (core := chatcore(results)) is not None:
-        low, high = core[1]
+    if core := chatcore(results):
+        score, (low, high) = core
         table.add_section()
-        table.add_row("ChatCORE", "", "", f"{low:.4f}–{high:.4f}", "", "", f"{core[0]:.4f}")
+        table.add_row("ChatCORE", "", "", f"{low:.4f}–{high:.4f}", "", "", f"{score:.4f}")
     return table

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub import HfApi
-from jinja2 import Environment, StrictUndefined
 
-from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
-from archerchat.config import Config, DtypeName
-from archerchat.console import build_console, bytes_text, duration_text
+from archerchat.checkpoint import find_checkpoint, load_checkpoint
+from archerchat.commands.models import find_stages, size_text
+from archerchat.config import Config, DtypeName, StageName
 from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.flops import count_parameters
-from archerchat.report.charts import compact
+from archerchat.report.document import build_environment
 from archerchat.report.results import SCORES, latest, load_results
-from archerchat.report.runs import STAGES
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.layouts import Layout, render_layout, write_lines
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
-
-FORMATS = {"archerchat": OURS, "transformers": THEIRS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ class ExportOptions(Config):
 
     tag: str
     """Name of the model."""
-    stage: Literal["base", "sft", "rl"] | None = None
+    stage: StageName | None = None
     """Stage to export: base, sft or rl. Defaults to the latest stage of the model."""
     step: int | None = None
     """Step of the checkpoint. Defaults to the latest."""
@@ -93,8 +90,7 @@ class ConversationsConfig(Config):
 def export_huggingface(config: ExportConfig, home: Home) -> None:
     """Write the folder and print its size."""
     _write(config, home, config.directory, config.directory.name)
-    size = sum(file.stat().st_size for file in config.directory.iterdir())
-    build_console().print(f"exported {config.tag} to {config.directory} ({bytes_text(size)})")
+    print(f"exported {config.tag} to {config.directory} ({size_text(config.directory)})")
 
 
 def push(config: PushConfig, home: Home) -> None:
@@ -115,25 +111,24 @@ def push(config: PushConfig, home: Home) -> None:
             done = api.upload_folder(
                 repo_id=config.repo, folder_path=directory, commit_message=message
             )
-    build_console().print(f"pushed {config.tag} to {config.repo}: {done.commit_url}")
+    print(f"pushed {config.tag} to {config.repo}: {done.commit_url}")
 
 
 def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:
     """Export a model to `directory`; users will load it by `name`."""
     if options.dtype == "float16":
         raise UsageError("--dtype float16: its squared ReLUs overflow; choose bfloat16 or float32")
-    stages = [s for s in STAGES if options.tag in {path.name for path in list_models(home, s)}]
-    stage = options.stage or (stages or ["base"])[-1]
-    path = find_checkpoint(find_model(home, stage, options.tag), options.step)
+    model = find_stages(home, options.tag, options.stage)[-1]
+    stage, path = model.parent.name, find_checkpoint(model, options.step)
     checkpoint = load_checkpoint(path, sections=("model",))
     config, tokenizer = read_model_config(checkpoint), find_model_tokenizer(home, checkpoint)
-    model_type = FORMATS.get(options.format or "", OURS if lost_parts(config) else THEIRS)
-    results = load_results(home, stage, options.tag)
-    try:
+    usual = OURS if lost_parts(config) else THEIRS
+    model_type = {"archerchat": OURS, "transformers": THEIRS, None: usual}[options.format]
+    results, loop = load_results(home, stage, options.tag), None
+    with suppress(CheckpointError):  # an imported model has none
         loop = load_checkpoint(path, sections=("loop",)).state["loop"]
-    except CheckpointError:  # an imported model has none
-        loop = None
-    card = _render_card(
+    environment = build_environment(Path(__file__).parent)
+    card = environment.get_template("model_card.md").render(
         name=name,
         stage=stage,
         step=checkpoint.step,
@@ -158,14 +153,6 @@ def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> No
     )
 
 
-def _render_card(**values: Any) -> str:
-    """Return the model card: what the model is, how it was trained, what it scored."""
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"compact": compact, "duration": duration_text}
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return environment.from_string(template).render(values)
-
-
 def export_conversations(config: ConversationsConfig, home: Home) -> None:
     """Write one line per conversation."""
     if config.file.exists():
@@ -179,4 +166,4 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
         rows, _ = build_mixtures(mixture, files)
     chosen = (rows[index] for index in range(len(rows)))
     write_lines(config.file, (render_layout(row, config.layout) for row in chosen))
-    build_console().print(f"wrote {len(rows):,} conversations to {config.file}")
+    print(f"wrote {len(rows):,} conversations to {config.file}")

@@ -6,9 +6,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from rich.console import Console
 
 from archerchat.checkpoint import (
     find_checkpoint,
@@ -17,13 +14,13 @@ from archerchat.checkpoint import (
     prune_checkpoints,
     saved_at,
 )
-from archerchat.config import Config, PositiveInt
-from archerchat.console import build_table, bytes_text, duration_text
+from archerchat.config import STAGES, Config, PositiveInt, StageName
+from archerchat.console import build_console, build_table, bytes_text, duration_text
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home, check_name
 from archerchat.inference.loading import read_bits_per_byte
-from archerchat.report.runs import RENAMES, STAGES, read_renames
+from archerchat.report.runs import RENAMES, read_renames
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class ChangeConfig(Config):
 
     tag: str
     """Name of the model."""
-    stage: Literal["base", "sft", "rl"] | None = None
+    stage: StageName | None = None
     """Stage to change: base, sft or rl. Defaults to all."""
 
 
@@ -83,11 +80,10 @@ def show(config: ListConfig, home: Home) -> None:
             shown = ("… " if len(steps) > 2 else "") + ", ".join(map(str, steps[-2:]))
             measured = "–" if bits is None else f"{bits:.4f}"
             age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
-            table.add_row(stage, path.name, shown, measured, _size_text(path), age)
+            table.add_row(stage, path.name, shown, measured, size_text(path), age)
     if table.row_count:
-        console = Console(markup=False, emoji=False, highlight=False)
-        console.print(table)
-        console.print("Commands take the first of a stage unless --model-tag names another.")
+        build_console().print(table)
+        print("Commands take the first of a stage unless --model-tag names another.")
     else:
         print(f"no models in {home.root}: train one (archerchat pretrain), or import one")
 
@@ -95,7 +91,7 @@ def show(config: ListConfig, home: Home) -> None:
 def rename(config: RenameConfig, home: Home) -> None:
     """Rename a model at all stages."""
     check_name(config.new, "model tag")
-    sources = _find(home, config.old, None)
+    sources = find_stages(home, config.old, None)
     results = [home.eval_dir(stage, config.old) for stage in STAGES]
     pairs = [(p, p.with_name(config.new)) for p in (*sources, *filter(Path.is_dir, results))]
     if taken := [target for _, target in pairs if target.exists()]:
@@ -113,7 +109,7 @@ def rename(config: RenameConfig, home: Home) -> None:
 
 def remove(config: RemoveConfig, home: Home) -> None:
     """Delete a model's checkpoints."""
-    found = {p: f"{p} ({_size_text(p)})" for p in _find(home, config.tag, config.stage)}
+    found = {p: f"{p} ({size_text(p)})" for p in find_stages(home, config.tag, config.stage)}
     if not config.yes:
         raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
     for path, text in found.items():
@@ -124,7 +120,7 @@ def remove(config: RemoveConfig, home: Home) -> None:
 
 def prune(config: PruneConfig, home: Home) -> None:
     """Delete a model's older checkpoints."""
-    for path in _find(home, config.tag, config.stage):
+    for path in find_stages(home, config.tag, config.stage):
         before = list_checkpoints(path)
         with exclusive(path):
             prune_checkpoints(path, before[-1], config.keep_last)
@@ -133,7 +129,7 @@ def prune(config: PruneConfig, home: Home) -> None:
         print(f"{path}: {len(before) - len(kept)} checkpoint(s) deleted, kept steps {steps}")
 
 
-def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
+def find_stages(home: Home, tag: str, stage: str | None) -> list[Path]:
     """Return the directories of a model, one for each stage that it went through."""
     stages = STAGES if stage is None else (stage,)
     known = [path for each in stages for path in list_models(home, each)]
@@ -144,5 +140,6 @@ def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
     raise UsageError(f"no {kind} {tag!r} in {home.root}; there is {names}")
 
 
-def _size_text(path: Path) -> str:
+def size_text(path: Path) -> str:
+    """Return the size of all files below a directory, for people."""
     return bytes_text(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))

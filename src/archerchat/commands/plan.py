@@ -8,18 +8,17 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
-from archerchat.console import bytes_text, duration_text
+from archerchat.console import duration_text
 from archerchat.data.hub import SOURCES
 from archerchat.data.shards import data_directory, list_shards, list_sources, split_shards
 from archerchat.data.text_sample import measure_text
 from archerchat.home import Home
 from archerchat.planning.memory import CPU_TOKENS, RESERVED_SHARE
 from archerchat.planning.plan import PlanConfig, build_plan
-from archerchat.report.charts import compact
+from archerchat.report.document import build_environment
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 
 
@@ -42,10 +41,11 @@ def plan(config: PlanConfig, home: Home) -> None:
     # A plan for another machine does not use the text that is on this one, unless --data names it.
     here = [] if config.gpu else [source.name for source in list_sources(home)]
     own = config.data or ("" if "climbmix" in here or not here else here[0])
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"bytes": bytes_text, "compact": compact, "days": _days}
-    template = environment.from_string(Path(__file__).with_suffix(".txt").read_text("utf-8"))
-    tables = template.render(
+    environment = build_environment(Path(__file__).parent)
+    environment.filters["days"] = lambda hours: (
+        duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"
+    )
+    tables = environment.get_template("plan.txt").render(
         content,
         config=config,
         text=text,
@@ -99,7 +99,3 @@ def _commands(config: PlanConfig, content: dict[str, Any], own: str) -> list[str
     if not own:
         commands.insert(0, f"data download --num-shards {content['data']['train_shards']}")
     return [f"archerchat {command}" for command in commands]
-
-
-def _days(hours: float) -> str:
-    return duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"

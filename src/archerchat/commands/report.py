@@ -1,4 +1,4 @@
-"""`archerchat report` and `archerchat report scaling`: reports of a model and of a scaling law."""
+"""`archerchat report`, `report scaling` and `compare`: what runs show, alone and side by side."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from archerchat.config import Config
-from archerchat.console import build_console
-from archerchat.errors import UsageError
-from archerchat.files import write_json
+from archerchat.console import build_console, build_table
+from archerchat.errors import ArcherChatError, UsageError
+from archerchat.files import write_bytes, write_json
 from archerchat.home import Home, check_name
 from archerchat.planning.gpus import Prices
+from archerchat.report.comparison import (
+    compare,
+    compute_multiplier,
+    draw_comparison,
+    read_course,
+)
 from archerchat.report.document import CHARTS, HTML, MARKDOWN
 from archerchat.report.report import build_training_report, gather
 from archerchat.report.scaling import Parameters, build_scaling_report, fit_runs, gather_sizes
@@ -44,7 +50,7 @@ def report(config: ReportConfig, home: Home) -> None:
     directory = target_directory(config.out, home, runs[-1].model_tag)
     paths = build_training_report(runs, results, config.prices).write(directory)
     title = f"report of {', '.join(run.tag for run in runs)}:"
-    build_console().print("\n  ".join([title, *map(str, paths)]))
+    print("\n  ".join([title, *map(str, paths)]))
 
 
 def target_directory(out: Path | None, home: Home, name: str) -> Path:
@@ -85,11 +91,6 @@ class ScalingConfig:
 
 def report_scaling(config: ScalingConfig, home: Home) -> None:
     """Fit the law, write the report, and print both the law and the report's path."""
-    if len(config.runs) < 2:
-        raise UsageError(
-            f"a law needs more than {len(config.runs)} run(s): name at least two, as in "
-            "`archerchat report scaling d6 d8 d10`"
-        )
     if twice := [tag for tag in config.runs if config.runs.count(tag) > 1]:
         raise UsageError(f"run {twice[0]!r} is named twice: name each once")
     runs = gather_sizes(home, config.runs, config.metric, config.parameters)
@@ -106,4 +107,54 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
             "runs": [asdict(run) | {"predicted": law.predict_run(run)} for run in runs],
         }
         write_json(config.json, figures)
-    build_console().print("\n  ".join([f"{law}\n{reason}", *map(str, paths)]))
+    print("\n  ".join([f"{law}\n{reason}", *map(str, paths)]))
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare two runs in loss, bits per byte, CORE and ChatCORE.
+
+    The exit code is 0 if they agree and 1 if they differ.
+    """
+
+    first: str
+    """FIRST: name of a run."""
+    second: str
+    """SECOND: name of another run, or a file with the reference's printed log."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+    plot: Path | None = None
+    """Also draw both curves of bits per byte, or of the loss if one has too few, to this SVG
+    file."""
+
+
+def run_comparison(config: CompareConfig, home: Home) -> None:
+    """Print the figures that both have, those that differ too much, and the compute multiplier."""
+    first, second = read_course(home, config.first), read_course(home, config.second)
+    rows, multiplier = compare(first, second), compute_multiplier(first, second)
+    if not any(row.limit for row in rows):
+        raise UsageError(f"{first.name} and {second.name} have no figure in common to compare")
+    names = Path(first.name).name, Path(second.name).name
+    table = build_table("", *names, "difference", "limit", "")
+    for row in rows:
+        figures = (row.first, row.second, row.difference)
+        shown = (f"{figure:,.{0 if abs(figure) >= 1000 else 4}f}" for figure in figures)
+        verdict = {None: "", True: "agrees", False: "DIFFERS"}[row.agrees]
+        table.add_row(row.name, *shown, f"{row.limit:g}" if row.limit else "", verdict)
+    build_console().print(table)
+    if multiplier:
+        print("compute multiplier of {}: {:.3f}".format(*multiplier))
+    differing = [row.name for row in rows if row.agrees is False]
+    if config.json is not None:
+        content = {
+            "rows": [asdict(row) | {"agrees": row.agrees} for row in rows],
+            "compute_multiplier": multiplier and {"run": multiplier[0], "factor": multiplier[1]},
+            "agree": not differing,
+        }
+        write_json(config.json, content)
+    if config.plot is not None:
+        write_bytes(config.plot, draw_comparison(first, second).encode())
+    if differing:
+        raise ArcherChatError(
+            f"{first.name} and {second.name} do not agree in {', '.join(differing)}"
+        )

@@ -39,8 +39,16 @@ def serve(config: ServeConfig, home: Home) -> None:
         app = build_front(home, config, copies)
     else:
         prepare_process(runtime)
-    listener = _listen(config.host, config.port)
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    family, host = socket.AF_INET, config.host
+    if ":" in host:
+        family, host = socket.AF_INET6, f"[{host}]"
+    try:
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {config.host}:{config.port}: {os.strerror(error.errno or 0)}; "
+            "--port names another"
+        ) from error
     url = f"http://{host}:{listener.getsockname()[1]}/"
     print(f"{url} is the page; the API is under /v1", flush=True)
     settings = uvicorn.Config(
@@ -52,13 +60,3 @@ def serve(config: ServeConfig, home: Home) -> None:
     )
     gc.freeze()  # so that the collector does not scan all libraries' objects while clients wait
     uvicorn.Server(settings).run(sockets=[listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; --port names another"
-        ) from error

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from archerchat.config import Config, PositiveInt
 from archerchat.console import LiveLine, build_console, build_table
@@ -23,7 +20,6 @@ from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, find_tokenizer, 
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
-    Compression,
     PublishedVocabulary,
     load_samples,
     measure_compression,
@@ -151,30 +147,45 @@ def _identify(shard: Path) -> dict[str, Any]:
 
 def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
     """Print, and optionally write, a table of bytes per token by text and vocabulary."""
-    console = build_console()
     tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
     vocabularies = {OURS: tokenizer}
     for published, given in ((GPT2, config.gpt2_ranks), (GPT4, config.gpt4_ranks)):
-        if (found := _find_published(published, given, home.cache_dir, console)) is not None:
+        if (found := _find_published(published, given, home.cache_dir)) is not None:
             vocabularies[published.title] = found
     sizes = {title: int((each.token_bytes > 0).sum()) for title, each in vocabularies.items()}
     encoders = {title: each.encode for title, each in vocabularies.items()}
-    texts = _shard_texts(config, tokenizer, home, console)
+    texts = _shard_texts(config, tokenizer, home)
     texts |= {name: [text] for name, text in load_samples().items()}
     rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
-    console.print(_table(rows, sizes))
+    columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
+    title = "Bytes per token (in brackets: ours divided by theirs)"
+    table = build_table("text", "bytes", *columns, title=title)
+    for row in rows:
+        cells = [f"{row.bytes_per_token(OURS):.2f}"]
+        for title in list(sizes)[1:]:
+            cells.append(f"{row.bytes_per_token(title):.2f} ({row.ratio(OURS, title):.2f}x)")
+        table.add_row(row.text, f"{row.num_bytes:,}", *cells)
+    build_console().print(table)
     if config.json is not None:
         figures = {
             "tokenizer": config.name,
             "fingerprint": tokenizer.fingerprint,
             "vocabulary_sizes": sizes,
-            "texts": {row.text: _as_json(row) for row in rows},
+            "texts": {
+                row.text: {
+                    "bytes": row.num_bytes,
+                    "tokens": dict(row.tokens),
+                    "bytes_per_token": {title: row.bytes_per_token(title) for title in sizes},
+                    "ratio": {title: row.ratio(OURS, title) for title in sizes if title != OURS},
+                }
+                for row in rows
+            },
         }
         write_json(config.json, figures)
 
 
 def _find_published(
-    published: PublishedVocabulary, given: Path | None, cache_dir: Path, console: Console
+    published: PublishedVocabulary, given: Path | None, cache_dir: Path
 ) -> Tokenizer | None:
     """Load a vocabulary from the given file, and cache the file, or from the cache."""
     cached = cache_dir / published.file_name
@@ -182,7 +193,7 @@ def _find_published(
     if given and not given.is_file():
         raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
     if not source.is_file():
-        console.print(
+        print(
             f"no {published.title} vocabulary to compare with: give {published.file_name} with "
             f"{flag}, or put it in {cache_dir}"
         )
@@ -195,7 +206,7 @@ def _find_published(
 
 
 def _shard_texts(
-    config: TokenizerEvalConfig, tokenizer: Tokenizer, home: Home, console: Console
+    config: TokenizerEvalConfig, tokenizer: Tokenizer, home: Home
 ) -> dict[str, list[str]]:
     """Return documents of the first train shards and of the validation shard, if there is data."""
     data = config.data or tokenizer.provenance.get("data")
@@ -206,37 +217,13 @@ def _shard_texts(
     except (DataError, UsageError) as error:
         if config.data is not None:
             raise
-        console.print(f"built-in samples only: {error}")
+        print(f"built-in samples only: {error}")
         return {}
-    texts = [_take(iter_documents(shards), config.max_chars) for shards in splits]
-    return dict(zip(("train", "validation"), texts, strict=True))
-
-
-def _take(documents: Iterable[str], max_chars: int) -> list[str]:
-    taken, remaining = list[str](), max_chars
-    for document in documents:
-        taken.append(document[:remaining])
-        if (remaining := remaining - len(document)) <= 0:
-            break
-    return taken
-
-
-def _table(rows: Sequence[Compression], sizes: Mapping[str, int]) -> Table:
-    columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
-    title = "Bytes per token (in brackets: ours divided by theirs)"
-    table = build_table("text", "bytes", *columns, title=title)
-    for row in rows:
-        cells = [f"{row.bytes_per_token(OURS):.2f}"]
-        for title in list(sizes)[1:]:
-            cells.append(f"{row.bytes_per_token(title):.2f} ({row.ratio(OURS, title):.2f}x)")
-        table.add_row(row.text, f"{row.num_bytes:,}", *cells)
-    return table
-
-
-def _as_json(row: Compression) -> dict[str, Any]:
-    return {
-        "bytes": row.num_bytes,
-        "tokens": dict(row.tokens),
-        "bytes_per_token": {title: row.bytes_per_token(title) for title in row.tokens},
-        "ratio": {title: row.ratio(OURS, title) for title in row.tokens if title != OURS},
-    }
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for taken, shards in zip(texts.values(), splits, strict=True):
+        remaining = config.max_chars
+        for document in iter_documents(shards):
+            taken.append(document[:remaining])
+            if (remaining := remaining - len(document)) <= 0:
+                break
+    return texts

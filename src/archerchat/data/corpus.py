@@ -152,8 +152,7 @@ def _list_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 def _facts_by_file(recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
     single = Path(recipe.get("folder", "")).name  # whose own recipe calls it "."
-    files = recipe.get("files", [])
-    return {single if name == "." else str(name): facts for name, *facts in files}
+    return {single if name == "." else str(name): facts for name, *facts in recipe.get("files", [])}
 
 
 def _write_corpus(

@@ -79,8 +79,7 @@ class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
     def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
         """Yield each batch after `state` with the state after it.
 
-        `self` is the thread's own copy of the loader. What it assigns, such as its packer, does not
-        exist in the caller's loader, which learns only of the yielded states.
+        `self` is the thread's own copy of the loader; the caller's never sees what it assigns.
         """
 
     @abstractmethod

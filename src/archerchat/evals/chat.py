@@ -271,7 +271,7 @@ def choose_letters(
     chosen = [""] * len(prompts)
     done = 0
     for batch in iter_batches([len(prompt) for prompt in prompts]):
-        logits = prefill(model, [prompts[i] for i in batch]).last_logits().cpu()
+        logits = prefill(model, [prompts[i] for i in batch]).last_logits.cpu()
         for row, index in zip(logits, batch, strict=True):
             letters = questions[index]["letters"]
             tokens = [letter_token(tokenizer, letter) for letter in letters]

@@ -12,7 +12,6 @@ Options of sampling are the fields of `SamplingParams`, as on the command line.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.inference.prefill import score_prompts
 from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.scheduler import common_length
 from archerchat.runtime import build_runtime, prepare_process
 
 
@@ -47,19 +47,16 @@ class Model:
     def score(self, prompt: str, *continuations: str) -> list[float]:
         """Return the log probability of each continuation of the prompt, in nats.
 
-        Tokens that prompt and continuation do not share with the prompt alone are scored.
+        Scored are the tokens from the first one that the prompt alone does not have.
         """
         tokenizer = self.loaded.tokenizer
         texts = [prompt, *(prompt + each for each in continuations)]
         alone, *rows = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in texts)
-        if not rows:
-            return []
-        scores = []
-        for row, found in zip(rows, score_prompts(self.engine.model, rows, top=0), strict=True):
-            shared = takewhile(lambda pair: pair[0] == pair[1], zip(alone, row, strict=False))
-            start = len(list(shared))
-            scores.append(sum(each.logprob for each in found[start:] if each is not None))
-        return scores
+        found = score_prompts(self.engine.model, rows, top=0) if rows else []
+        return [
+            sum(each.logprob for each in scores[common_length(alone, row) :] if each is not None)
+            for row, scores in zip(rows, found, strict=True)
+        ]
 
     def chat(self, system: str | None = None, **sampling: Any) -> ChatSession:
         """Start a conversation, best with a model of stage sft or rl."""
@@ -78,7 +75,7 @@ def load(
     """Load a model: by default the latest step of the base model saved last, on the best device.
 
     Args:
-        tag, stage, step: as in `archerchat sample`; stage is base, sft or rl.
+        stage: base, sft or rl.
         home: folder of the models; by default `ARCHERCHAT_HOME`.
 
     Raises:

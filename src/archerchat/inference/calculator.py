@@ -31,7 +31,8 @@ _COUNT = re.compile(
     r"""\s*(?P<quote>['"])(?P<text>[^'"\\\n]*)(?P=quote)\s*\.\s*count\s*"""
     r"""\(\s*(?P<mark>['"])(?P<part>[^'"\\\n]*)(?P=mark)\s*\)\s*"""
 )
-_TOKEN = re.compile(r" *(?:(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)|(?P<sign>//|[-+*/()])) *")
+# Numbers as Python reads them: 007.5 is one, 007 is not.
+_TOKEN = re.compile(r"[0-9]+\.[0-9]*|\.[0-9]+|(?:0+|[1-9][0-9]*)(?![0-9.])|//|[-+*/()]")
 _OPERATIONS: dict[str, tuple[int, Callable[[Fraction, Fraction], Fraction | int]]] = {
     "+": (1, operator.add),
     "-": (1, operator.sub),
@@ -52,38 +53,20 @@ def evaluate(expression: str) -> str | None:
         return None
     if count := _COUNT.fullmatch(expression):
         return str(count["text"].count(count["part"]))
+    text = expression.strip(" \t\r\n").replace(",", "")
+    tokens = _TOKEN.findall(text)
+    if "".join(tokens) != text.replace(" ", "") or max(map(len, tokens), default=0) > MAX_DIGITS:
+        return None
+    tokens.reverse()  # the last one comes first
     try:
-        tokens = _split(expression.strip(" \t\r\n").replace(",", ""))
         value = _value(tokens)
         if tokens:
             return None
         if value.denominator == 1:
             return str(value.numerator)
         return f"{Decimal(str(float(value))):f}".removesuffix(".0")
-    except (_Refused, ArithmeticError):
+    except ArithmeticError:
         return None
-
-
-class _Refused(Exception):
-    """This is not arithmetic, or too much of it."""
-
-
-def _split(text: str) -> list[str]:
-    """Cut `text` into numbers and signs, the last one first."""
-    tokens, position = [], 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None or (match["number"] and not _is_number(match["number"])):
-            raise _Refused
-        tokens.append(match["number"] or match["sign"])
-        position = match.end()
-    return tokens[::-1]
-
-
-def _is_number(digits: str) -> bool:
-    """Whether Python would read `digits` as a number; it would not read `007`."""
-    leading_zero = digits.isdigit() and digits.startswith("0") and digits.strip("0") != ""
-    return len(digits) <= MAX_DIGITS and not leading_zero
 
 
 def _value(tokens: list[str], strength: int = 1, nesting: int = 0) -> Fraction:
@@ -104,9 +87,9 @@ def _operand(tokens: list[str], nesting: int) -> Fraction:
     if token == "(" and nesting < MAX_NESTING:
         result = _value(tokens, nesting=nesting + 1)
         if not tokens or tokens.pop() != ")":
-            raise _Refused
+            raise ArithmeticError("an open parenthesis")
     elif token[:1].isdigit() or token[:1] == ".":
         result = Fraction(token)
     else:
-        raise _Refused
+        raise ArithmeticError("not an expression, or nested too deeply")
     return -result if negative else result

@@ -15,28 +15,29 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from archerchat.errors import UsageError
 from archerchat.inference.calculator import evaluate as calculate
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Completion, Request
-from archerchat.inference.tools import AnswerReader, Piece, ToolUse, answer_stop_ids, read_parts
+from archerchat.inference.tools import AnswerReader, Piece, ToolUse, read_parts
+from archerchat.tasks.conversation import Conversation, assistant, user
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import encode_answer
 
 CHAT_SAMPLING = SamplingParams(max_new_tokens=512, temperature=0.6, top_k=50)
 MIN_ROOM_SHARE = 4
-"""One over this share of the context is kept for the answer, unless less is asked for."""
+"""One over the share of the context that is kept for the answer, unless less is asked for."""
 
 
 def build_answer_request(
     tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams
 ) -> Request:
     """Ask for an answer: the assistant's end stops it, and it may use the calculator."""
-    stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
-    params = replace(params, stop_token_ids=stop_token_ids)
+    ends = tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
+    params = replace(params, stop_token_ids=(*ends, *params.stop_token_ids))
     decode = tokenizer.decode if params.stop else None
     return Request(prompt, params, partial(ToolUse, tokenizer, calculate), decode)
 
@@ -53,12 +54,11 @@ class ContextFull(UsageError):
     """Report a conversation that leaves no room for an answer."""
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What the user said and what was answered."""
 
     message: str
-    answer: tuple[int, ...]
+    answer: Sequence[int]
 
 
 @dataclass
@@ -84,23 +84,18 @@ class ChatSession:
         self.forgotten, self.completion = 0, Completion()
 
     def resume(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
-        """Take over a conversation; return its last message and what is said already to it.
-
-        Args:
-            messages: as `tasks.conversation` has them, at least one of them the user's.
-        """
+        """Take over a conversation that has a user's message; return the last one, and what is
+        said to it already."""
         turns = list(messages)
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         encode = partial(encode_answer, self.tokenizer)
         said = encode(turns.pop()["content"]) if turns[-1]["role"] == "assistant" else []
-        pairs = zip(turns[::2], turns[1::2], strict=False)
-        self.turns = [Turn(user["content"], tuple(encode(a["content"]))) for user, a in pairs]
-        return turns[-1]["content"], said
+        *earlier, message = (each["content"] for each in turns)
+        self.turns = list(map(Turn, earlier[::2], map(encode, earlier[1::2])))
+        return message, said
 
     def answer(self, message: str) -> Generator[Piece]:
-        """Yield the answer to `message` as it comes.
-
-        Closing the iterator ends the answer there; what was said is kept.
+        """Yield the answer to `message` as it comes; closing the iterator ends it there.
 
         Raises:
             UsageError: the message is empty, or does not fit into the context; the conversation
@@ -125,21 +120,16 @@ class ChatSession:
                         yield from reader.read(event.token)
             yield from reader.finish()
         finally:
-            self.turns.append(Turn(message, tuple(self.completion.token_ids)))
+            self.turns.append(Turn(message, self.completion.token_ids))
 
-    def to_conversation(self) -> dict[str, object]:
+    def to_conversation(self) -> Conversation:
         """Return all answered turns as a conversation that training reads too."""
-        messages: list[dict[str, object]] = []
-        if self.system is not None:
-            messages.append({"role": "system", "content": self.system})
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         for turn in self.turns:
             parts = read_parts(self.tokenizer, turn.answer, self.params.stop)
-            if not parts:
-                continue
-            plain = len(parts) == 1 and parts[0]["type"] == "text"
-            content: object = parts[0]["text"] if plain else parts
-            messages.append({"role": "user", "content": turn.message})
-            messages.append({"role": "assistant", "content": content})
+            plain = [each["type"] for each in parts] == ["text"]
+            if parts:
+                messages += [user(turn.message), assistant(parts[0]["text"] if plain else parts)]
         return {"messages": messages}
 
     def build_request(self, message: str, said: Sequence[int] = (), forget: bool = True) -> Request:
@@ -147,19 +137,17 @@ class ChatSession:
 
         Args:
             said: the beginning of the answer.
-            forget: whether to leave out turns to make room; `forgotten` then says how many.
+            forget: whether turns may be left out.
 
         Raises:
             ContextFull: the prompt leaves no room.
         """
         limit = self.engine.max_length
         most = limit - min(self.params.max_new_tokens, max(1, limit // MIN_ROOM_SHARE))
-
-        def fits(first: int) -> bool:
-            return len(self.render(message, said, first)) <= most
-
         choices = range(len(self.turns) if forget else 0)
-        self.forgotten = bisect_left(choices, True, key=fits)
+        self.forgotten = bisect_left(
+            choices, True, key=lambda first: len(self.render(message, said, first)) <= most
+        )
         prompt = self.render(message, said, self.forgotten)
         if len(prompt) >= limit:
             raise ContextFull(
@@ -172,7 +160,7 @@ class ChatSession:
         special, encode = self.tokenizer.special_id, self.tokenizer.encode
         ids = [self.tokenizer.bos_id]
         joined = "" if self.system is None else f"{self.system}\n\n"
-        for turn in [*self.turns[first:], Turn(message, tuple(said))]:
+        for turn in [*self.turns[first:], Turn(message, said)]:
             ids += [special("<|user_start|>"), *encode(joined + turn.message)]
             ids += [special("<|user_end|>"), special("<|assistant_start|>")]
             ids += [*turn.answer, special("<|assistant_end|>")]

@@ -7,13 +7,11 @@
 
 Sequences in work have the first rows of the cache. When one finishes, the last row moves into its
 place, and waiting requests get the places at the end. What a sequence says depends on its own
-prompt, parameters and seed alone. A server that gets requests one by one uses `add`, `step` and
-`cancel`.
+prompt, parameters and seed alone. A server uses `add`, `step` and `cancel`.
 
-Computing and reading may overlap: with `overlap`, a step is launched before the tokens of the one
-before it are read, so that a GPU never waits for the host. A token that a hook forces replaces
-the sampled one before anything is computed from it. A sequence whose end is seen one step late has
-sampled one token too many, which is dropped. The answers are the same.
+With `overlap` a step is launched before the tokens of the one before it are read, so that a GPU
+never waits for the host. Forced tokens replace the sampled ones before anything is computed from
+them. A sequence whose end is seen one step late has one token too many, which is dropped.
 
 Greedy tokens equal those of the plain forward pass in float32, whatever the batch, up to ties
 within rounding (1e-6 of a logit). In 16-bit dtypes the products of another batch size round
@@ -27,10 +25,12 @@ from dataclasses import replace
 
 import torch
 
+from archerchat.errors import UsageError
+from archerchat.inference.loading import refresh_weights
 from archerchat.inference.model_runner import Fetch, ModelRunner
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.scheduler import Scheduler
-from archerchat.inference.sequence import Completion, Event, Request, Sequence, check_request
+from archerchat.inference.sequence import Completion, Event, Request, Sequence
 from archerchat.model.transformer import Transformer
 
 
@@ -79,7 +79,6 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Rows in use."""
         return sum(not sequence.finished for sequence in self._running)
 
     @property
@@ -88,25 +87,27 @@ class Engine:
         return len(self._scheduler)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that this engine cannot serve.
-
-        Raises:
-            UsageError: its prompt is too long or has unknown tokens.
-        """
-        check_request(request, self.model.config.vocab_size, self.max_length)
+        """Refuse, by `UsageError`, a request without room in the context or with unknown tokens."""
+        length, longest = len(request.prompt), self.max_length - 1
+        if length > longest:
+            raise UsageError(
+                f"the prompt has {length} tokens and the context {self.max_length}: cut it to "
+                f"{longest} or fewer, to leave room for an answer"
+            )
+        last = self.model.config.vocab_size - 1
+        ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
+        for name, tokens in ids.items():
+            if unknown := [token for token in tokens if not 0 <= token <= last]:
+                raise UsageError(f"{name} has token {unknown[0]}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
         assert not self._running, "sequences in work were started with the old weights"
-        self._runner.inference.refresh()
+        refresh_weights(self.model)
         self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:
-        """Queue a request; its events carry `number`, which no other request in work may have.
-
-        Raises as `check` does.
-        """
-        self.check(request)
+        """Queue a request that `check` accepts; its events carry `number`, which is its own."""
         self._scheduler.add(number, request)
 
     def cancel(self, number: int) -> None:
@@ -121,28 +122,22 @@ class Engine:
 
     def reset(self) -> None:
         """Drop every request without further events."""
-        self._scheduler.clear()
-        self._running.clear()
+        for kept in (self._scheduler, self._running, self._unread, self._events):
+            kept.clear()
         self._plan = None
-        self._unread.clear()
-        self._events.clear()
 
     def stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
-        """Yield what happens to the requests' sequences as it happens.
+        """Yield what happens to the requests, numbered as they are listed, as it happens.
 
-        Requests are numbered as they are listed. Closing the iterator drops them.
+        Closing the iterator drops them.
 
         Raises:
             UsageError: a request cannot be served; nothing has run then.
         """
         assert not self.busy, "the engine has other requests in work"
-        for request in requests:
-            self.check(request)
-        return self._stream(requests)
-
-    def _stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         try:
             for number, request in enumerate(requests):
+                self.check(request)
                 self.add(number, request)
             while self.busy:
                 yield from self.step()
@@ -157,22 +152,21 @@ class Engine:
         return completions
 
     def step(self) -> list[Event]:
-        """Admit waiting requests, advance every sequence by a token, return what happened."""
+        """Run both halves of a step, `admit` and `advance`; return what happened."""
         return [*self.admit(), *self.advance()]
 
+    @torch.no_grad()
     def admit(self) -> list[Event]:
-        """Fill free rows with waiting requests; return what happened, first tokens included.
-
-        The first half of a step; those who show tokens at once need not wait for the second.
-        """
+        """Fill free rows with waiting requests; return what happened, first tokens included."""
         self._compact()
         self._start_waiting()
         if not self.overlap or any(sequence.mask for sequence in self._running):
             self._read_all(but=0)  # first tokens: some sequences end with theirs; masks need all
         return self._take_events()
 
+    @torch.no_grad()
     def advance(self) -> list[Event]:
-        """Advance every sequence by a token; return what happened: the second half of a step."""
+        """Advance every sequence by a token; return what happened."""
         self._compact()
         if self._running:
             self._launch()
@@ -203,12 +197,12 @@ class Engine:
         logits = []
         started = self._scheduler.schedule(self.max_batch - first)
         # Rows of similar length side by side: a step reads them no further than they reach.
-        for waiting, sample, prompt in sorted(started, key=lambda item: item[2].prefix.length):
-            sequence = Sequence(
-                waiting.number, sample, waiting.request, self.max_length, waiting.cached
-            )
+        for waiting, sample in sorted(started, key=lambda pair: len(pair[0].request.prompt)):
+            request, prompt = waiting.request, waiting.prefix
+            assert prompt is not None
+            sequence = Sequence(waiting.number, sample, request, self.max_length, waiting.cached)
             row = len(self._running)
-            self._runner.start(row, prompt.prefix, waiting.request, sequence.seed)
+            self._runner.start(row, prompt, request, sequence.seed)
             self._running.append(sequence)
             self._mask(row, sequence)
             logits.append(prompt.logits)
@@ -245,7 +239,7 @@ class Engine:
         """Read sampled tokens, oldest first, leaving `but` launches in flight."""
         while len(self._unread) > but:
             sequences, fetch = self._unread.popleft()
-            for sequence, sampled in zip(sequences, fetch.read(), strict=True):
+            for sequence, sampled in zip(sequences, fetch(), strict=True):
                 if not sequence.finished:
                     self._events.append(sequence.read(*sampled))
 

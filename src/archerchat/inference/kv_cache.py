@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,11 +29,17 @@ class Prefix:
 
     length: int
     """Tokens so far."""
-    keys: tuple[Tensor, ...]
-    """Per layer (K, n, D): the last n = min(window, length) positions in order."""
-    values: tuple[Tensor, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """Keys and values (K, n, D): the last n = min(window, length) positions in order."""
     previous: Tensor
     """(C,), the last token's normalised embedding."""
+    logits: Tensor
+    """(vocab_size,), the capped float32 logits that follow."""
+
+    def clone(self) -> Prefix:
+        """Return a copy that does not hold on to the batch that the prompt ran in."""
+        layers = tuple((keys.clone(), values.clone()) for keys, values in self.layers)
+        return Prefix(self.length, layers, self.previous.clone(), self.logits.clone())
 
 
 def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
@@ -42,26 +49,21 @@ def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill(unwritten, -math.inf)[:, None, None, :]
 
 
-@dataclass(frozen=True)
-class RingPart:
-    """What a layer keeps of some neighbouring rows."""
-
-    keys: Tensor
-    """(b, K, S, D), the slots of the rings that these rows have written, or more."""
-    values: Tensor
-    mask: Tensor
-    """From `ring_mask`; each row has one token at least."""
+RingPart = tuple[Tensor, Tensor, Tensor]
+"""What a layer keeps of some neighbouring rows: keys and values (b, K, S, D) of the slots that they
+have written, or of more, and their `ring_mask`. Each row has one token at least."""
 
 
-@dataclass(eq=False)
 class RingLayer:
-    """One layer's past in a decoding step: one new token for each of B rows."""
+    """One layer's past in a decoding step: one new token for each of B rows.
 
-    parts: Sequence[RingPart]
-    """Together the B rows, in order. Rows of similar length in a part of their own are read no
-    further than they reach."""
-    new_keys: Tensor | None = None
-    new_values: Tensor | None = None
+    Together the parts are these rows, in order; each part is read as far as its rows reach.
+    """
+
+    def __init__(self, parts: Sequence[RingPart]) -> None:
+        self.parts = parts
+        self.new: tuple[Tensor, ...] = ()
+        """The token's key and value (B, K, D), once it has attended."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, 1, H, D) to the ring and to the token itself.
@@ -71,26 +73,21 @@ class RingLayer:
         """
         batch, _, heads, dim = q.shape
         kv_heads = k.size(2)
-        self.new_keys, self.new_values = k[:, 0], v[:, 0]  # (B, K, D)
+        self.new = k[:, 0], v[:, 0]
         q = q.view(batch, kv_heads, heads // kv_heads, dim)
-        k, v = self.new_keys[:, :, None], self.new_values[:, :, None]
-        past, total = self._attend_parts(q)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, 1, D)
+        if len(self.parts) == 1:
+            past, total = attend_ring(q, *self.parts[0])
+        else:
+            queries = torch.split(q, [keys.size(0) for keys, _, _ in self.parts])
+            pairs = zip(queries, self.parts, strict=True)
+            found = [attend_ring(rows, *part) for rows, part in pairs]
+            past, total = map(torch.cat, zip(*found, strict=True))
         own = (q * k).sum(dim=-1).float() * (1 / math.sqrt(dim))  # (B, K, H/K)
         # The share of exp(own) in exp(total) + exp(own).
         share = torch.sigmoid(own - total)[..., None]
         out = torch.lerp(past.float(), v.float().expand_as(past), share).to(q.dtype)
         return out.reshape(batch, 1, heads, dim)
-
-    def _attend_parts(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        if len(self.parts) == 1:
-            part = self.parts[0]
-            return attend_ring(q, part.keys, part.values, part.mask)
-        queries = torch.split(q, [part.keys.size(0) for part in self.parts])
-        pairs = [
-            attend_ring(queries[i], part.keys, part.values, part.mask)
-            for i, part in enumerate(self.parts)
-        ]
-        return torch.cat([past for past, _ in pairs]), torch.cat([total for _, total in pairs])
 
 
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,15 +125,13 @@ class KVCache:
         self.sizes = tuple(min(window, max_length) for window in config.windows)
         # Layers of one size share a tensor (2, layers, rows, K, S, D), so that one operation
         # writes a step's keys and values to all of them.
-        self._layers = {
-            size: [i for i, other in enumerate(self.sizes) if other == size]
-            for size in sorted(set(self.sizes))
-        }
         heads, dim = config.num_kv_heads, config.head_dim
+        shapes = {size: (2, self.sizes.count(size), rows, heads, size, dim) for size in self.sizes}
         self._rings = {
-            size: torch.zeros(2, len(layers), rows, heads, size, dim, dtype=dtype, device=device)
-            for size, layers in self._layers.items()
+            size: torch.zeros(shape, dtype=dtype, device=device) for size, shape in shapes.items()
         }
+        layers = {size: iter(ring.unbind(1)) for size, ring in self._rings.items()}
+        self._layers = [next(layers[size]).unbind() for size in self.sizes]
         self.previous = torch.zeros(rows, config.model_dim, dtype=dtype, device=device)
         # A captured step also runs rows that nothing was put in. With a length of 0 they would
         # attend to nothing at all and leave NaN, which no mask hides.
@@ -147,47 +142,27 @@ class KVCache:
         rings = [ring[:, :, :rows] for ring in self._rings.values()]
         return [*rings, self.previous[:rows], self.lengths[:rows]]
 
-    def views(self, first: int, stop: int, span: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return each layer's keys and values of rows `first` .. `stop` - 1, not copied.
+    def views(self, first: int, stop: int, span: int) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's keys and values (stop - first, K, min(span, S), D), not copied."""
+        return [(k[first:stop, :, :span], v[first:stop, :, :span]) for k, v in self._layers]
 
-        They are (rows, K, min(span, S), D).
-        """
-        keys, values = (
-            [
-                self._rings[size][kind, self._layers[size].index(i), first:stop, :, :span]
-                for i, size in enumerate(self.sizes)
-            ]
-            for kind in range(2)
-        )
-        return keys, values
-
-    def append(
-        self, embedded: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Tensor
-    ) -> None:
-        """Add one token to each of the first B rows.
-
-        Args:
-            embedded: (B, C), its normalised embedding.
-            keys, values: (B, K, D) per layer.
-            rows: 0 .. B-1 on the device.
-        """
+    def append(self, embedded: Tensor, new: Sequence[tuple[Tensor, ...]], rows: Tensor) -> None:
+        """Add one token to each of the first B rows: its normalised embedding (B, C), and per
+        layer its keys and values (B, K, D). `rows` is 0 .. B-1 on the device."""
         count = embedded.size(0)
         lengths = self.lengths[:count]
-        for size, layers in self._layers.items():
-            new = torch.stack(
-                [torch.stack([kind[i] for i in layers], dim=1) for kind in (keys, values)], dim=1
-            )  # (B, 2, layers, K, D)
-            self._rings[size][:, :, rows, :, lengths % size] = new
+        for size, ring in self._rings.items():
+            pairs = [pair for pair, own in zip(new, self.sizes, strict=True) if own == size]
+            keys, values = (torch.stack(kind, dim=1) for kind in zip(*pairs, strict=True))
+            # (B, 2, layers, K, D)
+            ring[:, :, rows, :, lengths % size] = torch.stack([keys, values], dim=1)
         self.previous[:count] = embedded
         lengths += 1
 
     def fill(self, row: int, prefix: Prefix) -> None:
         """Start a row with a prefix, whatever it held."""
-        keys, values = self.views(0, self.lengths.size(0), max(self.sizes))
-        parts = (*prefix.keys, *prefix.values)
-        for ring, kept in zip((*keys, *values), parts, strict=True):
+        for ring, kept in zip(chain(*self._layers), chain(*prefix.layers), strict=True):
             count, size = kept.size(1), ring.size(2)
-            assert count <= size, f"{count} positions for {size} slots"
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
             head = min(count, size - first)
             ring[row, :, first : first + head] = kept[:, :head]

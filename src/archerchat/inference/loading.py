@@ -1,18 +1,19 @@
 """Load a model with its tokenizer, and put its weights in the form that inference wants.
 
     loaded = load_model(home, runtime, "sft", "d12")
-    fast = InferenceModel(loaded.model).model
+    fast = build_inference_model(loaded.model)
 
 In training a linear layer keeps float32 masters and casts them at each use. A decoding step uses
-each weight once, for a few rows, so the cast would cost more than the product. `InferenceModel`
-casts the matrices once. On CPUs it also packs bfloat16 matrices in the order that oneDNN's kernels
-read, where this torch can (docs/LOG.md has figures). In float32 the model itself serves.
+each weight once, for a few rows, so the cast would cost more than the product. The inference model
+has its matrices cast already. On CPUs bfloat16 ones are also packed in the order that oneDNN's
+kernels read, where this torch can (docs/LOG.md has figures).
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,13 @@ def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
     named = checkpoint.meta.get("tokenizer")
     if named is None:
         raise UsageError(
-            f"{checkpoint.path} was imported without its tokenizer: import it again with "
-            "--tokenizer DIR"
+            f"{checkpoint.path} was imported without its tokenizer: import it with --tokenizer DIR"
         )
     tokenizer = Tokenizer.load(home.tokenizer_dir(named["name"]))
     if tokenizer.fingerprint != named["fingerprint"]:
         raise TokenizerError(
             f"tokenizer {named['name']!r} is not the one that {checkpoint.path} was trained with: "
-            "it was replaced since; restore the old one, or train the model again"
+            "restore the old one, or train the model again"
         )
     return tokenizer
 
@@ -141,16 +141,18 @@ class CastLinear(Linear):
     def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)
         self.packed = packed
+        self._source = (source.weight,)  # in a tuple, which keeps it from being a parameter here
         self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
-        self.load(source)
+        self.refresh()
 
-    def load(self, source: Linear) -> None:
+    @torch.no_grad()
+    def refresh(self) -> None:
         """Copy the source's values; in place unless packed, as captured graphs read them there."""
+        (weight,) = self._source
         if self.packed:
-            weight = source.weight.detach().to(torch.bfloat16)
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), None)
         else:
-            self.weight.copy_(source.weight.detach())
+            self.weight.copy_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
@@ -172,42 +174,25 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.allclose(packed, F.linear(x, layer.weight.to(x.dtype)), atol=0.05)
 
 
-class InferenceModel:
-    """A model in the form that computes fastest without gradients.
+def build_inference_model(source: Transformer) -> Transformer:
+    """Return a model in the form that computes fastest without gradients: the source in float32.
 
-    Args:
-        source: the model; embeddings and scalars stay shared with it.
-
-    Attributes:
-        model: the model to run; the source itself in float32.
-        packed: whether its matrices are packed, which the compiler cannot handle.
+    Embeddings and scalars stay shared with the source.
     """
+    if source.compute_dtype == torch.float32:
+        return source
+    packs = can_pack(source.device, source.compute_dtype)
+    model = deepcopy(source, {id(p): p for p in source.parameters()})
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                packed = packs and min(child.weight.shape) >= MIN_PACKED
+                setattr(module, name, CastLinear(child, source.compute_dtype, packed))
+    return model
 
-    def __init__(self, source: Transformer) -> None:
-        self.model = source
-        self._cast: list[tuple[CastLinear, Linear]] = []
-        self.packed = False
-        if source.compute_dtype == torch.float32:
-            return
-        self.packed = can_pack(source.device, source.compute_dtype)
-        with torch.device("meta"):
-            model = Transformer(source.config, source.compute_dtype, source.backend)
-        originals = dict(source.named_modules())
-        for path, module in list(model.named_modules()):
-            original = originals[path]
-            for name, child in list(module.named_children()):
-                linear = getattr(original, name)
-                if isinstance(child, Linear):
-                    packed = self.packed and min(linear.weight.shape) >= MIN_PACKED
-                    cast = CastLinear(linear, source.compute_dtype, packed)
-                    setattr(module, name, cast)
-                    self._cast.append((cast, linear))
-            for name, _ in list(module.named_parameters(recurse=False)):
-                setattr(module, name, getattr(original, name))
-        self.model = model.train(source.training)
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the source's weights after they have changed."""
-        for cast, linear in self._cast:
-            cast.load(linear)
+def refresh_weights(model: Transformer) -> None:
+    """Copy the source's weights into its inference model after they have changed."""
+    for module in model.modules():
+        if isinstance(module, CastLinear):
+            module.refresh()

@@ -6,10 +6,9 @@ there are and how far the longest reaches, and never waits for a value. These tw
 shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
 replayed. Rows beyond those in use compute on stale values that nobody reads.
 
-Hundreds of small operations bound a step on CUDA, and that of a single row on CPUs; compiled, it
-takes a fraction of the time (docs/LOG.md). Compiling takes seconds, so it is an option. On CUDA
-each kind of layer is compiled once for all sizes, on CPUs the step as a whole for each size. A
-CPU's batch is bound by its matrix products and runs as it is.
+Hundreds of small operations bound a step on CUDA, and a single row's step on CPUs. Compiled, it
+takes a fraction of the time (docs/LOG.md), after seconds of compiling. On CUDA each kind of layer
+is compiled once for all sizes, on CPUs the whole step for each size.
 """
 
 from __future__ import annotations
@@ -17,22 +16,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
-from archerchat.inference.loading import InferenceModel
+from archerchat.inference.loading import build_inference_model, can_pack
 from archerchat.inference.sampler import Sampler, SamplingPlan
 from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Regions, Transformer, norm
 
-Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
-
-Part = tuple[list[Tensor], list[Tensor]]
+Part = list[tuple[Tensor, Tensor]]
 """Each layer's keys and values of some rows, from `KVCache.views`."""
+NewToken = tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]
+"""Capped float32 logits (B, vocab_size), and what the cache should add: the normalised embedding
+(B, C), each layer's key and value (B, K, D)."""
+Forward = Callable[..., NewToken]
+Fetch = Callable[[], list[tuple[int, TokenLogprobs | None]]]
+"""Waits for sampled tokens; returns each row's, with log probabilities if the plan has them."""
 RowSpan = tuple[int, int]
 """A number of rows, and how many cache slots to read for them: more than any of them keeps."""
 
@@ -53,103 +55,53 @@ def forward_token(
     previous: Tensor,
     parts: Sequence[Part],
     regions: Regions | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+) -> NewToken:
     """Run one token (B,) of each row after its past; changes nothing.
 
     Args:
         lengths: (B,), tokens before it.
         previous: (B, C), the normalised embedding of the one before it.
         parts: the rows' rings, in one part or several.
-        regions: compiled pieces to run instead of the plain ones.
-
-    Returns:
-        Capped float32 logits (B, vocab_size), and what the cache should add: the normalised
-        embedding (B, C), each layer's key and value (B, K, D).
     """
     found: list[list[RingPart]] = [[] for _ in model.config.windows]
-    first = 0
-    for keys, values in parts:
-        rows = lengths[first : first + keys[0].size(0)]
-        first += keys[0].size(0)
-        spans = {k.size(2) for k in keys}
-        masks = {span: ring_mask(rows, span, model.compute_dtype) for span in spans}
-        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-            found[i].append(RingPart(k, v, masks[k.size(2)]))
+    rows = torch.split(lengths, [part[0][0].size(0) for part in parts])
+    for part, ages in zip(parts, rows, strict=True):
+        spans = {keys.size(2) for keys, _ in part}
+        masks = {span: ring_mask(ages, span, model.compute_dtype) for span in spans}
+        for of_layer, (keys, values) in zip(found, part, strict=True):
+            of_layer.append((keys, values, masks[keys.size(2)]))
     layers = [RingLayer(of_layer) for of_layer in found]
     before = Before(lengths[:, None], previous[:, None], layers)
     hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
-    new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
-    new_values = [layer.new_values for layer in layers if layer.new_values is not None]
-    return model.logits(hidden[:, 0]), embedded, new_keys, new_values
-
-
-class Fetch:
-    """Sampled tokens on their way to the host, with log probabilities where records are given."""
-
-    def __init__(self, tokens: Tensor, records: Tensor | None) -> None:
-        # On CUDA such a copy goes to pinned memory and does not hold up the host.
-        self._copies = [
-            tensor.to("cpu", non_blocking=True, copy=True)
-            for tensor in (tokens, records)
-            if tensor is not None
-        ]
-        self._arrived: Any = None
-        if tokens.is_cuda:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
-        """Wait for them; return each row's token and log probabilities."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        tokens, *records = (tensor.tolist() for tensor in self._copies)
-        logprobs = map(_read_record, records[0]) if records else [None] * len(tokens)
-        return list(zip(tokens, logprobs, strict=True))
-
-
-def _read_record(record: Sequence[float]) -> TokenLogprobs:
-    count = len(record) // 2
-    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
-    return TokenLogprobs(record[0], tuple(top))
+    return model.logits(hidden[:, 0]), embedded, [layer.new for layer in layers]
 
 
 class ModelRunner:
     """Rows in decoding: their cache, last tokens and sampling parameters.
 
-    Args:
-        model: its weights as they are now; `inference.refresh` copies later ones.
-        rows, max_length: most rows at a time, and most tokens of a row.
-        compile: compile steps: on CUDA, or of a single row on CPUs in float32.
-
-    Attributes:
-        model: the model, or a copy of it in the compute dtype.
+    `rows` is the most at a time; the other arguments, and `model`, are as in `Engine`.
     """
 
     def __init__(self, model: Transformer, rows: int, max_length: int, compile: bool) -> None:
         device = model.device
-        self.inference = InferenceModel(model)
-        self.model, self.max_rows = self.inference.model, rows
+        self.model, self.max_rows = build_inference_model(model), rows
         self.cache = KVCache(model.config, rows, max_length, model.compute_dtype, device)
         self.sampler = Sampler(rows, model.config.vocab_size, device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)
-        whole = compile and device.type == "cpu" and not self.inference.packed
+        # Packed matrices are beyond the compiler.
+        whole = compile and device.type == "cpu" and not can_pack(device, model.compute_dtype)
         self._single: Forward | None = compiled(forward_token) if whole else None
         self._captures = device.type == "cuda"
         regions = Regions.compiled(dynamic=True) if compile and self._captures else None
         self._forward: Forward = partial(forward_token, regions=regions)
-        self._pool: Any = None
+        # One memory pool for all graphs, which never run at the same time.
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
 
-    @torch.no_grad()
     def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
-        """Sample the next token of the first rows into `tokens`.
-
-        Args:
-            lengths: tokens that each of these rows keeps; at least one row.
-            plan: covers their parameters.
-        """
+        """Sample the next token of the first rows, which keep `lengths` tokens, into `tokens`."""
         rows, longest = len(lengths), max(lengths)
         if self._captures:
             count = min(1 << (rows - 1).bit_length(), self.max_rows)
@@ -173,16 +125,13 @@ class ModelRunner:
             rows += count
         cache, tokens = self.cache, self.tokens[:rows]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
-        logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
+        logits, embedded, new = forward(self.model, tokens, lengths, previous, parts)
         tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
-        cache.append(embedded, keys, values, self._rows[:rows])
+        cache.append(embedded, new, self._rows[:rows])
 
     def _capture(self, rows: int, span: int, plan: SamplingPlan) -> torch.cuda.CUDAGraph:
-        """Record a step, leaving the rows as they are.
-
-        A capture needs a warm-up, because libraries allocate on first use. The warm-up changes
-        the rows' tokens, lengths and rings, which are put back.
-        """
+        """Record a step. It needs a warm-up, because libraries allocate on first use; what that
+        changes of the rows is put back."""
         kept = [self.tokens[:rows], *self.cache.state(rows), *self.sampler.state(rows)]
         saved = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -194,30 +143,24 @@ class ModelRunner:
         for tensor, before in zip(kept, saved, strict=True):
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:  # one for all: graphs never run at the same time
-            self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
             self._run(self._forward, [(rows, span)], plan)
         return graph
 
-    @torch.no_grad()
     def start(self, row: int, prompt: Prefix, request: Request, seed: int) -> None:
         """Give a row a prompt that has run; `sample_first` samples its first token."""
         self.cache.fill(row, prompt)
         self.sampler.assign(row, request.params, seed, request.prompt)
 
-    @torch.no_grad()
     def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
         """Sample what follows the prompts of rows `first` on, from logits (n, vocab_size)."""
         rows = slice(first, first + logits.size(0))
         self.tokens[rows] = self.sampler.sample(logits, self.cache.lengths[rows], plan, first)
 
-    @torch.no_grad()
     def force(self, row: int, token: int) -> None:
         """Replace the token that was sampled last."""
         self.tokens[row] = token
 
-    @torch.no_grad()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row that keeps `length` tokens over another."""
         self.cache.move(source, target, length)
@@ -226,18 +169,37 @@ class ModelRunner:
 
     def fetch(self, first: int, count: int, plan: SamplingPlan) -> Fetch:
         """Start copying what was sampled last for some rows to the host."""
-        rows, records = slice(first, first + count), self.sampler.records
-        asked = None if records is None or not plan.logprobs else records[rows]
-        return Fetch(self.tokens[rows], asked)
+        rows = slice(first, first + count)
+        asked = [self.tokens[rows], *([self.sampler.records[rows]] if plan.logprobs else [])]
+        # On CUDA such copies go to pinned memory and do not hold up the host.
+        copies = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in asked]
+        arrived = torch.cuda.Event() if self.tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        if arrived is not None:
+            arrived.record()
+
+        def read() -> list[tuple[int, TokenLogprobs | None]]:
+            if arrived is not None:
+                arrived.synchronize()
+            tokens, *records = (tensor.tolist() for tensor in copies)
+            logprobs = map(read_record, records[0]) if records else [None] * len(tokens)
+            return list(zip(tokens, logprobs, strict=True))
+
+        return read
+
+
+def read_record(record: Sequence[float]) -> TokenLogprobs:
+    """Read a row of `Sampler.records`."""
+    count = len(record) // 2
+    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
+    return TokenLogprobs(record[0], tuple(top))
 
 
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:
     """Yield how far to read the rows, in parts of neighbouring rows with the same answer."""
-    spans = [
-        (max(lengths[i : i + PART_ROWS]) // SPAN + 1) * SPAN
-        for i in range(0, len(lengths), PART_ROWS)
-    ]
-    rows = len(lengths)
-    for span, group in groupby(enumerate(spans), key=lambda pair: pair[1]):
-        places = [place for place, _ in group]
-        yield min(PART_ROWS * len(places), rows - PART_ROWS * places[0]), span
+
+    def span_of(first: int) -> int:
+        return (max(lengths[first : first + PART_ROWS]) // SPAN + 1) * SPAN
+
+    for span, group in groupby(range(0, len(lengths), PART_ROWS), key=span_of):
+        firsts = list(group)
+        yield min(firsts[-1] + PART_ROWS, len(lengths)) - firsts[0], span

@@ -1,18 +1,18 @@
 """Run many prompts through a model at once, after a prefix that they share or after nothing.
 
     prefix = prefill(model, [shared_ids]).prefix(0)
-    following = prefill(model, continuations, prefix).last_logits()
+    following = prefill(model, continuations, prefix).last_logits
     scores = score_prompts(model, rows, top=5)
 
 Rows of unequal length are padded on the right, where causal attention hides the padding from
-every real token. The prefix is computed once, whatever the number of continuations.
-`iter_batches` cuts many prompts into batches of similar lengths.
+every real token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,19 +31,17 @@ MIN_FILLED = 0.75
 """A prompt shorter than this share of the longest in a batch starts a new batch."""
 
 
-@dataclass(eq=False)
 class PromptLayer:
-    """One layer's past in a prefill: the shared prefix; keeps the new keys and values."""
+    """One layer in a prefill, after the keys and values of a shared prefix where there is one."""
 
-    window: int
-    backend: Backend
-    past: tuple[Tensor, Tensor] | None
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    def __init__(self, window: int, backend: Backend, past: tuple[Tensor, Tensor] | None) -> None:
+        self.window, self.backend, self.past = window, backend, past
+        self.new: tuple[Tensor, ...] = ()
+        """Keys and values (B, T, K, D) of the new tokens, once they have attended."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, T, H, D) to the prefix and to the new tokens up to each."""
-        self.keys, self.values = k, v
+        self.new = k, v
         if self.past is not None:
             k, v = (
                 torch.cat([kept.transpose(0, 1).expand(k.size(0), -1, -1, -1), new], dim=1)
@@ -51,10 +49,17 @@ class PromptLayer:
             )
         return attend(q, k, v, self.window, self.backend)
 
+    def kept(self, row: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (K, n, D) in the window after a row's `count` new tokens."""
+        k, v = (new[row, :count].transpose(0, 1) for new in self.new)
+        if self.past is not None:
+            k, v = torch.cat([self.past[0], k], dim=1), torch.cat([self.past[1], v], dim=1)
+        return k[:, -self.window :], v[:, -self.window :]
+
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """A batch of prompts that have run, after `shared` where that is given."""
+    """A batch of prompts that have run after `start` tokens that they share."""
 
     model: Transformer
     lengths: Sequence[int]
@@ -63,10 +68,12 @@ class Prefilled:
     embedded: Tensor
     """(B, T, C), the normalised embeddings."""
     layers: Sequence[PromptLayer]
-    shared: Prefix | None
+    start: int
 
+    @cached_property
+    @torch.no_grad()
     def last_logits(self) -> Tensor:
-        """Return the capped float32 logits (B, vocab_size) that follow each row."""
+        """The capped float32 logits (B, vocab_size) that follow each row."""
         rows = torch.arange(len(self.lengths), device=self.hidden.device)
         last = torch.tensor(self.lengths).to(self.hidden.device, non_blocking=True) - 1
         return self.model.logits(self.hidden[rows, last])
@@ -74,49 +81,32 @@ class Prefilled:
     def prefix(self, row: int) -> Prefix:
         """Return what a continuation of a row needs, the shared prefix included."""
         count = self.lengths[row]
-        before = self.shared.length if self.shared else 0
-
-        def kept(new: Tensor | None, past: Tensor | None, window: int) -> Tensor:
-            assert new is not None
-            own = new[row, :count].transpose(0, 1)  # (K, T, D)
-            whole = own if past is None else torch.cat([past, own], dim=1)
-            return whole[:, -window:]
-
-        keys, values = [], []
-        for layer in self.layers:
-            past_k, past_v = layer.past or (None, None)
-            keys.append(kept(layer.keys, past_k, layer.window))
-            values.append(kept(layer.values, past_v, layer.window))
-        return Prefix(before + count, tuple(keys), tuple(values), self.embedded[row, count - 1])
+        layers = tuple(layer.kept(row, count) for layer in self.layers)
+        embedded, logits = self.embedded[row, count - 1], self.last_logits[row]
+        return Prefix(self.start + count, layers, embedded, logits)
 
 
 @torch.no_grad()
 def prefill(
     model: Transformer, rows: Sequence[Sequence[int]], shared: Prefix | None = None
 ) -> Prefilled:
-    """Run one batch of rows, each of at least one token.
-
-    Args:
-        rows: token ids; after the shared prefix, which they do not repeat.
-    """
+    """Run one batch of rows, each of at least one token, which do not repeat the shared prefix."""
     lengths = [len(row) for row in rows]
     assert min(lengths, default=0) > 0, "each row needs a token"
     width = max(lengths)
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
     token_ids = torch.tensor(padded).to(model.device, non_blocking=True)
+    embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
     start = shared.length if shared else 0
+    first = shared.previous if shared else embedded.new_zeros(embedded.size(2))
     layers = [
-        PromptLayer(window, model.backend, (shared.keys[i], shared.values[i]) if shared else None)
+        PromptLayer(window, model.backend, shared.layers[i] if shared else None)
         for i, window in enumerate(model.config.windows)
     ]
-    embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
-    first = (
-        shared.previous.expand(len(rows), 1, -1) if shared else torch.zeros_like(embedded[:, :1])
-    )
-    previous = torch.cat([first, embedded[:, :-1]], dim=1)
+    previous = torch.cat([first.expand(len(rows), 1, -1), embedded[:, :-1]], dim=1)
     positions = torch.arange(start, start + width, device=model.device)
     hidden = model.hidden(token_ids, before=Before(positions, previous, layers))
-    return Prefilled(model, lengths, hidden, embedded, layers, shared)
+    return Prefilled(model, lengths, hidden, embedded, layers, start)
 
 
 @torch.no_grad()
@@ -127,19 +117,17 @@ def score_prompts(
 
     The first token of a row has none: nothing comes before it.
     """
-    ran = prefill(model, rows)
-    found: list[list[TokenLogprobs | None]] = []
-    for row, hidden in zip(rows, ran.hidden, strict=True):
+    found = []
+    for row, hidden in zip(rows, prefill(model, rows).hidden, strict=True):
         scores: list[TokenLogprobs | None] = [None]
         targets = torch.tensor(row[1:], device=model.device)
         for start in range(0, len(targets), SCORED_TOKENS):
             part = targets[start : start + SCORED_TOKENS]
             logprobs = model.logits(hidden[start : start + len(part)]).log_softmax(dim=-1)
             own = logprobs.gather(1, part[:, None])[:, 0].tolist()
-            best = logprobs.topk(top, dim=-1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            for value, (ids, values) in zip(own, pairs, strict=True):
-                scores.append(TokenLogprobs(value, tuple(zip(ids, values, strict=True))))
+            values, ids = (best.tolist() for best in logprobs.topk(top, dim=-1))
+            pairs = (zip(*both, strict=True) for both in zip(ids, values, strict=True))
+            scores += map(TokenLogprobs, own, map(tuple, pairs))
         found.append(scores)
     return found
 
@@ -149,14 +137,10 @@ def iter_batches(lengths: Sequence[int], max_tokens: int = PREFILL_TOKENS) -> It
 
     A batch of several rows has at most `max_tokens` tokens, padding included.
     """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and (
-            (len(batch) + 1) * longest > max_tokens or lengths[index] < MIN_FILLED * longest
-        ):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        longest = lengths[order[0]]
+        fitting = order[: max(1, max_tokens // longest)]
+        batch = [i for i in fitting if lengths[i] >= MIN_FILLED * longest]
         yield batch
+        order = order[len(batch) :]

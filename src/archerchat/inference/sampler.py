@@ -1,8 +1,8 @@
 """Sample one token for each row of a batch, each by its own parameters and seed.
 
-The uniform number behind a draw is a hash of the row's seed and of the position that the token
-takes, and of nothing else: neither the rows around it nor the order in which rows were served
-matter. Everything is tensors of fixed shapes, and the host never looks at a value.
+The uniform number behind a draw is a hash of the row's seed and of the token's position, and of
+nothing else: the rows around it do not matter. Everything is tensors of fixed shapes, and the host
+never looks at a value.
 
 Penalties and bias change the logits, also of rows that take the most likely token. A row's top-k
 and top-p become a number of tokens to keep, most likely first, lower ids first among equals, and
@@ -30,7 +30,6 @@ class SamplingPlan:
     """
 
     random: bool = False
-    """A temperature above 0."""
     top_k: int = 0
     """The largest, rounded up to a power of two; 0 for none."""
     top_p: bool = False
@@ -67,8 +66,7 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Return one float32 in [0, 1), a multiple of 2^-24, for each seed of `derive_seed` and each
-    position below 2^32; both are int64."""
+    """Return a float32 in [0, 1) per int64 seed (`derive_seed`) and position below 2^32."""
     mixed = _mix32((seeds & _MASK32) ^ 0x5BD1E995)
     mixed = _mix32(mixed ^ (seeds >> 32))
     mixed = _mix32(mixed ^ positions)
@@ -79,53 +77,42 @@ class Sampler:
     """Keep the parameters of a batch of at most `rows` rows as tensors, and sample with them.
 
     Attributes:
-        records: (rows, 1 + 2n) float32, or None until a row asks for log probabilities: that of
-            the row's last token, then those and the ids of the n most likely tokens. Ids are
-            exact: they stay below 2^24.
+        records: (rows, 1 + 2n) float32, for rows that ask for log probabilities: that of the
+            last token, those of the n most likely ones, and their ids, which are exact below 2^24.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        self._shape, self._device = (rows, vocab_size), device
-        self._neutral = SamplingParams(temperature=0, top_p=1)
-        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        self._values = {
-            name: torch.full((rows,), float(getattr(self._neutral, name)), device=device)
-            for name in ("temperature", "top_p", "min_p", *penalties)
-        }
-        self._top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0 for none
-        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        # Allocated when a row first needs them; a captured graph keeps their addresses.
-        self._counts: Tensor | None = None  # how often each row has said each token
-        self._prompted: Tensor | None = None  # whether its prompt has the token
-        self._bias: Tensor | None = None
-        self.records: Tensor | None = None
+        def zeros(dtype: torch.dtype, *columns: int) -> Tensor:
+            return torch.zeros(rows, *columns, dtype=dtype, device=device)
+
+        self._filters = torch.ones(rows, 3, device=device)  # temperature, top-p, min-p
+        self._penalties = torch.ones(rows, 3, device=device)  # repetition, presence, frequency
+        self._top_k, self._seeds = zeros(torch.int64), zeros(torch.int64)
+        self._bias = zeros(torch.float32, vocab_size)
+        # What penalties count: how often each row has said each token, and whether its prompt has.
+        self._counts = zeros(torch.int32, vocab_size)
+        self._prompted = zeros(torch.bool, vocab_size)
+        self.records = zeros(torch.float32, 1 + 2 * min(MAX_LOGPROBS, vocab_size))
 
     def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
         """Give a row its parameters; `seed` is the sample's own."""
-        for name, tensor in self._values.items():
-            value = getattr(params, name)
-            tensor[row] = getattr(self._neutral, name) if value is None else value
+        filters = params.temperature, params.top_p or 1.0, params.min_p
+        self._filters[row] = self._to_device(filters, torch.float32)
+        self._penalties[row] = self._to_device(params.penalties, torch.float32)
         self._top_k[row] = params.top_k or 0
         self._seeds[row] = seed
         if params.penalises:
-            if self._counts is None or self._prompted is None:
-                self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-                self._prompted = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
             self._counts[row] = 0
-            self._prompted[row] = False
-            self._prompted[row].index_fill_(0, self._to_device(prompt, torch.int64), True)
-        if params.logit_bias or self._bias is not None:
-            self._set_bias(row, params)
-        if params.logprobs is not None and self.records is None:
-            width = 1 + 2 * min(MAX_LOGPROBS, self._shape[1])
-            self.records = torch.zeros(self._shape[0], width, device=self._device)
+            ids = self._to_device(prompt, torch.int64)
+            self._prompted[row].zero_().index_fill_(0, ids, True)
+        self._set_bias(row, params)
 
     def _set_bias(self, row: int, params: SamplingParams) -> Tensor:
-        if self._bias is None:
-            self._bias = torch.zeros(self._shape, device=self._device)
         bias = self._bias[row].zero_()
-        values = self._to_device(list(params.logit_bias.values()), torch.float32)
-        return bias.index_copy_(0, self._to_device(list(params.logit_bias), torch.int64), values)
+        if params.logit_bias:
+            values = self._to_device(params.logit_bias.values(), torch.float32)
+            bias.index_copy_(0, self._to_device(params.logit_bias, torch.int64), values)
+        return bias
 
     def allow(self, row: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         """Let a row's next token be one of these alone, under a plan that has a bias."""
@@ -135,14 +122,13 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Copy everything of a row to another row."""
-        kept = [*self._values.values(), self._top_k, self._seeds]
-        kept += [t for t in (self._counts, self._prompted, self._bias) if t is not None]
-        for tensor in kept:
+        rules = self._filters, self._penalties, self._top_k, self._seeds, self._bias
+        for tensor in (*rules, self._counts, self._prompted):
             tensor[target] = tensor[source]
 
     def state(self, rows: int) -> list[Tensor]:
         """Return views of what sampling changes of the first `rows` rows, besides records."""
-        return [] if self._counts is None else [self._counts[:rows]]
+        return [self._counts[:rows]]
 
     def sample(
         self,
@@ -165,9 +151,8 @@ class Sampler:
         token = adjusted.argmax(dim=-1)
         if plan.random:
             drawn = self._draw(adjusted, positions, rows, plan)
-            token = torch.where(self._values["temperature"][rows] > 0, drawn, token)
+            token = torch.where(self._filters[rows, 0] > 0, drawn, token)
         if plan.logprobs:
-            assert self.records is not None
             logprobs = logits.log_softmax(dim=-1)
             top = logprobs.topk((self.records.size(1) - 1) // 2)
             chosen = logprobs.gather(1, token[:, None])
@@ -179,35 +164,26 @@ class Sampler:
     ) -> Tensor:
         """Apply penalties and bias; rows without them keep their logits bit for bit."""
         if plan.penalties:
-            assert self._counts is not None
-            assert self._prompted is not None
             counts = self._counts[rows]
             if said is not None:
-                counts.scatter_add_(
-                    1, said[:, None], torch.ones_like(said, dtype=torch.int32)[:, None]
-                )
-            factor, presence, frequency = (
-                self._values[f"{name}_penalty"][rows, None]
-                for name in ("repetition", "presence", "frequency")
-            )
-            seen = (counts > 0) | self._prompted[rows]
+                once = torch.ones_like(said, dtype=torch.int32)
+                counts.scatter_add_(1, said[:, None], once[:, None])
+            factor, presence, frequency = self._penalties[rows, :, None].unbind(1)
             repeated = torch.where(logits > 0, logits / factor, logits * factor)
-            logits = torch.where(seen, repeated, logits)
+            logits = torch.where((counts > 0) | self._prompted[rows], repeated, logits)
             logits = logits - frequency * counts - presence * (counts > 0)
         if plan.bias:
-            assert self._bias is not None
             logits = logits + self._bias[rows]
         return logits
 
     def _draw(self, logits: Tensor, positions: Tensor, rows: slice, plan: SamplingPlan) -> Tensor:
-        temperatures = self._values["temperature"][rows]
-        scaled = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
-        weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
-        likely = weights >= self._values["min_p"][rows, None] if plan.min_p else None
+        temperature, top_p, min_p = self._filters[rows].unbind(1)
+        scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+        weights = relative = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
         if plan.top_k or plan.top_p:
-            weights = weights * _kept(scaled, self._top_k[rows], self._values["top_p"][rows], plan)
-        if likely is not None:
-            weights = weights * likely
+            weights = weights * _kept(scaled, self._top_k[rows], top_p, plan)
+        if plan.min_p:
+            weights = weights * (relative >= min_p[:, None])
         cumulative = weights.cumsum(dim=-1)
         total = cumulative[:, -1]
         # Strictly below the total, whatever the rounding: some token's share always lies above.
@@ -216,8 +192,8 @@ class Sampler:
         above = (cumulative > aim[:, None]) & (weights > 0)
         return torch.where(above, ids, logits.size(-1) - 1).amin(dim=-1)
 
-    def _to_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(self._device, non_blocking=True)
+    def _to_device(self, values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).to(self._bias.device, non_blocking=True)
 
 
 def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, plan: SamplingPlan) -> Tensor:

@@ -64,16 +64,17 @@ class SamplingParams(Config):
             raise UsageError("--stop has an empty string, which would end every sample at once")
 
     @property
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, presence and frequency."""
+        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+
+    @property
     def penalises(self) -> bool:
         """Whether any penalty has an effect."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        return self.penalties != (1, 0, 0)
 
     def refuse_changes(self, *names: str) -> None:
-        """Refuse fields that a command has no use for, unless they have their defaults.
-
-        Raises:
-            UsageError: one has another value; the message names its flag.
-        """
+        """Refuse values of fields that a command has no use for, by `UsageError`."""
         for name in names:
             value = getattr(self, name)
             if value != getattr(SamplingParams(), name):

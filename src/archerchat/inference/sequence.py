@@ -17,11 +17,9 @@ Decode = abc.Callable[[list[int]], str]
 SequenceHook = abc.Callable[[int], abc.Sequence[int]]
 """Takes each token that the model chose in one sequence; returns tokens to force after it, such as
 a tool's result, which are not shown to the hook."""
-
 TokenMask = abc.Callable[[abc.Sequence[int]], abc.Sequence[int]]
-"""Takes what one sequence has said so far; returns the ids of the tokens that may come next, at
-least one. Calls of a sequence come in order, so a mask may keep a state."""
-
+"""Takes what one sequence has said so far; returns the tokens that may come next, at least one.
+Calls of a sequence come in order, so a mask may keep a state."""
 MAX_PENDING = 4
 """Most tokens of an unfinished character, one byte each."""
 
@@ -36,16 +34,14 @@ class Request:
     hook: abc.Callable[[], SequenceHook] | None = None
     """Builds a hook for each sample."""
     decode: Decode | None = None
-    """Given, events and completions have text. Stop strings need it."""
+    """With it, events and completions have text. Stop strings need it."""
     mask: abc.Callable[[], TokenMask] | None = None
     """Builds a mask for each sample, such as that of a grammar."""
 
     def __post_init__(self) -> None:
         assert not self.params.stop or self.decode is not None, "stop strings need `decode`"
         if len(self.prompt) == 0:
-            raise UsageError(
-                "the prompt is empty; a model needs one token to continue, such as BOS"
-            )
+            raise UsageError("the prompt is empty: give the model a token to continue, such as BOS")
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,6 @@ class Event:
     """What happened to a sequence: a token, its end, or both."""
 
     request: int
-    """The number that the request was added with."""
     sample: int
     token: int | None
     """None if a stop token or a cancellation ended the sequence."""
@@ -72,16 +67,15 @@ class Event:
     finish_reason: FinishReason | None = None
     """Set in the last event of a sequence."""
     stop_token: int | None = None
-    stop_string: str | None = None
-    """What ended the sequence, if it was one of these."""
+    """The token that ended the sequence, if one did."""
     text: str = ""
-    """The text that is certain since the last event; it may lag behind the tokens."""
+    """What has become certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
     """Those of the token, or of the stop token; None for forced tokens."""
     cached: int = 0
     """Tokens of the prompt that an earlier request has run."""
     first: bool = False
-    """Whether it is the first that the sequence sampled."""
+    """Whether it is the sequence's first."""
 
 
 @dataclass
@@ -94,7 +88,6 @@ class Completion:
     """1 for tokens that the model chose, 0 for forced ones."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
-    stop_string: str | None = None
     text: str = ""
     """Without the stop string, whose tokens `token_ids` has."""
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -108,29 +101,25 @@ class Completion:
             if event.logprobs is not None or self.logprobs:
                 self.logprobs.append(event.logprobs)
         self.text += event.text
-        self.finish_reason = event.finish_reason
-        self.stop_token, self.stop_string = event.stop_token, event.stop_string
+        self.finish_reason, self.stop_token = event.finish_reason, event.stop_token
 
 
 class Detokenizer:
     """Turn tokens into text in whole characters, up to a stop string.
 
     Text that may still become a stop string is held back. Of several stop strings, the one that is
-    complete first counts.
-
-    Attributes:
-        stop: the stop string that was found, or None.
+    complete first counts, and `stopped` is then true.
     """
 
     def __init__(self, decode: Decode, stops: abc.Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, stops
         self._pending: list[int] = []  # tokens of an unfinished character
-        self._held = ""
-        self.stop: str | None = None
+        self._held = ""  # text that may become a stop string
+        self.stopped = False
 
     def read(self, token: int) -> str:
         """Take the next token; return the text that is certain now."""
-        if self.stop is not None:
+        if self.stopped:
             return ""
         self._pending.append(token)
         text = self._decode(self._pending)
@@ -141,17 +130,16 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return the text that was held back."""
-        pending, self._pending = self._pending, []
-        text, self._held = self._held + (self._decode(pending) if pending else ""), ""
+        text = self._held + self._decode(self._pending)
+        self._pending, self._held = [], ""
         return text
 
     def _until_stop(self, text: str) -> str:
-        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
-        found = [each for each in found if each[1] >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops]
+        found = [(end, start) for end, start in found if start >= 0]
         if found:
-            _, start, self.stop = min(found)
-            self._held = ""
-            return text[:start]
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
         starts = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
         certain = len(text) - max(starts, default=0)
         self._held = text[certain:]
@@ -159,15 +147,7 @@ class Detokenizer:
 
 
 class Sequence:
-    """A sample that has a row in the batch, which has room for `max_length` tokens.
-
-    Attributes:
-        seed: of this sample's draws.
-        token_ids: what it has said, as far as the host has read it.
-        num_drawn: tokens drawn for it, read or not.
-        finished: whether its last event has happened.
-        mask: says which tokens may come next, or None.
-    """
+    """A sample that has a row in the batch, which has room for `max_length` tokens."""
 
     def __init__(
         self, number: int, sample: int, request: Request, max_length: int, cached: int = 0
@@ -175,9 +155,9 @@ class Sequence:
         params, room = request.params, max_length - len(request.prompt)
         self.number, self.sample, self.request, self._cached = number, sample, request, cached
         self.seed = derive_seed(params.seed, sample)
-        self.token_ids: list[int] = []
-        self.num_drawn = 1
-        self.finished = False
+        self.token_ids: list[int] = []  # what it has said, as far as the host has read it
+        self.num_drawn = 1  # tokens, read or not
+        self.finished = False  # whether its last event has happened
         self._hook = request.hook() if request.hook else None
         self.mask = request.mask() if request.mask else None
         self._text = Detokenizer(request.decode, params.stop) if request.decode else None
@@ -206,46 +186,40 @@ class Sequence:
         index, params = len(self.token_ids), self.request.params
         forced = index in self._forced
         token = self._forced.get(index, sampled)
-        if params.logprobs is None or forced:
+        if forced or params.logprobs is None:
             logprobs = None
         elif logprobs is not None:
             logprobs = TokenLogprobs(logprobs.logprob, logprobs.top[: params.logprobs])
+        stopped = token in params.stop_token_ids
         text = ""
-        reason: FinishReason | None = None
-        stop_token = token if token in params.stop_token_ids else None
-        if stop_token is None:
+        if not stopped:
             self.token_ids.append(token)
             text = self._text.read(token) if self._text else ""
-            reason = self._limit_reason if index == self._max_tokens - 1 else None
-        stop_string = self._text.stop if self._text else None
-        if stop_token is not None or stop_string is not None:
+        reason: FinishReason | None = None
+        if stopped or (self._text and self._text.stopped):
             reason = "stop"
+        elif index == self._max_tokens - 1:
+            reason = self._limit_reason
         self.finished = reason is not None
         if self.finished:
             text += self._text.finish() if self._text else ""
         elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
-        said = token if stop_token is None else None
-        return Event(self.number, self.sample, said, forced, reason, stop_token, stop_string,
-                     text, logprobs, self._cached, first=index == 0)  # fmt: skip
+        return Event(
+            self.number,
+            self.sample,
+            token=None if stopped else token,
+            forced=forced,
+            finish_reason=reason,
+            stop_token=token if stopped else None,
+            text=text,
+            logprobs=logprobs,
+            cached=self._cached,
+            first=index == 0,
+        )
 
     def cancel(self) -> Event:
         """End it here."""
         self.finished = True
         text = self._text.finish() if self._text else ""
         return Event(self.number, self.sample, None, finish_reason="cancelled", text=text)
-
-
-def check_request(request: Request, vocab_size: int, max_length: int) -> None:
-    """Refuse a prompt that has unknown tokens or leaves no room in the context."""
-    longest = max_length - 1
-    if len(request.prompt) > longest:
-        raise UsageError(
-            f"the prompt has {len(request.prompt)} tokens and the context {max_length}: cut it to "
-            f"{longest} or fewer, to leave room for an answer"
-        )
-    ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
-    for name, tokens in ids.items():
-        for token in (min(tokens, default=0), max(tokens, default=0)):
-            if not 0 <= token < vocab_size:
-                raise UsageError(f"{name} has token {token}; the model knows 0 to {vocab_size - 1}")

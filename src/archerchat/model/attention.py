@@ -8,16 +8,14 @@ Five backends compute the same thing:
             kernel at short lengths, where scores fit in the cache (docs/LOG.md has figures).
 - `flex`    FlexAttention (https://arxiv.org/abs/2412.05496) with a block mask, which skips what
             the window hides. Needs CUDA and a compiler; uncompiled code takes `varlen` instead.
-- `varlen`  torch's own FlashAttention 2 with a window, by its function for rows of unequal
-            lengths. Needs CUDA and 16 bits.
+- `varlen`  torch's own FlashAttention 2 for rows of unequal lengths. Needs CUDA and 16 bits.
 - `flash`   FlashAttention (https://arxiv.org/abs/2205.14135) from the `flash_attn` packages,
             versions 3 and 2, where installed.
 
 `flex` and `varlen` are for windows: a layer that sees its whole row takes `sdpa`, which is faster.
 
 Sliding windows are those of Longformer (https://arxiv.org/abs/2004.05150), and several query heads
-may share a key/value head (grouped queries, https://arxiv.org/abs/2305.13245). `choose_backend`
-decides once, at start-up; nothing is decided inside the step.
+may share a key/value head (grouped queries, https://arxiv.org/abs/2305.13245).
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -40,6 +38,8 @@ MATMUL_MAX_KEYS = 2048
 """Longest row of scores that the `matmul` backend keeps in memory; beyond it, `sdpa` takes over."""
 MIN_BLOCK = 128
 """Fewest queries in a block: smaller products no longer pay for their launch."""
+MAX_BLOCKS = 8
+"""Small blocks skip more of what a window hides, large ones run fewer kernels."""
 MAX_SCORE = 60.0
 """exp(60) times any row length stays finite in float32 and in bfloat16."""
 
@@ -48,13 +48,9 @@ class Past(Protocol):
     """One layer's KV cache: what it keeps of the tokens before those that it is given."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from new tokens to what is kept and to themselves, and keep them too.
+        """Attend from new tokens (B, T, H, D) to what is kept and to themselves, and keep them.
 
-        Args:
-            q: (B, T, H, D), rotated and normalised; k, v: (B, T, K, D).
-
-        Returns:
-            (B, T, H, D).
+        q and k are rotated and normalised; k and v are (B, T, K, D).
         """
         ...
 
@@ -62,10 +58,7 @@ class Past(Protocol):
 def choose_backend(
     device: torch.device, dtype: torch.dtype, forced: str | None = None
 ) -> tuple[Backend, str]:
-    """Pick the fastest backend that works on `device`, and say why.
-
-    Args:
-        forced: a backend's name; it is checked, not second-guessed.
+    """Pick the fastest backend that works on `device`, or check a forced one; say why.
 
     Raises:
         ValueError: the forced backend is unknown or cannot run here.
@@ -77,8 +70,7 @@ def choose_backend(
             raise ValueError(f"attention backend {forced!r} {reason}: use sdpa")
         return forced, "forced"
     if device.type == "cuda":
-        module = flash_module(device, dtype)
-        if module is not None:
+        if module := flash_module(device, dtype):
             return "flash", f"{module} is installed"
         if importlib.util.find_spec("triton") is not None:
             return "flex", "CUDA without flash_attn"
@@ -96,17 +88,23 @@ def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str 
         return "needs a CUDA device of sm80 or newer and a 16-bit dtype"
     if backend == "flex" and device.type != "cuda":
         return f"has no gradients on {device.type}"
-    return "overflows in float16" if backend == "matmul" and dtype == torch.float16 else None
+    if backend == "matmul" and dtype == torch.float16:
+        return "overflows in float16"
+    return None
 
 
+@functools.lru_cache(maxsize=64)
 def prepare_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
-    """Return what `attend` needs for these sizes beside its tensors, cached: a block mask for
-    `flex`, each block's biases for `matmul` (compiled code would otherwise compare positions
-    for every score), None for the others. Call it outside of compiled code."""
+    """Return what `attend` needs for these sizes beside its tensors: a block mask for `flex`,
+    each block's biases for `matmul` (compiled code would otherwise compare positions for every
+    score), None for the others. Call it outside of compiled code."""
     if backend == "flex" and window < length - 1:
         return _flex_mask(length, window, device)
     if backend == "matmul" and length <= MATMUL_MAX_KEYS:
-        return _block_biases(length, min(window, length - 1), device)
+        return tuple(
+            _bias(_band_mask(stop - start, stop - first, window, start - first, device))
+            for start, stop, first in _blocks(length, min(window, length - 1))
+        )
     return None
 
 
@@ -116,7 +114,9 @@ def prepare_document_mask(segments: Tensor, window: int, backend: Backend) -> An
     compiled code."""
     if backend == "varlen":
         return _document_starts(segments)
-    return _flex_document_mask(segments, window) if backend == "flex" else None
+    if backend == "flex":
+        return _flex_mask(segments.size(1), window, segments.device, segments)
+    return None
 
 
 def attend(
@@ -152,12 +152,13 @@ def attend(
         flashed: Tensor = _attend_flash(q, k, v, window)
         return flashed
     continues = k.size(1) > q.size(1)
-    if backend == "flex" and segments is None and window == q.size(1) - 1 and not continues:
+    limited = continues or window < q.size(1) - 1
+    if backend == "flex" and segments is None and not limited:
         backend = "sdpa"
     if backend == "flex" and (mask is None or continues or not torch.compiler.is_compiling()):
         backend, mask = "varlen" if runs_varlen(q.device, q.dtype) else "sdpa", None
     if backend == "varlen":
-        if segments is None and (continues or window < q.size(1) - 1):
+        if segments is None and limited:
             return _attend_varlen(q, k, v, window, _row_starts(q), _row_starts(k))
         if segments is not None and mask is not None:
             return _attend_varlen(q, k, v, window, mask, mask)
@@ -185,6 +186,7 @@ def _attend_blocks(
         backend = "sdpa"
     if backend == "sdpa" and window >= length - 1 and not before and segments is None:
         return _sdpa(q, k, v, None)
+    run = _sdpa if backend == "sdpa" else _softmax_matmul
     outputs = []
     for i, (start, stop, first) in enumerate(_blocks(length, window, before)):
         keys = slice(first, before + stop)
@@ -197,39 +199,20 @@ def _attend_blocks(
         if segments is not None:
             same = segments[:, None, start:stop, None] == segments[:, None, None, keys]
             mask = same & mask  # (B, 1, queries, keys)
-        outputs.append(
-            _sdpa(*part, mask) if backend == "sdpa" else _softmax_matmul(*part, _bias(mask))
-        )
+        outputs.append(run(*part, mask if backend == "sdpa" else _bias(mask)))
     return torch.cat(outputs, dim=2)
 
 
 def _blocks(length: int, window: int, before: int = 0) -> Iterator[tuple[int, int, int]]:
     """Yield each block's first query, the query after its last, and the first key it can see."""
-    block = _block_size(length, window)
+    block = max(MIN_BLOCK, math.ceil(length / MAX_BLOCKS))
     for start in range(0, length, block):
         yield start, min(start + block, length), max(0, before + start - window)
-
-
-@functools.lru_cache(maxsize=64)
-def _block_biases(length: int, window: int, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(
-        _bias(_band_mask(stop - start, stop - first, window, start - first, device))
-        for start, stop, first in _blocks(length, window)
-    )
 
 
 def _bias(mask: Tensor) -> Tensor:
     """Return what to add to scores: 0 where the mask lets them through, else minus infinity."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-
-
-def _block_size(length: int, window: int) -> int:
-    """Return how many queries to take at a time.
-
-    A block of b queries forms b * (b + window) scores where a whole row forms length^2: small
-    blocks skip more of what is hidden, large ones run fewer kernels. At most eight blocks.
-    """
-    return max(MIN_BLOCK, math.ceil(length / 8))
 
 
 def _band_mask(queries: int, keys: int, window: int, offset: int, device: torch.device) -> Tensor:
@@ -288,28 +271,16 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-@functools.lru_cache(maxsize=64)
-def _flex_mask(length: int, window: int, device: torch.device) -> Any:
-    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= query - window)
-
-    return _create_block_mask(visible, None, length, device)
-
-
-def _flex_document_mask(segments: Tensor, window: int) -> Any:
-    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (key <= query) & (key >= query - window)
-        return near & (segments[b, query] == segments[b, key])
-
-    batch, length = segments.shape
-    return _create_block_mask(visible, batch, length, segments.device)
-
-
-def _create_block_mask(
-    visible: Callable[..., Tensor], batch: int | None, length: int, device: torch.device
+def _flex_mask(
+    length: int, window: int, device: torch.device, segments: Tensor | None = None
 ) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (key <= query) & (key >= query - window)
+        return near if segments is None else near & (segments[b, query] == segments[b, key])
+
+    batch = None if segments is None else segments.size(0)
     return create_block_mask(visible, batch, None, length, length, device=str(device))
 
 
@@ -322,9 +293,14 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's variable-length attention runs there."""
+    return _capability(device, dtype) >= 8
+
+
+def _capability(device: torch.device, dtype: torch.dtype) -> int:
+    """Return the major compute capability, 0 for other devices and for 32 bits."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 8
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _row_starts(x: Tensor) -> Tensor:
@@ -353,25 +329,16 @@ def _attend_varlen(
     groups = q.size(2) // k.size(2)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    out = varlen_attn(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        q_starts,
-        k_starts,
-        q.size(1),
-        k.size(1),
-        window_size=(window, 0),
-    )
+    shape, queries, keys = q.shape, q.size(1), k.size(1)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = varlen_attn(q, k, v, q_starts, k_starts, queries, keys, window_size=(window, 0))
     assert isinstance(out, Tensor)
-    return out.view(q.shape)
+    return out.view(shape)
 
 
 def flash_module(device: torch.device, dtype: torch.dtype) -> str | None:
     """Name the installed FlashAttention package that runs on `device`, or None."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    major = torch.cuda.get_device_capability(device)[0]
+    major = _capability(device, dtype)
     if major == 9 and importlib.util.find_spec("flash_attn_interface") is not None:
         return "flash_attn_interface"
     if major >= 8 and importlib.util.find_spec("flash_attn") is not None:
@@ -384,8 +351,7 @@ def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Run the package's kernels, between two pieces of compiled code."""
     name = flash_module(q.device, q.dtype)
     assert name is not None, "choose_backend lets 'flash' through only where it runs"
-    out = importlib.import_module(name).flash_attn_func(
-        q, k, v, causal=True, window_size=(window, 0)
-    )
+    attend_flash = importlib.import_module(name).flash_attn_func
+    out = attend_flash(q, k, v, causal=True, window_size=(window, 0))
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result

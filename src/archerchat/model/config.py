@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 WINDOW_ALIGNMENT = 128
 VOCAB_ALIGNMENT = 64
+SMEAR_CHANNELS = 24
+VALUE_GATE_CHANNELS = 12
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class ModelConfig:
             raise ValueError(
                 f"model_dim {self.model_dim} must be an even multiple of num_heads {self.num_heads}"
             )
-        if self.smear and self.model_dim < 24:
+        if self.smear and self.model_dim < SMEAR_CHANNELS:
             raise ValueError(f"model_dim is {self.model_dim}; the smear gate reads 24 channels")
-        if self.value_embeddings and self.model_dim < 12:
+        if self.value_embeddings and self.model_dim < VALUE_GATE_CHANNELS:
             raise ValueError(f"model_dim is {self.model_dim}; value gates read 12 channels")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

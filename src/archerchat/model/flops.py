@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from archerchat.model.config import ModelConfig
-
-SMEAR_CHANNELS = 24
-VALUE_GATE_CHANNELS = 12
+from archerchat.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +21,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        return (
-            self.embedding
-            + self.value_embeddings
-            + self.unembedding
-            + self.block_matrices
-            + self.scalars
-        )
+        return sum(astuple(self))
 
     @property
     def scaling(self) -> int:
@@ -41,25 +32,21 @@ class ParameterCounts:
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Count what `Transformer(config)` would allocate."""
     c, v = config.model_dim, config.padded_vocab_size
-    gated = sum(config.has_value_embedding(i) for i in range(config.num_layers))
+    gated = sum(map(config.has_value_embedding, range(config.num_layers)))
     block = 2 * c * c + 2 * c * config.kv_dim + 8 * c * c
+    gates = gated * config.num_kv_heads * VALUE_GATE_CHANNELS
+    lambdas = 2 * config.num_layers * config.residual_lambdas + config.smear + config.backout
     return ParameterCounts(
         embedding=v * c,
         value_embeddings=gated * v * config.kv_dim,
         unembedding=v * c,
-        block_matrices=config.num_layers * block
-        + gated * config.num_kv_heads * VALUE_GATE_CHANNELS,
-        scalars=2 * config.num_layers * config.residual_lambdas
-        + (SMEAR_CHANNELS + 1) * config.smear
-        + config.backout,
+        block_matrices=config.num_layers * block + gates,
+        scalars=lambdas + SMEAR_CHANNELS * config.smear,
     )
 
 
 def flops_per_token(config: ModelConfig) -> int:
     """Count the FLOPs of forward and backward for one trained token."""
-    counts = count_parameters(config)
-    attention = sum(
-        12 * config.num_heads * config.head_dim * min(window, config.sequence_length)
-        for window in config.windows
-    )
-    return 6 * (counts.scaling + SMEAR_CHANNELS * config.smear) + attention
+    linear = count_parameters(config).scaling + SMEAR_CHANNELS * config.smear
+    seen = sum(min(window, config.sequence_length) for window in config.windows)
+    return 6 * linear + 12 * config.model_dim * seen

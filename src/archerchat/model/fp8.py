@@ -33,31 +33,26 @@ def fits_fp8(layer: nn.Linear) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply (..., in) by (out, in) in 8 bits; return (..., out) in x's dtype.
-
-    The number of rows must be a multiple of `MULTIPLE`.
-    """
+    """Multiply (..., in), a multiple of `MULTIPLE` rows, by (out, in) in 8 bits; keep the dtype."""
     product: Tensor = _Product.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
     return product.view(*x.shape[:-1], -1)
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return x / scale in 8 bits, and the scale () in float32."""
-    scale = x.abs().amax().float().clamp(min=SMALLEST) / torch.finfo(dtype).max
     largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=SMALLEST) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
 def _multiply(
     a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool
 ) -> Tensor:
-    """Multiply (m, k) by the transpose of (n, k), both with contiguous rows.
-
-    Args:
-        fast: whether to accumulate with fewer bits, which gradients do not bear.
-    """
+    """Multiply (m, k) by the transpose of (n, k), both with contiguous rows; `fast` accumulates
+    with fewer bits, which gradients do not bear."""
+    (x, x_scale), (y, y_scale) = a, b
     result: Tensor = torch._scaled_mm(
-        a[0], b[0].t(), a[1], b[1], out_dtype=dtype, use_fast_accum=fast
+        x, y.t(), x_scale, y_scale, out_dtype=dtype, use_fast_accum=fast
     )
     return result
 

@@ -40,11 +40,7 @@ CPU_CHUNK_BYTES = 8 * 2**20
 
 
 def chunk_tokens(vocab_size: int, device: torch.device, memory_bytes: int | None = None) -> int:
-    """Return how many tokens' logits to form at a time.
-
-    Args:
-        memory_bytes: what the device has; by default it is asked.
-    """
+    """Return how many tokens' logits to form at a time; by default the device tells its memory."""
     if device.type == "cpu":
         return max(128, CPU_CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
     if memory_bytes is None and device.type == "cuda":
@@ -198,7 +194,6 @@ def weighted_loss(
         targets: (...) int64; a position whose target is -1 is not trained.
         weights: (...) float32; 1 for each position by default.
         scale: by default 1 / the number of trained positions, which gives the mean in nats.
-        kernels: plain or compiled.
 
     Returns:
         A float32 scalar that backpropagates into `hidden` and `unembedding`; 0 when every
@@ -226,13 +221,10 @@ def token_losses(
     vocab_size: int,
     kernels: LossKernels = LossKernels(),
 ) -> Tensor:
-    """Compute each position's cross-entropy in nats, 0 where the target is -1.
+    """Return each position's cross-entropy (B, T) in nats, 0 where the target is -1.
 
     Args:
         hidden: (B, T, C); the rest as in `weighted_loss`.
-
-    Returns:
-        (B, T) float32; carries no gradient.
     """
     weight, flat = unembedding[:vocab_size].to(hidden.dtype), hidden.flatten(0, 1)
     size = chunk_tokens(vocab_size, hidden.device)

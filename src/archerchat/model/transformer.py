@@ -14,9 +14,9 @@ value embeddings after value residuals (https://arxiv.org/abs/2410.17897), relu 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from archerchat.model import fp8
 from archerchat.model.attention import Backend, Past, attend, prepare_document_mask, prepare_mask
 from archerchat.model.compiling import compiled
-from archerchat.model.config import ModelConfig
-from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
+from archerchat.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 from archerchat.model.loss import LOGIT_CAP
 
 ROTARY_BASE = 100_000.0
@@ -41,11 +40,8 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D).
-
-    Args:
-        positions: (T,), or (B, T) for tables (B, T, 1, D/2) of rows that begin elsewhere.
-    """
+    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D) for positions (T,); of
+    (B, T), in rows that begin elsewhere, they are (B, T, 1, D/2)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-exponents / head_dim)
     return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
@@ -90,11 +86,8 @@ class Attention(nn.Module):
         self.key = Linear(config.model_dim, config.kv_dim)
         self.value = Linear(config.model_dim, config.kv_dim)
         self.output = Linear(config.model_dim, config.model_dim)
-        self.value_gate = (
-            Linear(VALUE_GATE_CHANNELS, config.num_kv_heads)
-            if config.has_value_embedding(layer)
-            else None
-        )
+        gated = config.has_value_embedding(layer)
+        self.value_gate = Linear(VALUE_GATE_CHANNELS, config.num_kv_heads) if gated else None
 
     def forward(
         self,
@@ -107,13 +100,12 @@ class Attention(nn.Module):
         kept: Tensor | None = None,
     ) -> Tensor:
         """Map normalised activations (B, T, C) to the output (B, T, C) of the `kept` tokens."""
-        batch, length, _ = h.shape
-        asking, of_queries = h, rotary
+        batch, asking, of_queries = h.size(0), h, rotary
         if kept is not None:
             asking, of_queries = h.index_select(1, kept), rotary_of(rotary, kept)
-        q = self.query(asking).view(batch, asking.size(1), self.num_heads, self.head_dim)
-        k = self.key(h).view(batch, length, self.num_kv_heads, self.head_dim)
-        v = self.value(h).view(batch, length, self.num_kv_heads, self.head_dim)
+        q = self.query(asking).view(batch, -1, self.num_heads, self.head_dim)
+        k = self.key(h).view(batch, -1, self.num_kv_heads, self.head_dim)
+        v = self.value(h).view(batch, -1, self.num_kv_heads, self.head_dim)
         if self.value_gate is not None:
             assert value_embedding is not None
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
@@ -181,8 +173,8 @@ def smear(
     """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
 
     Args:
-        previous: (B, T, C), normalised embeddings of the tokens before each; zeros where there
-            is none. By default a row's tokens follow one another, and the first has none.
+        previous: (B, T, C), normalised embeddings of the tokens before each, zeros where there is
+            none. By default a row's tokens follow one another, and the first has none.
         segments: (B, T) numbers of packed documents, whose first tokens have none before them.
     """
     x = norm(x)
@@ -212,9 +204,8 @@ class Before:
     """(B, T, C): normalised embedding of the token before each, zeros where there is none."""
     layers: Sequence[Past]
     kept: Sequence[Tensor | None] = ()
-    """Per layer the tokens (n,) that come out of it, by their place among those that went in, if
-    only these matter later; None keeps all. Empty: every layer does. The others are not computed
-    beyond their keys and values."""
+    """Per layer the places (n,) of the tokens that matter later, among those that went in; the
+    others are not computed beyond keys and values. None keeps all; if empty, every layer does."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +232,6 @@ class Transformer(nn.Module):
     """Predict the next token's logits.
 
     Args:
-        config: the shape.
         compute_dtype: of activations and matrix products.
         backend: the attention backend of every layer (`attention.choose_backend`).
     """
@@ -261,16 +251,15 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(vocab, dim)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in layers)
         mixing = filter(config.has_value_embedding, layers)
-        self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(vocab, config.kv_dim) for i in mixing}
-        )
+        tables = {str(i): nn.Embedding(vocab, config.kv_dim) for i in mixing}
+        self.value_embeddings = nn.ModuleDict(tables)
         self.unembedding = Linear(dim, vocab)
 
         def scalars(count: int, used: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(count)) if used else None
 
-        self.residual_lambdas = scalars(config.num_layers, config.residual_lambdas)
-        self.input_lambdas = scalars(config.num_layers, config.residual_lambdas)
+        self.residual_lambdas = scalars(len(layers), config.residual_lambdas)
+        self.input_lambdas = scalars(len(layers), config.residual_lambdas)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1) if config.smear else None
         self.smear_lambda = scalars(1, config.smear)
         self.backout_lambda = scalars(1, config.backout)
@@ -302,17 +291,16 @@ class Transformer(nn.Module):
         layers, bound = self.config.num_layers, math.sqrt(3 / self.config.model_dim)
         normal(self.token_embedding.weight, 0.8)
         normal(self.unembedding.weight, 0.001)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            for matrix in (block.attention.query, block.attention.key, block.attention.value):
+        for block in cast(Iterable[Block], self.blocks):
+            attention, mlp = block.attention, block.mlp
+            for matrix in (attention.query, attention.key, attention.value):
                 uniform(matrix.weight, -bound, bound)
-            uniform(block.mlp.up.weight, -0.4 * bound, 0.4 * bound)
-            block.attention.output.weight.zero_()
-            block.mlp.down.weight.zero_()
-            if block.attention.value_gate is not None:
-                uniform(block.attention.value_gate.weight, 0.0, 0.02)
-        for table in self.value_embeddings.values():
-            assert isinstance(table, nn.Embedding)
+            uniform(mlp.up.weight, -0.4 * bound, 0.4 * bound)
+            attention.output.weight.zero_()
+            mlp.down.weight.zero_()
+            if attention.value_gate is not None:
+                uniform(attention.value_gate.weight, 0.0, 0.02)
+        for table in cast(Iterable[nn.Embedding], self.value_embeddings.values()):
             uniform(table.weight, -bound, bound)
         if self.smear_gate is not None and self.smear_lambda is not None:
             uniform(self.smear_gate.weight, 0.0, 0.02)
@@ -334,23 +322,22 @@ class Transformer(nn.Module):
         """Map token ids (B, T) to the unembedding's input (B, T, C) in the compute dtype.
 
         Args:
-            regions: compiled pieces to run instead of the plain ones.
             before: a cache of the tokens before these; without it they begin their rows.
-            segments: (B, T) numbers of the documents that are packed in a row, to keep them from
-                seeing each other; without it they do.
+            segments: (B, T) numbers of the packed documents, to keep them from seeing each other.
         """
         assert before is None or segments is None, "a cache holds one document per row"
-        run, positions = regions or Regions(), torch.arange(token_ids.size(1), device=self.device)
+        run, layers = regions or Regions(), self.config.num_layers
+        positions = torch.arange(token_ids.size(1), device=self.device)
         if before:
             positions = before.positions
         rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
         x0 = x = middle = self._embed(token_ids, run, before, segments)
-        lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.blocks)
+        lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * layers
         if self.residual_lambdas is not None and self.input_lambdas is not None:
-            residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
-            lambdas = list(zip(residual, inputs, strict=True))
+            both = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
+            lambdas = list(zip(*both, strict=True))
         fresh = regions is not None and before is None
-        masks = self._masks(token_ids, segments) if fresh else [None] * len(self.blocks)
+        masks = self._masks(token_ids, segments) if fresh else [None] * layers
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
@@ -365,7 +352,7 @@ class Transformer(nn.Module):
             if kept is not None:
                 token_ids, x0, middle = (t.index_select(1, kept) for t in (token_ids, x0, middle))
                 rotary = rotary_of(rotary, kept)
-            if i == self.config.num_layers // 2:
+            if i == layers // 2:
                 middle = x
         if self.backout_lambda is None:
             return norm(x)
@@ -384,10 +371,13 @@ class Transformer(nn.Module):
     def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
         """Return one prepared mask per layer, for compiled regions."""
         length, device, windows = token_ids.size(1), token_ids.device, self.config.windows
-        if segments is not None:
-            made = {w: prepare_document_mask(segments, w, self.backend) for w in set(windows)}
-            return [made[w] for w in windows]
-        return [prepare_mask(length, w, device, self.backend) for w in windows]
+        made: dict[int, Any] = {}
+        for window in set(windows):
+            if segments is None:
+                made[window] = prepare_mask(length, window, device, self.backend)
+            else:
+                made[window] = prepare_document_mask(segments, window, self.backend)
+        return [made[window] for window in windows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the unembedding's input (..., C) to capped float32 logits (..., vocab_size)."""

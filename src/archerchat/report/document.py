@@ -32,31 +32,36 @@ class Markup(str):
     """Markdown. A template escapes every other value that it shows."""
 
 
+def build_environment(folder: Path) -> Environment:
+    """Build what renders the templates of a folder, with filters that write figures."""
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "bytes": bytes_text,
+        "compact": compact,
+        "dollars": lambda v: ABSENT if v is None else f"${v:,.{2 if v >= 0.1 else 3}f}",
+        "duration": duration_text,
+        "moment": lambda v: datetime.fromtimestamp(v, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "percent": lambda v, digits=1: f"{v:z.{digits}%}",
+        "score": lambda v: ABSENT if v is None else f"{v:z.4f}",
+    }
+    return environment
+
+
 class Document:
     """A report: Markdown from a template in this folder, and its charts."""
 
     def __init__(self, template: str, **values: Any) -> None:
         self.charts: dict[str, str] = {}
         """SVG by its path relative to the Markdown file."""
-        environment = Environment(
-            loader=FileSystemLoader(FOLDER),
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=StrictUndefined,
-            finalize=lambda value: value if isinstance(value, Markup) else escaped(str(value)),
-        )
-        environment.filters |= {
-            "bytes": bytes_text,
-            "compact": compact,
-            "dollars": lambda v: ABSENT if v is None else f"${v:,.{2 if v >= 0.1 else 3}f}",
-            "duration": duration_text,
-            "moment": lambda v: datetime.fromtimestamp(v, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "percent": lambda v, digits=1: f"{v:z.{digits}%}",
-            "score": lambda v: ABSENT if v is None else f"{v:z.4f}",
-        }
+        environment = build_environment(FOLDER)
+        environment.finalize = lambda v: v if isinstance(v, Markup) else escaped(str(v))
         environment.globals |= {"draw": self._draw, "passage": _passage, "table": _table}
-        environment.globals["version"] = __version__
-        text = environment.get_template(template).render(**values)
+        text = environment.get_template(template).render(version=__version__, **values)
         self.markdown = re.sub(r"\n{3,}(?=[^\n`])", "\n\n", text)
 
     def _draw(self, charts: Sequence[Lines | Bars]) -> Markup:

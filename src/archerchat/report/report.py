@@ -6,21 +6,19 @@ import json
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
+from archerchat.config import STAGES
 from archerchat.evals.statistics import centred
 from archerchat.home import Home
 from archerchat.model.flops import count_parameters
 from archerchat.planning.gpus import Prices, find_gpu
 from archerchat.report.charts import Bars, Lines, Series, compact
-from archerchat.report.document import ABSENT, Document
+from archerchat.report.document import ABSENT, FOLDER, Document
 from archerchat.report.results import SCORES, Result, latest, load_results
-from archerchat.report.runs import STAGES, Run, load_family
+from archerchat.report.runs import Run, load_family
 
-PUBLISHED = Path(__file__).with_name("published.toml")
-"""Results of others to compare with."""
 ROLLOUTS = {
     "rollout/reward": "mean reward",
     "rollout/solved_share": "solved",
@@ -29,23 +27,10 @@ ROLLOUTS = {
 }
 TOKENS = {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"}
 """Metrics that share a chart, with their labels."""
-WARMUP_POINTS = 5
-"""Steps after the start that typical speeds leave out."""
 MAX_LABEL = 32
 """Most characters of a task's name next to its bar."""
 Table = tuple[list[str], list[list[str]]]
 """Column heads, and rows."""
-
-
-class Spending(NamedTuple):
-    """Time of a run or an evaluation: training steps, evaluations, and the rest."""
-
-    name: str
-    training_seconds: float
-    eval_seconds: float
-    other_seconds: float
-    cost: float | None
-    """Dollars; None if no price is known."""
 
 
 def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
@@ -61,7 +46,7 @@ def build_training_report(
     runs: Sequence[Run], results: Sequence[Result], prices: Prices
 ) -> Document:
     """Return the document."""
-    published = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    published = tomllib.loads((FOLDER / "published.toml").read_text(encoding="utf-8"))
     evaluations = [latest(results, kind, stage) for kind in SCORES for stage in STAGES]
     return Document(
         "training.md",
@@ -73,7 +58,6 @@ def build_training_report(
         chat=latest(results, "chat"),
         evaluations=[result for result in evaluations if result and result.tasks],
         comparison=_compare(runs, results, published),
-        typical=_typical,
         spent=_spendings(runs, results, prices),
         prices=prices.per_hour(find_gpu(runs[0].device))[1],
         environment=_environment(runs),
@@ -81,11 +65,6 @@ def build_training_report(
         run_charts=run_charts,
         bars=result_chart,
     )
-
-
-def _typical(run: Run, metric: str) -> float | None:
-    values = run.values(metric)[WARMUP_POINTS:]
-    return median(values) if values else None
 
 
 def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]) -> Table:
@@ -120,24 +99,28 @@ def _score(result: Result) -> str:
     return " ".join([f"{result.score:z.4f}", *(f"({each})" for each in result.conditions)])
 
 
-def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -> list[Spending]:
-    """Return the time and cost of each run and each evaluation."""
-
-    def spending(name: str, run: Run, training: float, evals: float, other: float) -> Spending:
-        price, _ = prices.per_hour(find_gpu(run.device))
-        hours = (training + evals + other) / 3600 * (run.setting("hardware", "world_size") or 1)
-        return Spending(name, training, evals, other, None if price is None else hours * price)
-
+def _spendings(
+    runs: Sequence[Run], results: Sequence[Result], prices: Prices
+) -> list[dict[str, Any]]:
+    """Return the time of each run and each evaluation, and its cost in dollars, None if unknown."""
     rows = []
+
+    def add(name: str, run: Run, **seconds: float) -> None:
+        price, _ = prices.per_hour(find_gpu(run.device))
+        hours = sum(seconds.values()) / 3600 * (run.setting("hardware", "world_size") or 1)
+        cost = None if price is None else hours * price
+        rows.append({"name": name, "cost": cost, **seconds})
+
     for run in runs:
+        training, evals = run.training_seconds, run.eval_seconds
         # A session's first record is written after its model is built.
-        other = max(0.0, run.wall_seconds - run.training_seconds - run.eval_seconds)
-        rows.append(spending(run.tag, run, run.training_seconds, run.eval_seconds, other))
+        other = max(0.0, run.wall_seconds - training - evals)
+        add(run.tag, run, training_seconds=training, eval_seconds=evals, other_seconds=other)
     for result in results:
         own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
         seconds = sum(task.seconds for task in result.tasks)
         name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
-        rows.append(spending(name, (own or runs)[-1], 0.0, seconds, 0.0))
+        add(name, (own or runs)[-1], training_seconds=0.0, eval_seconds=seconds, other_seconds=0.0)
     return rows
 
 

@@ -68,7 +68,19 @@ def _read(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
     if kind == "chat":
         complete, options = content["complete"], content["sampling"]
         cap = max(filter(None, content["limits"].values()), default=None)
-        tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
+        tasks = []
+        for name, task in content["tasks"].items():
+            examples, samples = task["problems"], task.get("num_samples", 1)
+            result = TaskResult(
+                label=name,
+                task_type=task["kind"],
+                examples=examples,
+                correct=round(task["accuracy"] * examples * samples),
+                random_baseline=task["random_baseline"],
+                seconds=task["seconds"],
+                num_samples=samples,
+            )
+            tasks.append(result)
         if temperature := options["temperature"]:
             conditions.append(f"{options['num_samples']} sample(s) at temperature {temperature:g}")
         if (tokens := options["max_new_tokens"]) < ANSWER_TOKENS:
@@ -88,19 +100,6 @@ def _read(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
     if complete:
         score = content.get("chatcore") if kind == "chat" else content["core"]
     return Result(kind, stage, tag, about["step"], score, tasks, complete, conditions)
-
-
-def _read_chat_task(name: str, task: dict[str, Any]) -> TaskResult:
-    examples, samples = task["problems"], task.get("num_samples", 1)
-    return TaskResult(
-        label=name,
-        task_type=task["kind"],
-        examples=examples,
-        correct=round(task["accuracy"] * examples * samples),
-        random_baseline=task["random_baseline"],
-        seconds=task["seconds"],
-        num_samples=samples,
-    )
 
 
 def latest(results: Sequence[Result], kind: Kind, *stages: str) -> Result | None:

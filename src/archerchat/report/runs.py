@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Any
 
+from archerchat.config import STAGES
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.training.loop import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
-STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"
 """Metric that is logged with every step of training."""
 CLOCK = "train/seconds"
 """Metric with the time spent in training steps since the beginning of the run."""
+WARMUP_POINTS = 5
+"""Steps after the start that typical speeds leave out."""
 RENAMES = "renamed.json"
 """File under the home that lists renamed models in order (`archerchat models rename`)."""
 
@@ -63,6 +67,11 @@ class Run:
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, by step."""
         return [value for value in self.metrics.get(metric, {}).values() if math.isfinite(value)]
+
+    def typical(self, metric: str) -> float | None:
+        """Return the median of a metric after the first steps."""
+        values = self.values(metric)[WARMUP_POINTS:]
+        return median(values) if values else None
 
     def last(self, metric: str) -> float | None:
         """Return the last finite value of a metric."""
@@ -132,31 +141,25 @@ def read_renames(home: Home) -> list[dict[str, Any]]:
     return renames
 
 
-def load_run(home: Home, tag: str) -> Run:
-    """Read run `tag`.
+def load_run(home: Home, tag: str, num_records: int | None = None) -> Run:
+    """Read run `tag`, or only its first records.
 
     Raises:
         DataError: a journal is damaged.
         UsageError: there is no such run, or `tag` cannot be a run's name.
     """
-    run = _read(home, tag)
+    run = build_run(tag, islice(read_records(home, tag), num_records))
     if not run.num_sessions:
         raise _no_such_run(home, tag)
+    # A session adds a file to the journals. A rename before the last was of another model.
+    last = (home.run_dir(tag) / "journal").stat().st_mtime
+    run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
     return run
 
 
 def _no_such_run(home: Home, tag: str) -> UsageError:
     names = ", ".join(run_tags(home)) or "none: train one, or pull it with endlex"
     return UsageError(f"there is no run {tag!r} in {home.root / 'runs'}; there is {names}")
-
-
-def _read(home: Home, tag: str, num_records: int | None = None) -> Run:
-    run = build_run(tag, islice(read_records(home, tag), num_records))
-    if run.num_sessions:
-        # A session adds a file to the journals. A rename before the last was of another model.
-        last = (home.run_dir(tag) / "journal").stat().st_mtime
-        run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
-    return run
 
 
 def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
@@ -173,10 +176,17 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
         run.wall_seconds += max(0.0, time - last)
         run.end, last = max(run.end, time), max(last, time)
         if kind == "metrics":
-            if STEP_METRIC in record["values"] and not has_trained:
+            values = record["values"]
+            if STEP_METRIC in values and not has_trained:
                 _forget_after(run, step)
                 has_trained = True
-            _take_metrics(run, step, record["values"])
+            if CLOCK in values:
+                start = values[CLOCK] if step else 0.0  # where the step before is not known
+                start = run.metrics.get(CLOCK, {}).get(step - 1, start)
+                run.training_seconds += values[CLOCK] - start
+            run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
+            for name, value in values.items():
+                run.metrics.setdefault(name, {})[step] = float(value)
         elif kind == "text":
             run.texts.setdefault(record["name"], {})[step] = record["text"]
         elif kind == "finish":
@@ -184,15 +194,6 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
     run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
     run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
     return run
-
-
-def _take_metrics(run: Run, step: int, values: Mapping[str, float]) -> None:
-    if CLOCK in values:
-        start = values[CLOCK] if step else 0.0  # where the step before is not known
-        run.training_seconds += values[CLOCK] - run.metrics.get(CLOCK, {}).get(step - 1, start)
-    run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
-    for name, value in values.items():
-        run.metrics.setdefault(name, {})[step] = float(value)
 
 
 def _forget_after(run: Run, step: int) -> None:
@@ -217,8 +218,10 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     tags = run_tags(home)
     if tag is None and tags:
         tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
-    # The first record says which model a run trained; only the chosen runs are read whole.
-    known = [run for name in tags if (run := _read(home, name, 1)).num_sessions]
+    known = []
+    for name in tags:  # the first record says which model a run trained
+        with suppress(UsageError):  # another program's journal
+            known.append(load_run(home, name, num_records=1))
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]
     if not chosen:
         raise _no_such_run(home, tag or "")

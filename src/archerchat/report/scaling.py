@@ -192,7 +192,7 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
         UsageError: all runs took the same compute.
     """
     if len({run.flops for run in runs}) < 2:
-        raise UsageError("a law needs runs of at least two sizes, not 1: train more depths")
+        raise UsageError("a law needs runs of two sizes: name at least two, such as d6 d8 d10")
     count, losses = len(runs), [run.loss for run in runs]
     sizes: list[list[float]] = [[run.parameters for run in runs], [run.tokens for run in runs]]
     mixed = _why_inseparable(np.log(sizes))
@@ -228,14 +228,9 @@ def _why_inseparable(logs: Array) -> str:
 
 def build_scaling_report(runs: Sequence[SizedRun], law: Law, reason: str, metric: str) -> Document:
     """Return the document."""
+    charts = _charts(runs, law, metric)
     return Document(
-        "scaling.md",
-        metric=metric,
-        runs=runs,
-        law=law,
-        reason=reason,
-        charts=_charts(runs, law, metric),
-        ahead=AHEAD,
+        "scaling.md", metric=metric, runs=runs, law=law, reason=reason, charts=charts, ahead=AHEAD
     )
 
 
@@ -246,8 +241,7 @@ def _charts(runs: Sequence[SizedRun], law: Law, metric: str) -> list[Lines]:
         curve = [(c, float(law.predict(*law.optimal_split(c)))) for c in flops]
         by_compute.insert(0, Series("best split" if law.both else "law", curve, "dashed", color=1))
     sizes = sorted({run.parameters for run in runs}) if law.both else []
-    last = len(sizes) - 1
-    shown = sorted({round(i) for i in np.linspace(0, last, MAX_SIZES)}) if sizes else []
+    shown = sorted({round(i) for i in np.linspace(0, len(sizes) - 1, MAX_SIZES)}) if sizes else []
     for color, size in enumerate(sizes[i] for i in shown):
         least, *_, most = sorted(run.tokens for run in runs)
         tokens = np.geomspace(least, most * 2, 40).tolist()

@@ -32,7 +32,7 @@ from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import InferenceModel
+from archerchat.inference.loading import build_inference_model
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.fp8 import supports_fp8
 from archerchat.optim.schedule import Schedule, build_schedule
@@ -255,7 +255,7 @@ class Pretraining(Stage):
     def measure_core(self, step: int) -> Mapping[str, float]:
         """Measure CORE on part of each task."""
         result = self.core.run(
-            InferenceModel(self.model).model,
+            build_inference_model(self.model),
             on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
         )
         low, high = result.interval

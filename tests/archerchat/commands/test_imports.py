@@ -82,7 +82,7 @@ def test_flags_have_the_documented_names() -> None:
     given = ["DIR", "--tokenizer", "T", "--tag", "d20", "--step", "5", "--stage", "sft"]
     positional = (tyro.conf.PositionalRequiredArgs,)
     config = tyro.cli(ImportNanochatConfig, args=given, config=positional)
-    assert config == ImportNanochatConfig(Path("DIR"), Path("T"), "d20", 5, "sft")
+    assert config == ImportNanochatConfig(Path("DIR"), Path("T"), 5, tag="d20", stage="sft")
 
 
 def test_a_model_and_its_tokenizer_arrive(

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from archerchat.cli import main
-from archerchat.commands import sample as command
-from archerchat.commands.sample import PROMPTS, SampleConfig, print_samples
+from archerchat.commands import chat as command
+from archerchat.commands.chat import PROMPTS, SampleConfig, print_samples
 from archerchat.inference.loading import LoadedModel
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Event, Request

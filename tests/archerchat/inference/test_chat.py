@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from archerchat.errors import UsageError
-from archerchat.inference.chat import ChatSession, Turn, generate_texts
+from archerchat.inference.chat import ChatSession, Turn, build_answer_request, generate_texts
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.tools import Piece
@@ -53,6 +53,13 @@ def prompts_of(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> list[li
 
     monkeypatch.setattr(session.engine, "stream", watched)
     return seen
+
+
+def test_answers_end_at_the_assistants_end_or_a_new_document(session: ChatSession) -> None:
+    tokenizer = session.tokenizer
+    request = build_answer_request(tokenizer, [1], SamplingParams(stop_token_ids=(7,)))
+    ends = tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
+    assert request.params.stop_token_ids == (*ends, 7)
 
 
 def test_an_answer_comes_in_parts_with_the_calculators_result(session: ChatSession) -> None:
@@ -123,7 +130,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_went(session: ChatSessio
 def test_a_stop_string_ends_an_answer_and_is_not_shown(session: ChatSession) -> None:
     session.params = replace(session.params, stop=("##4",))
     assert say(session, "6 times 7?")[-1] == ("text", "##")
-    assert session.completion.stop_string == "##4"
+    assert session.completion.finish_reason == "stop"
     answer = session.to_conversation()["messages"][1]  # type: ignore[index]
     assert answer["content"][-1] == {"type": "text", "text": "##"}
 

@@ -300,6 +300,28 @@ def test_nothing_runs_when_one_request_cannot_be_served(model: Transformer, prom
     assert engine.generate([]) == []
 
 
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([1] * 8), "the prompt has 8 tokens and the context 8: cut it to 7 or fewer"),
+        (Request([1] * 100), "the prompt has 100 tokens"),
+        (Request([1, -1]), "the prompt has token -1; the model knows 0 to 99"),
+        (Request([1, 100]), "the prompt has token 100; the model knows 0 to 99"),
+        (
+            Request([1], SamplingParams(logit_bias={3: 1.0, 100: -1.0})),
+            "--logit-bias has token 100; the model knows 0 to 99",
+        ),
+    ],
+)
+def test_what_an_engine_cannot_serve_is_refused(
+    model: Transformer, request_: Request, message: str
+) -> None:
+    engine = Engine(model, max_length=8)
+    engine.check(Request([0, 99] * 3 + [7]))
+    with pytest.raises(UsageError, match=message):
+        engine.check(request_)
+
+
 def test_a_context_may_be_longer_than_in_training(
     model: Transformer, is_plain: IsPlain, prompt: Prompt
 ) -> None:
@@ -443,7 +465,7 @@ def test_a_stop_string_ends_a_row(model: Transformer, prompt: Prompt, overlap: b
             completion.add(event)
     assert completion.text == text[:9]
     assert completion.token_ids == whole.token_ids[:7]
-    assert (completion.finish_reason, completion.stop_string) == ("stop", stop)
+    assert (completion.finish_reason, completion.stop_token) == ("stop", None)
     assert sum(event.token is not None for event in events if event.request == 1) == 20
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from itertools import accumulate, chain
 from typing import Any
 
 import pytest
 import torch
 
-from archerchat.inference.kv_cache import KVCache, RingLayer, RingPart, attend_ring, ring_mask
+from archerchat.inference.kv_cache import KVCache, RingLayer, attend_ring, ring_mask
 from archerchat.inference.model_runner import forward_token
 from archerchat.inference.prefill import prefill
 from archerchat.model.attention import attend
@@ -31,9 +31,9 @@ def num_bytes(cache: KVCache) -> int:
 def test_its_bytes_are_those_of_the_plan(max_length: int, dtype: torch.dtype) -> None:
     for config in (ModelConfig(256, 100, 4, 4, 2, 32), ModelConfig(512, 100, 3, 2, 2, 64, "SL")):
         cache = KVCache(config, 5, max_length, dtype, CPU)
-        keys, values = cache.views(0, 5, max_length)
         needed = 5 * kv_cache_bytes(config, dtype, max_length)
-        assert needed == sum(tensor.nbytes for tensor in (*keys, *values)) == num_bytes(cache)
+        views = chain.from_iterable(cache.views(0, 5, max_length))
+        assert needed == sum(tensor.nbytes for tensor in views) == num_bytes(cache)
 
 
 def test_its_bytes_are_the_references(model_golden: Any) -> None:
@@ -55,7 +55,7 @@ def test_steps_give_the_plain_logits_at_every_age(
     for i in range(len(starts)):
         cache.fill(i, ran.prefix(i))
     rows = torch.arange(len(starts))
-    ends = list(itertools.accumulate(cuts))
+    ends = list(accumulate(cuts))
     for step in range(40):
         places = torch.tensor([start + step for start in starts])
         tokens = ids[rows, places]
@@ -65,7 +65,7 @@ def test_steps_give_the_plain_logits_at_every_age(
         ]
         out = forward_token(model, tokens, cache.lengths, cache.previous, parts)
         torch.testing.assert_close(out[0], plain[rows, places], atol=1e-4, rtol=1e-4)
-        cache.append(out[1], out[2], out[3], rows)
+        cache.append(out[1], out[2], rows)
     assert cache.lengths.tolist() == [start + 40 for start in starts]
 
 
@@ -78,7 +78,7 @@ def test_a_ring_is_the_window_before_a_token_and_the_token() -> None:
     for t in range(length):
         if t > 0:
             mask = ring_mask(torch.tensor([t]), window, q.dtype)
-            layer = RingLayer([RingPart(ring_k, ring_v, mask)])
+            layer = RingLayer([(ring_k, ring_v, mask)])
             out = layer.attend(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
             torch.testing.assert_close(out, expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
         ring_k[:, :, t % window] = k[:, t]
@@ -114,8 +114,7 @@ def test_a_row_is_filled_and_moved_without_its_neighbours(
     cache.move(1, 2, 40)
     assert cache.lengths.tolist() == [150, 40, 40]
     assert torch.equal(cache.previous[1], cache.previous[2])
-    keys, values = cache.views(0, 3, 40)
-    assert all(torch.equal(ring[1], ring[2]) for ring in (*keys, *values))
+    assert all(torch.equal(ring[1], ring[2]) for pair in cache.views(0, 3, 40) for ring in pair)
     after = cache.state(3)
     for ring, was in zip(after[:-2], before[:-2], strict=True):
         assert torch.equal(ring[:, :, :2], was[:, :, :2])

@@ -12,7 +12,12 @@ from torch import nn
 from archerchat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.inference import loading
-from archerchat.inference.loading import InferenceModel, can_pack, load_model
+from archerchat.inference.loading import (
+    build_inference_model,
+    can_pack,
+    load_model,
+    refresh_weights,
+)
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Linear
 from archerchat.runtime import Runtime, build_runtime
@@ -107,7 +112,7 @@ IDS = torch.arange(60)[None] % 100
 
 def test_in_float32_the_model_serves_itself(build: Any) -> None:
     model = build(SHAPE)
-    assert InferenceModel(model).model is model
+    assert build_inference_model(model) is model
 
 
 def cast_bytes(model: nn.Module) -> set[torch.dtype]:
@@ -123,13 +128,13 @@ def test_plainly_cast_weights_give_the_same_bits(
     model.backend = "sdpa"
     for block in model.blocks:
         block.attention.backend = "sdpa"  # float16 has no room for `matmul`
-    fixed = InferenceModel(model)
-    assert not fixed.packed
-    assert cast_bytes(fixed.model) == {dtype}
+    fixed = build_inference_model(model)
+    assert not any(getattr(module, "packed", False) for module in fixed.modules())
+    assert cast_bytes(fixed) == {dtype}
     assert cast_bytes(model) == {torch.float32}
-    assert torch.equal(fixed.model(IDS), model(IDS))
-    assert fixed.model.token_embedding.weight is model.token_embedding.weight
-    assert fixed.model.device == model.device
+    assert torch.equal(fixed(IDS), model(IDS))
+    assert fixed.token_embedding.weight is model.token_embedding.weight
+    assert fixed.device == model.device
 
 
 @pytest.mark.skipif(
@@ -137,10 +142,9 @@ def test_plainly_cast_weights_give_the_same_bits(
 )
 def test_packed_weights_give_the_same_within_rounding(build: Any) -> None:
     model = build(SHAPE, dtype=torch.bfloat16)
-    fixed = InferenceModel(model)
-    assert fixed.packed
-    assert sum(getattr(module, "packed", False) for module in fixed.model.modules()) == 6 * 2 + 1
-    torch.testing.assert_close(fixed.model(IDS), model(IDS), atol=0.15, rtol=0)
+    fixed = build_inference_model(model)
+    assert sum(getattr(module, "packed", False) for module in fixed.modules()) == 6 * 2 + 1
+    torch.testing.assert_close(fixed(IDS), model(IDS), atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -150,12 +154,12 @@ def test_a_refresh_takes_new_weights_over(
     if not packed:
         monkeypatch.setattr(loading, "can_pack", lambda *_: False)
     model, other = build(SHAPE, 0, torch.bfloat16), build(SHAPE, 3, torch.bfloat16)
-    fixed = InferenceModel(model)
-    before = fixed.model(IDS)
+    fixed = build_inference_model(model)
+    before = fixed(IDS)
     model.load_state_dict(other.state_dict())
-    fixed.refresh()
-    assert torch.equal(fixed.model(IDS), InferenceModel(other).model(IDS))
-    assert not torch.equal(fixed.model(IDS), before)
+    refresh_weights(fixed)
+    assert torch.equal(fixed(IDS), build_inference_model(other)(IDS))
+    assert not torch.equal(fixed(IDS), before)
 
 
 def test_nothing_else_is_packed() -> None:

@@ -32,7 +32,7 @@ def begin(runner: ModelRunner, row: int, prompt: list[int]) -> int:
     """Start a row; return its first token."""
     ran = prefill(runner.model, [prompt])
     runner.start(row, ran.prefix(0), Request(prompt, GREEDY), seed=0)
-    runner.sample_first(row, ran.last_logits(), SamplingPlan())
+    runner.sample_first(row, ran.last_logits, SamplingPlan())
     return int(runner.tokens[row])
 
 
@@ -80,7 +80,7 @@ def test_many_rows_in_parts_say_what_they_say_alone(
     lengths = [len(ids) for ids in prompts]
     assert len(list(row_spans(lengths))) == 3
     together.step(lengths, SamplingPlan())
-    keys = torch.stack([k[:, :, -1] for k in together.cache.views(0, 40, 256)[0]])
+    keys = torch.stack([keys[:, :, -1] for keys, _ in together.cache.views(0, 40, 256)])
     assert keys.isfinite().all()
     for row in (0, 15, 16, 39):
         alone = ModelRunner(model, 1, 256, compile=False)
@@ -99,5 +99,5 @@ def test_fetched_tokens_are_those_at_the_time(model: Transformer) -> None:
     runner.tokens.copy_(torch.tensor([5, 6, 7, 8]))
     fetches = [runner.fetch(0, 4, SamplingPlan()), runner.fetch(2, 1, SamplingPlan())]
     runner.tokens.zero_()
-    read = [[token for token, _ in fetch.read()] for fetch in fetches]
+    read = [[token for token, _ in fetch()] for fetch in fetches]
     assert read == [[5, 6, 7, 8], [7]]

@@ -35,7 +35,7 @@ def test_padding_changes_nothing(model: Transformer, prompt: Prompt) -> None:
     for i, row in enumerate(rows):
         expected = plain(model, row)
         close(logits(ran, i), expected)
-        close(ran.last_logits()[i], expected[-1])
+        close(ran.last_logits[i], expected[-1])
 
 
 @pytest.mark.parametrize("shared", [1, 64, 128, 129, 200, 300])
@@ -44,7 +44,8 @@ def test_continuations_of_a_prefix(model: Transformer, prompt: Prompt, shared: i
     begin = prompt(shared)
     first = prefill(model, [begin]).prefix(0)
     assert first.length == shared
-    assert [k.size(1) for k in first.keys] == [min(w, shared) for w in model.config.windows]
+    windows = model.config.windows
+    assert [keys.size(1) for keys, _ in first.layers] == [min(w, shared) for w in windows]
     tails = [prompt(n) for n in (1, 20, 90)]
     ran = prefill(model, tails, first)
     for i, tail in enumerate(tails):

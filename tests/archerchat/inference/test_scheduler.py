@@ -1,63 +1,94 @@
-"""Shared beginnings are found, worth it, and never a whole prompt."""
+"""Beginnings are shared where that saves tokens, and never a whole prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archerchat.inference.scheduler import PrefixGroup, common_length, group_by_prefix
+from archerchat.inference.scheduler import Scheduler, common_length, most_saving
+from archerchat.inference.sequence import Request
+from archerchat.model.transformer import Transformer
 
-SHARED = list(range(100, 140))
+Prompt = Callable[[int], list[int]]
 
 
 def test_common_beginnings() -> None:
-    assert common_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_length([1, 2, 3, 7], [1, 2, 4, 5]) == 2
     assert common_length([1, 2], [1, 2, 3]) == 2
     assert common_length([], [1]) == common_length([2], [1]) == 0
 
 
-def test_prompts_that_begin_alike_are_grouped_in_order_of_their_oldest() -> None:
-    prompts = [[5], [*SHARED, 1], [7] * 30, [*SHARED, 2, 3], [*[7] * 25, 1], [*SHARED, 1]]
-    assert group_by_prefix(prompts) == [
-        PrefixGroup(0, (0,)),
-        PrefixGroup(40, (1, 3, 5)),
-        PrefixGroup(25, (2, 4)),
-    ]
+@pytest.mark.parametrize(
+    ("lengths", "length"),
+    [
+        ([], 0),
+        ([15, 15, 15], 0),  # not worth a pass
+        ([40, 3, 40], 40),
+        ([100, 20], 100),  # 100 tokens saved, against 2 * 20
+        ([100, 60], 60),
+    ],
+)
+def test_the_beginning_that_saves_most_is_shared(lengths: list[int], length: int) -> None:
+    assert most_saving(lengths) == length
 
 
-def test_a_whole_prompt_is_never_shared() -> None:
+def schedule_all(model: Transformer, prompts: Sequence[list[int]], places: int) -> tuple[int, int]:
+    """Return how many prompt tokens ran, and the number of the prompt that started last."""
+    scheduler = Scheduler(model)
+    for number, prompt in enumerate(prompts):
+        scheduler.add(number, Request(prompt))
+    started = []
+    while scheduler:
+        found = scheduler.schedule(places)
+        assert len(found) == min(places, len(prompts) - len(started))
+        for waiting, sample in found:
+            assert sample == 0
+            assert waiting.prefix is not None
+            assert waiting.prefix.length == len(waiting.request.prompt)
+            started.append(waiting.number)
+    assert sorted(started) == list(range(len(prompts)))
+    return scheduler.prefilled_tokens, started[-1]
+
+
+def test_a_whole_prompt_is_never_shared(model: Transformer, prompt: Prompt) -> None:
     """Its last token must run: its logits are wanted."""
-    assert group_by_prefix([SHARED, SHARED]) == [PrefixGroup(39, (0, 1))]
-    assert group_by_prefix([SHARED, [*SHARED, 1, 2]]) == [PrefixGroup(39, (0, 1))]
+    whole = prompt(40)
+    assert schedule_all(model, [whole, whole], places=2) == (39 + 2, 1)
+    assert schedule_all(model, [whole, [*whole, 1, 2]], places=2) == (39 + 1 + 3, 1)
 
 
-def test_short_beginnings_are_not_worth_a_pass() -> None:
-    prompts = [[1, 2, 3, n] for n in range(5)]
-    assert [group.shared for group in group_by_prefix(prompts)] == [0] * 5
-    assert group_by_prefix(prompts, min_shared=3) == [PrefixGroup(3, (0, 1, 2, 3, 4))]
+def test_groups_are_served_in_order_of_their_oldest(model: Transformer, prompt: Prompt) -> None:
+    """Two groups begin alike for 20 tokens, then differ; a third prompt stands alone."""
+    common, alone = prompt(20), prompt(30)
+    first, second = [*common, *prompt(40)], [*common, *prompt(60)]
+    prompts = [[*first, 1], [*second, 1], [*first, 2], alone, [*second, 2, 3], [*first, 4]]
+    tokens, last = schedule_all(model, prompts, places=2)
+    assert tokens == (60 + 3) + (80 + 3) + 30
+    assert last == 3
 
 
-def test_a_long_beginning_is_not_given_up_for_a_short_one() -> None:
-    """Two prompts that share 100 tokens, one that shares 20 of them: 100 saved beats 2 * 20."""
-    long = list(range(100))
-    prompts = [[*long, 1], [*long, 2], [*long[:20], 3]]
-    assert group_by_prefix(prompts) == [PrefixGroup(100, (0, 1)), PrefixGroup(0, (2,))]
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_size=1, max_size=15)
+)
+def test_every_prompt_runs_once(model: Transformer, prompts: list[list[int]]) -> None:
+    tokens, _ = schedule_all(model, prompts, places=4)
+    assert tokens <= sum(map(len, prompts))
 
 
-def test_a_thousand_prompts_may_each_begin_with_the_one_before() -> None:
-    groups = group_by_prefix([[1] * length for length in range(1, 1001)])
-    assert sorted(i for group in groups for i in group.members) == list(range(1000))
-    assert max(groups, key=lambda group: group.shared * len(group.members)).shared > 400
-
-
-@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), max_size=15))
-def test_every_prompt_is_in_one_group_and_has_its_beginning(prompts: list[list[int]]) -> None:
-    groups = group_by_prefix(prompts, min_shared=2)
-    assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
-    assert [group.members[0] for group in groups] == sorted(group.members[0] for group in groups)
-    for group in groups:
-        first = prompts[group.members[0]]
-        assert group.shared == 0 or (group.shared >= 2 and len(group.members) > 1)
-        for member in group.members:
-            assert len(prompts[member]) > group.shared
-            assert prompts[member][: group.shared] == first[: group.shared]
+def test_a_request_can_be_taken_back_before_its_turn_and_in_it(
+    model: Transformer, prompt: Prompt
+) -> None:
+    scheduler, common = Scheduler(model), prompt(30)
+    for number in range(4):
+        scheduler.add(number, Request([*common, number]))
+    scheduler.add(4, Request(prompt(5)))
+    assert [waiting.number for waiting, _ in scheduler.schedule(1)] == [0]
+    assert scheduler.remove(2) is not None
+    assert scheduler.remove(4) is not None
+    assert scheduler.remove(4) is None
+    assert len(scheduler) == 2
+    assert [waiting.number for waiting, _ in scheduler.schedule(9)] == [1, 3]
+    assert not scheduler

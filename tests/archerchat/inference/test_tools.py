@@ -15,7 +15,6 @@ from archerchat.inference.tools import (
     AnswerReader,
     Piece,
     ToolUse,
-    answer_stop_ids,
     read_parts,
     spoken_text,
 )
@@ -101,12 +100,6 @@ def test_a_stop_string_ends_the_reading(speaker: Any) -> None:
     assert spoken_text(speaker.tokenizer, ids, ("6*7",)) == "So "
     # What might have become a stop string is shown at the end of a part.
     assert spoken_text(speaker.tokenizer, ids, ("So long", "hippo")) == "So it is\nUser: hi"
-
-
-def test_answers_end_at_the_assistants_end_or_a_new_document(speaker: Any) -> None:
-    tokenizer = speaker.tokenizer
-    stops = tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
-    assert answer_stop_ids(tokenizer) == stops
 
 
 @pytest.fixture(scope="module")

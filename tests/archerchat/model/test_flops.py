@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from archerchat.model.config import ModelConfig
-from archerchat.model.flops import SMEAR_CHANNELS, count_parameters, flops_per_token
+from archerchat.model.config import SMEAR_CHANNELS, ModelConfig
+from archerchat.model.flops import count_parameters, flops_per_token
 from archerchat.model.loss import weighted_loss
 from archerchat.model.transformer import Transformer
 

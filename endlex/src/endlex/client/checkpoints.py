@@ -91,6 +91,11 @@ def describe_file(inside: str, status: os.stat_result) -> StagedFile:
     return {"path": inside, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
+def _is_as_saved(file: StagedFile, status: os.stat_result) -> bool:
+    """Whether a file's size and time are those of its note, whatever else the note holds."""
+    return (file.get("bytes"), file.get("changed")) == (status.st_size, status.st_mtime_ns)
+
+
 def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Path]]:
     """Yield the path inside the checkpoint, and the place, of each file that `source` names.
 
@@ -252,8 +257,11 @@ def staged_change(directory: Path, name: str) -> str | None:
         for file in read_note(directory, name)["files"]:
             with contextlib.suppress(OSError):  # likewise
                 status = (directory / STAGED_DIR / name / file["path"]).stat()
-                if describe_file(file["path"], status) != file:
-                    return str(FileChanged(file["path"]))
+                if not _is_as_saved(file, status):
+                    return (
+                        f"file {file['path']!r} was rewritten in place after it was saved with "
+                        "link=True: save it again, without that"
+                    )
     return None
 
 
@@ -270,7 +278,8 @@ def drop_replaced(directory: Path) -> list[str]:
     Only the process that sends may call it: it must not be in the middle of one.
     """
     newest, dropped = set[str](), list[str]()
-    for name in reversed(staged_names(directory)):
+    names = staged_names(directory)
+    for name in reversed(names) if len(names) > 1 else ():  # twice a second: one alone is not read
         word = None
         with contextlib.suppress(EndlexError, KeyError, AttributeError):  # sending it reports that
             word = read_note(directory, name)["metadata"].get(REPLACES)
@@ -342,8 +351,15 @@ def staged_manifest(directory: Path, note: Staged) -> Manifest:
 
 def build_manifest(root: Path, note: Staged) -> Manifest:
     """Hash a checkpoint's files, which are below `root`, whole and in parts; read each once."""
-    files = [_hash_file(root, file) for file in note["files"]]
-    return {"protocol": PROTOCOL, **note, "files": files}
+    return {
+        "protocol": PROTOCOL,
+        "name": note["name"],
+        "step": note["step"],
+        "created": note["created"],
+        "aliases": note["aliases"],
+        "metadata": note["metadata"],
+        "files": [_hash_file(root, file) for file in note["files"]],
+    }
 
 
 def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
@@ -352,6 +368,8 @@ def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
         while part := content.read(PART_BYTES):
             whole.update(part)
             parts.append({"sha256": hashlib.sha256(part).hexdigest(), "bytes": len(part)})
+    if sum(part["bytes"] for part in parts) != file["bytes"]:  # such as a file of /proc
+        raise FileChanged(file["path"])
     hashed = whole.hexdigest()
     return {"path": file["path"], "bytes": file["bytes"], "sha256": hashed, "parts": parts}
 
@@ -361,7 +379,7 @@ def open_unchanged(root: Path, file: StagedFile) -> Iterator[BinaryIO]:
     """Open a file, and check before and after the block that it is what the note says."""
 
     def check() -> None:
-        if describe_file(inside, os.fstat(content.fileno())) != file:
+        if not _is_as_saved(file, os.fstat(content.fileno())):
             raise FileChanged(inside)
 
     inside = file["path"]

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
@@ -38,24 +39,32 @@ class RunFile(TypedDict):
     created: float
 
 
-def session_start(owner: RunFile, kind: str, **given: Any) -> dict[str, Any]:
-    """Return what the first record of a session says when this process writes it.
-
-    Args:
-        given: `config`, `tags`, `group`, `notes` and `rank`, where there are any.
-    """
+def session_start(
+    owner: RunFile,
+    kind: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    group: str | None = None,
+    notes: str | None = None,
+    rank: int = 0,
+) -> dict[str, Any]:
+    """Return what the first record of a session says when this process writes it."""
     return {
         "protocol": PROTOCOL,
         "run": owner["run"],
         "project": owner["project"],
         "name": owner["name"],
-        **{"config": {}, "tags": [], "group": None, "notes": None},
+        "config": config or {},
+        "tags": list(tags),
+        "group": group,
+        "notes": notes,
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
-        "rank": 0,
+        "rank": rank,
         "kind": kind,
-    } | given
+    }
 
 
 def read_run_file(directory: Path | str) -> RunFile | None:

@@ -93,8 +93,8 @@ def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """Yield a file of a temporary name, which replaces `path` after the block unless that fails."""
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    """Yield a file of a hidden name, which replaces `path` after the block unless that fails."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -221,7 +221,7 @@ def _watch_exit() -> None:
     @wraps(plain_exit)
     def note_exit(status: Any = None, /) -> NoReturn:
         if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
-            for run in _Ending.unfinished:
+            for run in list(_Ending.unfinished):  # another thread may finish one meanwhile
                 _Ending.unfinished[run] = run.recorded, SystemExit(status)
         plain_exit(status)
 
@@ -231,8 +231,9 @@ def _watch_exit() -> None:
 def _finish_all() -> None:
     uncaught: BaseException | None = getattr(sys, "last_value", None)
     for run, left in list(_Ending.unfinished.items()):
+        recorded, exited = left or (0, None)
         # If the program recorded more since it called `sys.exit`, something caught that.
-        ended = left[1] if left is not None and left[0] == run.recorded else None
+        ended = exited if recorded == run.recorded else None
         error = ended if uncaught is None else uncaught
         try:
             run.finish(status_of(error), error=error)

@@ -108,6 +108,7 @@ class Run(Log):
             name: by default made from the path and the step.
             aliases: such as "best"; an alias moves from the checkpoint that had it before.
                 `endlex prune` keeps checkpoints with the alias "keep".
+            metadata: kept with the checkpoint, such as its loss.
             replaces: a word such as "last". Once this checkpoint is published, the server drops
                 the run's older ones that were saved with the same word.
             link: take hard links instead of copies, for files that are never rewritten in place,
@@ -167,13 +168,13 @@ class Run(Log):
         Raises:
             EndlexError: `status` is not one.
         """
-        from endlex.client.environment import record_end
-
         if status not in STATUSES:
             raise EndlexError(f"status {status!r} must be one of {', '.join(STATUSES)}")
         if self._finished or self._journal is None:
             self._finished = True
             return
+        from endlex.client.environment import record_end
+
         self._record_config()
         if self._console is not None:
             self._console.close()
@@ -259,6 +260,7 @@ def init(
     """Start a run, or resume one: the same directory is the same run, with a new session.
 
     Args:
+        project: name under which runs are listed together.
         name: the run's name; by default that of the directory's run, or one made from its id.
         config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
             is kept as its `str`.
@@ -269,7 +271,10 @@ def init(
         resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
             or True resumes the newest run of that project and name in `dir`. By default, or with
             "allow", a run is resumed if the directory holds one.
+        tags: words by which the dashboard filters runs.
+        group: name of the group to which the run belongs, such as a sweep's.
         job_type: what the run is for, such as "train"; kept as a tag.
+        notes: free text, shown on the run's page.
         all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
             in a session of its own.
         mode: `online` sends to the server of `ENDLEX_URL`, `offline` leaves that to `endlex sync`,
@@ -309,7 +314,7 @@ def init(
         rank=rank,
     )
     journal = Journal(place, start)
-    Run.current = run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
+    run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
     run._begin(
         journal,
         environment=rank == 0 and directories.is_on("ENVIRONMENT"),
@@ -318,6 +323,7 @@ def init(
     )
     if mode == "online" and (url := directories.server_url()):
         run.go_online(url)
+    Run.current = run
     return run
 
 

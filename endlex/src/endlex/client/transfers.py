@@ -80,7 +80,7 @@ class Patience:
         self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
     ) -> None:
         self._seconds, self._progress = seconds, progress
-        self._reached: tuple[object, ...] = ()
+        self._reached: list[object] = []
         self._start_over()
 
     def _start_over(self) -> None:
@@ -88,12 +88,16 @@ class Patience:
         self._deadline = math.inf
         self._faults = 0
 
-    def report(self, *reached: Any) -> None:
-        """Tell `progress` how far the work is, and of how much; if it got further, start over."""
-        if reached[:-1] != self._reached:
-            self._reached = reached[:-1]
+    def report(self, *arguments: Any) -> None:
+        """Call `progress`, and start over if it is told of more than the last time.
+
+        Its last argument is the total; those before it say how far the work is.
+        """
+        *reached, _total = arguments
+        if reached != self._reached:
+            self._reached = reached
             self._start_over()
-        self._progress(*reached)
+        self._progress(*arguments)
 
     def keep_trying(self, act: Callable[[], T]) -> T:
         """Return what `act` returns, after as many faults as there is patience for."""
@@ -272,6 +276,7 @@ def pull_checkpoint(
 
     Args:
         directory: made if missing. A file that is there already is kept if it is the same.
+        progress: called with the bytes that are here, and all bytes.
         patience: seconds without any progress after which a fault of the network is raised.
 
     Raises:

@@ -105,7 +105,47 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     with the files that were hashed here, or have been until it was removed on purpose, no
     checkpoint wait, no trainer write and no shipper work.
     """
-    return _Comparing(directory, transport).compare()
+    run, shipper = require_run_file(directory)["run"], shipper_process(directory)
+    missing = [
+        found
+        for path in session_files(directory)
+        for found in _compare_journal(run, path, transport, shipper is not None)
+    ]
+    staged, failed = staged_names(directory), failed_checkpoints(directory)
+    missing += [
+        Missing("checkpoint", name, f"it cannot be sent: {failed[name]}", "drop")
+        if name in failed
+        else Missing("checkpoint", name, "not sent yet, or not published")
+        for name in staged
+    ]
+    named, dropped = _read_journals(directory), given_up(directory)
+    hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+    let_go: list[LetGo] = []
+    for name in sorted({*named.checkpoints, *hashed} - {*staged, *dropped}):
+        saved = named.checkpoints.get(name, _Saved())
+        found = _compare_checkpoint(run, directory, name, saved, transport)
+        if isinstance(found, LetGo):
+            let_go.append(found)
+        elif found is not None:
+            missing.append(found)
+    missing += [*_compare_media(directory, named.media, dropped, transport), *named.damaged]
+    if shipper is not None:
+        reason = f"{describe(shipper.name)} is still at work: wait for it"
+        missing.append(Missing("live", "shipper", reason, "wait"))
+    return Comparison(missing, let_go, sorted(dropped))
+
+
+def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> Iterator[Missing]:
+    is_shippers = shipper and session_kind(path) == SYSTEM
+    if not is_shippers and writer_is_alive(path):
+        yield Missing("live", path.stem, "a process still writes this session: end it", "wait")
+    try:
+        left = SessionShipper(run, path, server).missing_bytes()
+    except SessionDiffers as error:
+        yield Missing("journal", path.stem, str(error), "resend")
+    else:
+        if left:
+            yield Missing("journal", path.stem, f"{left:,} bytes are not sent")
 
 
 class _Saved(NamedTuple):
@@ -115,128 +155,94 @@ class _Saved(NamedTuple):
     replaces: str | None = None
 
 
-class _Comparing:
-    """One comparison of a directory with the server."""
+@dataclass(frozen=True)
+class _Named:
+    """What a run's journals name."""
 
-    def __init__(self, directory: Path, transport: Transport) -> None:
-        self._directory, self._transport = directory, transport
-        self._run = require_run_file(directory)["run"]
-        self._saved: dict[str, _Saved] = {}
-        """Checkpoints that the journals name."""
-        self._media: dict[str, str] = {}
-        """Names of logged files that the journals name, by the hash of each part."""
-        self._missing: list[Missing] = []
-        self._let_go: list[LetGo] = []
+    checkpoints: dict[str, _Saved] = field(default_factory=dict)
+    media: dict[str, str] = field(default_factory=dict)
+    """Names of logged files, by the hash of each part."""
+    damaged: list[Missing] = field(default_factory=list)
+    """Lines that cannot be read, and so may name something more."""
 
-    def compare(self) -> Comparison:
-        """Look at the journals, the checkpoints, the media, and who is at work."""
-        directory = self._directory
-        shipper = shipper_process(directory)
-        for path in session_files(directory):
-            self._compare_journal(path, shipper is not None)
-        staged, failed = staged_names(directory), failed_checkpoints(directory)
-        for name in staged:
-            if name in failed:
-                self._miss("checkpoint", name, f"it cannot be sent: {failed[name]}", "drop")
-            else:
-                self._miss("checkpoint", name, "not sent yet, or not published")
-        damaged = [one for path in session_files(directory) for one in self._read_saved(path)]
-        dropped = given_up(directory)
-        hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
-        for name in sorted({*self._saved, *hashed} - {*staged, *dropped}):
-            self._compare_checkpoint(name)
-        self._compare_media(dropped)
-        self._missing += damaged
-        if shipper is not None:
-            reason = f"{describe(shipper.name)} is still at work: wait for it"
-            self._miss("live", "shipper", reason, "wait")
-        return Comparison(self._missing, self._let_go, sorted(dropped))
+    def add(self, record: Any) -> None:
+        """Add what a record names; raises what reading a damaged one raises."""
+        if record["type"] == CHECKPOINT:
+            replaces = (record.get("metadata") or {}).get(REPLACES)
+            self.checkpoints[record["name"]] = _Saved(float(record["time"]), replaces)
+        elif record["type"] == MEDIA:
+            for part in record["parts"]:
+                self.media[check_sha256(part["sha256"])] = str(record["name"])
 
-    def _miss(self, kind: Kind, name: str, reason: str, remedy: Remedy = "sync") -> None:
-        self._missing.append(Missing(kind, name, reason, remedy))
 
-    def _compare_journal(self, path: Path, has_shipper: bool) -> None:
-        is_shippers = has_shipper and session_kind(path) == SYSTEM
-        if not is_shippers and writer_is_alive(path):
-            self._miss("live", path.stem, "a process still writes this session: end it", "wait")
-        try:
-            left = SessionShipper(self._run, path, self._transport).missing_bytes()
-        except SessionDiffers as error:
-            self._miss("journal", path.stem, str(error), "resend")
-        else:
-            if left:
-                self._miss("journal", path.stem, f"{left:,} bytes are not sent")
-
-    def _read_saved(self, path: Path) -> Iterator[Missing]:
-        """Read what a session saved and logged; yield damaged lines, which may hide something."""
+def _read_journals(directory: Path) -> _Named:
+    named = _Named()
+    for path in session_files(directory):
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
                     continue
                 try:
-                    self._add_saved(parse_record(line))
+                    named.add(parse_record(line))
                 except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
                     reason = f"line {number} is damaged and may name a checkpoint or a logged file"
-                    yield Missing("journal", path.stem, reason, "look")
+                    named.damaged.append(Missing("journal", path.stem, reason, "look"))
+    return named
 
-    def _add_saved(self, record: Any) -> None:
-        if record["type"] == CHECKPOINT:
-            replaces = (record.get("metadata") or {}).get(REPLACES)
-            self._saved[record["name"]] = _Saved(float(record["time"]), replaces)
-        elif record["type"] == MEDIA:
-            for part in record["parts"]:
-                self._media[check_sha256(part["sha256"])] = str(record["name"])
 
-    def _compare_media(self, dropped: set[str]) -> None:
-        waiting, damaged = waiting_media(self._directory), damaged_media(self._directory)
-        asked = list(dict.fromkeys([*self._media, *damaged]))
-        lacking, _ = missing_parts(self._transport, asked)
-        for sha256 in dict.fromkeys([*lacking, *waiting]):
-            name = self._media.get(sha256, sha256)
-            if sha256 in waiting or not (sha256 in damaged or sha256 in dropped):
-                self._miss("media", name, "one of its files is not sent yet")
-            elif sha256 in damaged:
-                self._miss("media", name, "one of its files was damaged before it was sent", "drop")
+def _compare_media(
+    directory: Path, media: dict[str, str], dropped: set[str], transport: Transport
+) -> Iterator[Missing]:
+    """Yield the logged files of which the server lacks a part; `media` has their names by hash."""
+    waiting, damaged = waiting_media(directory), damaged_media(directory)
+    lacking, _ = missing_parts(transport, list(dict.fromkeys([*media, *damaged])))
+    for sha256 in dict.fromkeys([*lacking, *waiting]):
+        name = media.get(sha256, sha256)
+        if sha256 in waiting or not (sha256 in damaged or sha256 in dropped):
+            yield Missing("media", name, "one of its files is not sent yet")
+        elif sha256 in damaged:
+            yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
 
-    def _compare_checkpoint(self, name: str) -> None:
-        let_go, ours = list[LetGo](), None
-        try:
-            ours = load_manifest(self._directory, name)
-            theirs = fetch_manifest(self._run, name, self._transport)
-        except TransportError:
-            raise
-        except Removed as error:
-            theirs, let_go = error.manifest, [error.let_go]
-        except EndlexError as error:
-            if self._is_replaced(self._saved.get(name, _Saved())):
-                return
-            if ours is not None and isinstance(error, Unknown):
-                said = f"{error}, though it was published there once"
-                self._miss("checkpoint", name, said, "restore")
-            else:
-                self._miss("checkpoint", name, str(error))
-            return
-        if ours is not None and ours["files"] != theirs["files"]:
-            self._miss("checkpoint", name, "the server's files differ from those saved here")
-        else:
-            self._let_go += let_go
 
-    def _is_replaced(self, saved: _Saved) -> bool:
-        """Whether the server has a later checkpoint that was saved to replace this one."""
-        if saved.replaces is None:
-            return False
-        try:
-            where = quoted("runs", self._run, "checkpoints")
-            return any(
-                other["state"] == "published"
-                and other["created"] > saved.time
-                and (other["metadata"] or {}).get(REPLACES) == saved.replaces
-                for other in self._transport.request("GET", where).content
-            )
-        except Refused:
-            return False
-        except (KeyError, TypeError, AttributeError) as error:
-            raise self._transport.ill_answer() from error
+def _compare_checkpoint(
+    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+) -> Missing | LetGo | None:
+    """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose."""
+    ours, let_go = None, None
+    try:
+        ours = load_manifest(directory, name)
+        theirs = fetch_manifest(run, name, transport)
+    except TransportError:
+        raise
+    except Removed as error:
+        theirs, let_go = error.manifest, error.let_go
+    except EndlexError as error:
+        if _is_replaced(run, saved, transport):
+            return None
+        if ours is not None and isinstance(error, Unknown):
+            reason = f"{error}, though it was published there once"
+            return Missing("checkpoint", name, reason, "restore")
+        return Missing("checkpoint", name, str(error))
+    if ours is not None and ours["files"] != theirs["files"]:
+        return Missing("checkpoint", name, "the server's files differ from those saved here")
+    return let_go
+
+
+def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
+    """Whether the server has a later checkpoint that was saved to replace this one."""
+    if saved.replaces is None:
+        return False
+    try:
+        return any(
+            other["state"] == "published"
+            and other["created"] > saved.time
+            and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+            for other in transport.request("GET", quoted("runs", run, "checkpoints")).content
+        )
+    except Refused:
+        return False
+    except (KeyError, TypeError, AttributeError) as error:
+        raise transport.ill_answer() from error
 
 
 class Removed(EndlexError):

@@ -86,8 +86,8 @@ def _libraries() -> Iterator[Finding]:
             assets = importlib.import_module("endlex.server.web.pages").missing_assets()
             if assets:
                 lacking = f"the dashboard's charts lack {', '.join(assets)}"
-                remedy = "install endlex where the build can reach npm's registry, or from a wheel"
-                yield fault("server", f"{lacking}: {remedy}")
+                remedy = "where the build can reach npm's registry, or from a wheel"
+                yield fault("server", f"{lacking}: install endlex again {remedy}")
 
 
 def _server(url: str | None) -> Iterator[Finding]:

@@ -142,14 +142,14 @@ def prune(
     }
     request = {key: value for key, value in asked.items() if value is not None}
     plan = server.send("POST", "/prune", request | {"dry_run": True})
-    is_over = dry_run or not plan["removed"]
-    if is_over or not yes:
-        _print_outcome(plan, "would be removed", as_json and is_over)
-    if is_over:
+    if dry_run or not plan["removed"]:
+        _print_outcome(plan, "would be removed", as_json)
         return 0
-    if not confirm("remove them?", yes):
-        print("nothing was removed")
-        return 1
+    if not yes:  # the person who is asked sees the plan as text; JSON has the outcome alone
+        _print_outcome(plan, "would be removed", as_json=False)
+        if not confirm("remove them?", yes):
+            print("nothing was removed")
+            return 1
     _print_outcome(server.send("POST", "/prune", request | {"dry_run": False}), "removed", as_json)
     return 0
 

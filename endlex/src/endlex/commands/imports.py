@@ -9,11 +9,11 @@ from pathlib import Path
 
 from endlex.client.directories import runs_folder
 from endlex.commands.rendering import count, printable
-from endlex.importers.run_directory import Imported
+from endlex.importers.run_directory import RunWriter
 from endlex.protocol import EndlexError, UsageError
 
 NOUNS = {"metrics": "metrics record", "text": "text", "table": "table", "media": "file"}
-Task = tuple[Path, Callable[[], Imported | list[Imported]]]
+Task = tuple[Path, Callable[[], RunWriter | list[RunWriter]]]
 """What is imported, and how."""
 
 
@@ -63,7 +63,7 @@ def _existing(path: Path) -> Path:
 
 def _import_all(tasks: Iterable[Task]) -> int:
     """Import one after the other; one that fails does not keep the others back."""
-    imported: list[Imported] = []
+    imported: list[RunWriter] = []
     failed = False
     for place, task in tasks:
         try:

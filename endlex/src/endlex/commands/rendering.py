@@ -104,11 +104,12 @@ def confirm(question: str, yes: bool) -> bool:
 class ProgressLine:
     """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds.
 
-    As a context manager it removes the line at the end, before something else is printed.
+    As a context manager it removes the line at the end, before something else is printed; it may
+    be entered again. `prefix` stands in front of what is shown.
     """
 
-    def __init__(self, prefix: str = "") -> None:
-        self._prefix = prefix
+    def __init__(self) -> None:
+        self.prefix = ""
         self._terminal = sys.stderr.isatty()
         self._last = 0.0
         self._width = 0
@@ -119,7 +120,7 @@ class ProgressLine:
         if now - self._last < (0.1 if self._terminal else 10.0):
             return
         self._last = now
-        text = printable(f"{self._prefix}{what}: {format_bytes(done)} of {format_bytes(total)}")
+        text = printable(f"{self.prefix}{what}: {format_bytes(done)} of {format_bytes(total)}")
         if self._terminal:
             print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
@@ -132,3 +133,4 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         if self._width:
             print(f"\r{' ' * self._width}\r", end="", file=sys.stderr, flush=True)
+            self._width = 0

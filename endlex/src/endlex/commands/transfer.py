@@ -33,12 +33,13 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
         print(known)
     server = find_server(url)
     server.get("/health")  # a wrong address fails at once; later faults are waited out
-    transport = server.transport
+    transport, line = server.transport, ProgressLine()
     failed = 0
     for number, directory in enumerate(todo, 1):
         place = f"[{number}/{len(todo)}] {directory}" if len(todo) > 1 else str(directory)
+        line.prefix = f"{place}: "
         try:
-            with ProgressLine(f"{place}: ") as line:
+            with line:
                 sent = sync_directory(
                     directory, transport, line.show, drop_failed=drop_failed, resend=resend
                 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.log import read_file
-from endlex.importers.run_directory import Imported, RunWriter, Source, find_files, inside, load
+from endlex.importers.run_directory import RunWriter, Source, find_files, inside, load
 from endlex.protocol import EndlexError
 
 SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")
@@ -33,12 +33,8 @@ def find_neptune_runs(path: Path) -> list[list[Path]]:
     return list(runs.values())
 
 
-def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> Imported:
-    """Turn the Parquet files of one run into a run directory below `root`.
-
-    Raises:
-        EndlexError: a file is damaged or not the exporter's, or pyarrow is not installed.
-    """
+def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> RunWriter:
+    """Turn the Parquet files of one run into a run directory, or raise an `EndlexError`."""
     rows = _read_rows(paths)
     if not rows:
         raise EndlexError(f"{paths[0]} is empty")
@@ -63,7 +59,7 @@ def import_neptune(paths: list[Path], root: Path, project: str | None = None) ->
         for row in rows:
             if row["attribute_type"] not in SINGLE:
                 _write_row(writer, row, began, files)
-    return writer.imported
+    return writer
 
 
 def _read_rows(paths: list[Path]) -> list[Row]:
@@ -97,8 +93,7 @@ def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) ->
         writer.histogram(*at, name, histogram["edges"], histogram["values"])
     elif kind in ("file", "file_series"):
         path = (row.get("file_value") or {}).get("path")
-        place = inside(files, path) if files and path else None
-        if place is not None:
+        if files and path and (place := inside(files, path)):
             writer.media(*at, name, *read_file(place), None)
         else:
             writer.skip("file that is not here")

@@ -20,33 +20,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from endlex import protocol
 from endlex.client.directories import claim_directory, register
 from endlex.client.journal import Journal, tidy_name, to_json
 from endlex.client.log import HISTOGRAM, keep_media, read_file
 from endlex.client.shipper.send_journals import renew_session
-from endlex.protocol import (
-    CONFIG,
-    FINISH,
-    JOURNAL_DIR,
-    MAX_STEP,
-    MAX_TEXT_CHARS,
-    MEDIA,
-    MEDIA_DIR,
-    METRICS,
-    NON_FINITE,
-    PROTOCOL,
-    RUN_ID,
-    SYSTEM,
-    TABLE,
-    TEXT,
-    TRAINER,
-    EndlexError,
-    Status,
-    encode_number,
-)
+from endlex.protocol import NON_FINITE, SYSTEM, TRAINER, EndlexError, Status, encode_number
 from endlex.reading import session_files
 
 LARGEST_EXACT = 2**53
@@ -75,26 +56,12 @@ class Source:
     """How it ended if it does not say: it may grow, so this is no record at its end."""
 
 
-@dataclass
-class Imported:
-    """What one import did."""
-
-    directory: Path
-    run: str
-    counts: Counter[str] = field(default_factory=Counter)
-    """Records written, by type."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """What was left out, by reason."""
-
-
 class RunWriter:
     """Build one run directory; as a context manager it appears whole, or not at all.
 
-    If the run is there already, its new sessions, and what grown ones have more, join it. Its id
-    is the tool's own where the alphabet allows, else a hash of its identity.
-
-    Args:
-        root: where it goes, as `root/<project>/<name>-<run id>`.
+    It goes to `root/<project>/<name>-<run id>`. If the run is there already, its new sessions, and
+    what grown ones have more, join it. Its id is the tool's own where the alphabet allows, else a
+    hash of its identity.
     """
 
     def __init__(self, root: Path, source: Source) -> None:
@@ -105,31 +72,37 @@ class RunWriter:
             tags=tuple(tidy_name(tag, "tag") for tag in source.tags),
         )
         run = source.run
-        if not run or not RUN_ID.fullmatch(run):
+        if not run or not protocol.RUN_ID.fullmatch(run):
             identity = f"{source.tool}\0{source.identity}"
             run = hashlib.sha256(identity.encode()).hexdigest()[:10]
         project, name = (
             re.sub(r"[^\w.-]+", "_", part).strip(".")[:80] for part in (source.project, source.name)
         )
         folder = root / project
-        final = next(folder.glob(f"*-{run}"), folder / f"{name}-{run}")
-        self.imported = Imported(final, run)
-        self._building = final.with_name(f".{final.name}.importing-{os.urandom(4).hex()}")
+        self.run, self.directory = run, next(folder.glob(f"*-{run}"), folder / f"{name}-{run}")
+        self.counts: Counter[str] = Counter()
+        """Records written, by type."""
+        self.skipped: Counter[str] = Counter()
+        """What was left out, by reason."""
+        building = f".{self.directory.name}.importing-{os.urandom(4).hex()}"
+        self._building = self.directory.with_name(building)
         self._journals: dict[str, Journal] = {}
 
     def __enter__(self) -> RunWriter:
-        source, run = self.source, self.imported.run
-        claim_directory(self._building, run, source.project, source.name, source.created)
+        source = self.source
+        claim_directory(self._building, self.run, source.project, source.name, source.created)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
-        """Open a session file with its session record; `first` is the record after that."""
-        if kind != TRAINER and TRAINER not in self._journals:
+        """Open a session file, unless it is open; `first` follows its session record."""
+        if kind in self._journals:
+            return
+        if kind != TRAINER:
             self._begin(TRAINER, {})
         source = self.source
         content = {
-            "protocol": PROTOCOL,
-            "run": self.imported.run,
+            "protocol": protocol.PROTOCOL,
+            "run": self.run,
             "project": source.project,
             "name": source.name,
             "config": source.config if kind == TRAINER else {},
@@ -149,41 +122,47 @@ class RunWriter:
             self._building, content, session=session, moment=source.created
         )
 
-    def _append(self, kind: str, record: str, time: float, content: Mapping[str, Any]) -> None:
-        if kind not in self._journals:
-            self._begin(kind, {"time": time, **content})
+    def _append(
+        self, record: str, time: float, content: Mapping[str, Any], kind: str = TRAINER
+    ) -> None:
+        if not 0 <= content.get("step", 0) <= protocol.MAX_STEP:
+            self.skip("step below 0 or above 2**62")
+            return
+        self._begin(kind, {"time": time, **content})
         try:
             self._journals[kind].append(record, content, time)
-            self.imported.counts[record] += 1
+            self.counts[record] += 1
         except EndlexError:
             self.skip("record that is too large to be sent")
 
     def config(self, time: float, changed: Mapping[str, Any]) -> None:
         """Record what was added to the configuration after the first record."""
-        self._append(TRAINER, CONFIG, time, {"config": changed})
+        self._append(protocol.CONFIG, time, {"config": changed})
 
     def metrics(
-        self, step: int, time: float, values: Mapping[str, float], *, system: bool = False
+        self, step: int, time: float, values: Mapping[str, float], kind: str = TRAINER
     ) -> None:
-        """Record the metrics of a step; system ones go into a session of their own."""
+        """Record the metrics of a step in the session of a kind."""
         encoded = {tidy_name(n, "metric"): encode_number(_number(v)) for n, v in values.items()}
         if encoded:
-            kind = SYSTEM if system else TRAINER
-            self._record(METRICS, step, time, {"values": encoded}, kind)
+            self._append(protocol.METRICS, time, {"step": step, "values": encoded}, kind)
+
+    def _named(
+        self, record: str, step: int, time: float, name: str, content: Mapping[str, Any]
+    ) -> None:
+        self._append(record, time, {"step": step, "name": tidy_name(name, record), **content})
 
     def text(self, step: int, time: float, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
-        if len(text) > MAX_TEXT_CHARS:
+        if len(text) > protocol.MAX_TEXT_CHARS:
             self.skip("end of a text that is too long")
-        content = {"name": tidy_name(name, TEXT), "text": text[:MAX_TEXT_CHARS]}
-        self._record(TEXT, step, time, content)
+        self._named(protocol.TEXT, step, time, name, {"text": text[: protocol.MAX_TEXT_CHARS]})
 
     def table(
         self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
     ) -> None:
         """Record a table."""
-        content = {"name": tidy_name(name, TABLE), "columns": columns, "rows": rows}
-        self._record(TABLE, step, time, content)
+        self._named(protocol.TABLE, step, time, name, {"columns": columns, "rows": rows})
 
     def histogram(
         self, step: int, time: float, name: str, edges: Sequence[float], counts: Sequence[float]
@@ -197,59 +176,45 @@ class RunWriter:
     ) -> None:
         """Record a picture, a sound or another file."""
         kept = keep_media(self._building, content, mime, caption)
-        self._record(MEDIA, step, time, {"name": tidy_name(name, MEDIA), **kept})
-
-    def _record(
-        self, record: str, step: int, time: float, content: dict[str, Any], kind: str = TRAINER
-    ) -> None:
-        if 0 <= step <= MAX_STEP:
-            self._append(kind, record, time, {"step": step, **content})
-        else:
-            self.skip("step below 0 or above 2**62")
+        self._named(protocol.MEDIA, step, time, name, kept)
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
-        if TRAINER not in self._journals:
-            self._begin(TRAINER, {})
-        for kind in list(self._journals):
-            self._append(kind, FINISH, time, {"status": status})
+        self._begin(TRAINER, {})
+        for kind in self._journals:
+            self._append(protocol.FINISH, time, {"status": status}, kind)
 
     def skip(self, reason: str) -> None:
         """Count something that has no place in a journal."""
-        self.imported.skipped[reason] += 1
+        self.skipped[reason] += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None and TRAINER not in self._journals:
+    def __exit__(self, failure: object, *_: object) -> None:
+        if failure is None:
             self._begin(TRAINER, {})
         for journal in self._journals.values():
             journal.close()
-        if kind is None:
+        if failure is None:
             self._publish()
-            register(self.imported.directory)
+            register(self.directory)
         shutil.rmtree(self._building, ignore_errors=True)
 
     def _publish(self) -> None:
-        final = self.imported.directory
+        final = self.directory
         if not final.exists():
             self._building.rename(final)
             return
-        for path in (self._building / MEDIA_DIR).glob("*"):
-            (final / MEDIA_DIR).mkdir(exist_ok=True)
-            path.replace(final / MEDIA_DIR / path.name)
+        for path in (self._building / protocol.MEDIA_DIR).glob("*"):
+            (final / protocol.MEDIA_DIR).mkdir(exist_ok=True)
+            path.replace(final / protocol.MEDIA_DIR / path.name)
         for path in session_files(self._building):
-            there = final / JOURNAL_DIR / path.name
+            there = final / protocol.JOURNAL_DIR / path.name
             old, new = there.read_bytes() if there.exists() else b"", path.read_bytes()
             if old.startswith(new):
                 continue  # the same, or a shorter copy of the source
             if not new.startswith(old):  # not grown but changed: what was sent of it stays there
                 there.unlink()
                 path = renew_session(path)
-            path.replace(final / JOURNAL_DIR / path.name)
+            path.replace(final / protocol.JOURNAL_DIR / path.name)
 
 
 def _number(value: float) -> float:
@@ -264,11 +229,7 @@ LARGEST_FILE = 64 * 2**20
 
 
 def load(module: str) -> Any:
-    """Return a module of a tool's own library.
-
-    Raises:
-        EndlexError: it is not installed.
-    """
+    """Return a module of a tool's own library; an `EndlexError` if it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -279,11 +240,7 @@ def load(module: str) -> Any:
 
 
 def find_files(path: Path, suffix: str, remedy: str) -> list[Path]:
-    """Return the files of a suffix at or below `path`.
-
-    Raises:
-        EndlexError: there is none.
-    """
+    """Return the files of a suffix at or below `path`; an `EndlexError` if there is none."""
     found = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
     if not found:
         raise EndlexError(f"{path} holds no {suffix} file: {remedy}")
@@ -317,8 +274,7 @@ def write_row(
 ) -> None:
     """Write one call of `log`: numbers together; texts, tables, histograms and media one by one.
 
-    Args:
-        files: the directory below which the paths of files are.
+    The paths of files are below `files`.
     """
     writer.metrics(step, time, numbers_of(row))
     for name, value in flatten(row).items():

@@ -19,7 +19,7 @@ from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.log import HISTOGRAM
-from endlex.importers.run_directory import Imported, RunWriter, Source, load
+from endlex.importers.run_directory import RunWriter, Source, load
 from endlex.protocol import EndlexError
 
 HEAD = struct.Struct("<QI")
@@ -30,11 +30,7 @@ FAILED = 2
 
 
 def find_event_directories(path: Path) -> list[Path]:
-    """Return the directories at or below `path` that hold event files.
-
-    Raises:
-        EndlexError: there is none.
-    """
+    """Return the directories with event files at or below `path`; an `EndlexError` if none has."""
     found = {file.parent for file in path.rglob("*tfevents*") if file.is_file()}
     if not found:
         raise EndlexError(f"{path} holds no event files (events.out.tfevents...)")
@@ -50,11 +46,7 @@ def run_name(top: Path, directory: Path) -> str:
 def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
     """Yield a file's events; what is torn at its end (a killed run) is passed over.
 
-    Args:
-        skip: told of each damaged stretch; the events before and after it are yielded.
-
-    Raises:
-        EndlexError: TensorBoard's library is not installed.
+    `skip` is told of each damaged stretch; the events before and after it are yielded.
     """
     event = load("tensorboard.compat.proto.event_pb2").Event
     checksum = load("tensorboard.compat.tensorflow_stub.pywrap_tensorflow").masked_crc32c
@@ -96,17 +88,10 @@ def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) 
 
 def import_tensorboard(
     directory: Path, root: Path, project: str | None = None, name: str | None = None
-) -> Imported:
-    """Turn the event files of one directory into a run directory below `root`.
+) -> RunWriter:
+    """Turn the event files of one directory, not those below it, into a run directory below `root`.
 
-    Args:
-        directory: the one that holds the files; what is below it is not looked at.
-        root: run directories are made below it.
-        project: the project's name; the parent directory's without it.
-        name: the run's; the directory's without it.
-
-    Raises:
-        EndlexError: no file is an event file, or TensorBoard's library is not installed.
+    The project and the name are those of the parent directory and the directory if none is given.
     """
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
     config, times, has_failed = dict[str, Any](), [0.0], False
@@ -133,7 +118,7 @@ def import_tensorboard(
             _write_file(file, writer)
         if has_failed:
             writer.finish(times[-1], "failed")
-    return writer.imported
+    return writer
 
 
 def _hyperparameters(event: Any) -> Iterator[Any]:
@@ -192,11 +177,11 @@ def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
     elif plugin == "text" and array is not None:
         parts = [part.decode("utf-8", "replace") for part in array.ravel().tolist()]
         writer.text(step, time, name.removesuffix("/text_summary"), "\n".join(parts))
-    elif plugin in ("images", "audio") and array is not None:
-        items = array.ravel().tolist()
-        items = items[2:] if plugin == "images" else items[::2]  # width, height; or label pairs
-        mime = "image/png" if plugin == "images" else "audio/wav"
-        for item in items:
-            writer.media(step, time, name, item, mime, None)
+    elif plugin == "images" and array is not None:
+        for item in array.ravel().tolist()[2:]:  # after width and height
+            writer.media(step, time, name, item, "image/png", None)
+    elif plugin == "audio" and array is not None:
+        for item in array.ravel().tolist()[::2]:  # each is followed by its label
+            writer.media(step, time, name, item, "audio/wav", None)
     elif plugin != "hparams" and (array is not None or plugin):
         writer.skip(plugin or "tensor")

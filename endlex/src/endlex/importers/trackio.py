@@ -16,58 +16,45 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from endlex.importers.run_directory import (
-    Imported,
-    RunWriter,
-    Source,
-    find_files,
-    numbers_of,
-    write_row,
-)
-from endlex.protocol import EndlexError
+from endlex.importers import run_directory
+from endlex.importers.run_directory import RunWriter, numbers_of, write_row
+from endlex.protocol import SYSTEM, EndlexError
 
 
 def find_trackio_files(path: Path) -> list[Path]:
     """Return the databases at or below a directory, or the one that is named."""
-    return find_files(path, ".db", "give trackio's directory or one of its files")
+    return run_directory.find_files(path, ".db", "give trackio's directory or one of its files")
 
 
-def import_trackio(path: Path, root: Path, project: str | None = None) -> list[Imported]:
-    """Turn each run of a database into a run directory below `root`.
-
-    Raises:
-        EndlexError: it is not trackio's, or damaged.
-    """
+def import_trackio(path: Path, root: Path, project: str | None = None) -> list[RunWriter]:
+    """Turn each run of a database into a run directory, or raise an `EndlexError`."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             database.row_factory = sqlite3.Row
-            names = {_identity(row): str(row["run_name"]) for row in _rows(database, "metrics")}
+            query = f"SELECT {_run_column(database, 'metrics')}, run_name FROM metrics ORDER BY id"
             return [
-                _import_run(database, path, root, project or path.stem, run, name)
-                for run, name in names.items()
+                _import_run(database, path, root, project or path.stem, str(run), str(name))
+                for run, name in dict(map(tuple, database.execute(query))).items()
             ]
     except (sqlite3.Error, KeyError, IndexError) as error:
         raise EndlexError(f"{path} is no database of trackio's, or damaged: {error}") from error
 
 
-def _rows(database: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
-    there = "SELECT 1 FROM sqlite_master WHERE name=?"
-    if table == "metrics" or database.execute(there, (table,)).fetchone():
-        yield from database.execute(f"SELECT * FROM {table} ORDER BY id")
-
-
-def _identity(row: sqlite3.Row) -> str:
-    """Return a run's id; earlier versions know runs by their names."""
-    return str(row["run_id"] if "run_id" in row.keys() else row["run_name"])  # noqa: SIM118
+def _run_column(database: sqlite3.Connection, table: str) -> str | None:
+    """Return which column names the run, None if there is no table; once it was the run's name."""
+    columns = {row["name"] for row in database.execute(f"PRAGMA table_info({table})")}
+    return next((name for name in ("run_id", "run_name") if name in columns), None)
 
 
 def _of_run(
     database: sqlite3.Connection, table: str, run: str, skip: Callable[[str], Any] = str
 ) -> Iterator[tuple[sqlite3.Row, dict[str, Any]]]:
     """Yield a run's rows with what their JSON says."""
-    for row in _rows(database, table):
-        if _identity(row) != run:
-            continue
+    column = _run_column(database, table)
+    if column is None:
+        return
+    query = f"SELECT * FROM {table} WHERE {column}=? ORDER BY id"
+    for row in database.execute(query, (run,)):
         try:
             content = json.loads(row["config" if table == "configs" else "metrics"])
         except (ValueError, TypeError):
@@ -80,10 +67,10 @@ def _of_run(
 
 def _import_run(
     database: sqlite3.Connection, path: Path, root: Path, project: str, run: str, name: str
-) -> Imported:
+) -> RunWriter:
     config = dict(next((found for _, found in _of_run(database, "configs", run)), {}))
     created = min(_time(row) for row, _ in _of_run(database, "metrics", run))
-    source = Source(
+    source = run_directory.Source(
         tool="trackio",
         identity=f"{project}/{run}",
         project=project,
@@ -98,8 +85,8 @@ def _import_run(
             write_row(writer, int(row["step"]), _time(row), values, path.parent / "media")
         for row, values in _of_run(database, "system_metrics", run, writer.skip):
             step = max(0, round(_time(row) - created))
-            writer.metrics(step, _time(row), numbers_of(values, "system/"), system=True)
-    return writer.imported
+            writer.metrics(step, _time(row), numbers_of(values, "system/"), SYSTEM)
+    return writer
 
 
 def _time(row: sqlite3.Row) -> float:

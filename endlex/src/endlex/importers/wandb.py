@@ -14,21 +14,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.importers.run_directory import (
-    Imported,
-    RunWriter,
-    Source,
-    find_files,
-    load,
-    numbers_of,
-    write_row,
-)
-from endlex.protocol import CONSOLE, EndlexError
+from endlex.importers import run_directory
+from endlex.importers.run_directory import RunWriter, find_files
+from endlex.protocol import CONSOLE, SYSTEM, EndlexError
 
 MAGIC = b":W&B"
 HEADER_BYTES = 7
@@ -48,11 +40,7 @@ def find_wandb_files(path: Path) -> list[Path]:
 def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[bytes]:
     """Yield a `.wandb` file's messages; what is torn at its end (a killed run) is passed over.
 
-    Args:
-        skip: told of each damaged stretch; the records before and after it are yielded.
-
-    Raises:
-        EndlexError: it is no `.wandb` file.
+    `skip` is told of each damaged stretch; the records before and after it are yielded.
     """
     content = path.read_bytes()
     if content[: len(MAGIC)] != MAGIC:
@@ -94,7 +82,7 @@ def _fragment(content: bytes, position: int) -> tuple[bytes | None, int]:
 
 
 def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
-    messages = load("wandb.proto.wandb_internal_pb2")
+    messages = run_directory.load("wandb.proto.wandb_internal_pb2")
     for content in iter_records(path, skip):
         try:
             yield messages.Record.FromString(content)
@@ -102,40 +90,31 @@ def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None)
             skip("record that wandb's library does not know")
 
 
-@dataclass
-class _Head:
-    """What the whole file says about the run, gathered before anything is written."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    run: Any = None
-    exit_code: int | None = None
-    began: float = 0.0
-    ended: float = 0.0
-
-
-def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported:
-    """Turn one `.wandb` file into a run directory below `root`.
-
-    Args:
-        path: the file.
-        root: run directories are made below it.
-        project: instead of the run's own.
-
-    Raises:
-        EndlexError: the file holds no run, or wandb's library is not installed.
-    """
-    head = _read_head(path)
-    if head.run is None:
+def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWriter:
+    """Turn one `.wandb` file into a run directory below `root`; a `project` replaces its own."""
+    run, exit_code, times, config = None, None, list[float](), dict[str, Any]()
+    for record in _iter_messages(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+            _update_config(config, run.config)
+        elif kind == "config" and not any(times):
+            _update_config(config, record.config)
+        elif kind == "exit":
+            exit_code = record.exit.exit_code
+        elif kind == "history":
+            times.append(float(_items(record.history.item).get("_timestamp", 0)))
+    config.pop("_wandb", None)
+    if run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
-    run = head.run
-    created = _seconds(run.start_time) or head.began or path.stat().st_mtime
-    source = Source(
+    created = _seconds(run.start_time) or next(filter(None, times), path.stat().st_mtime)
+    source = run_directory.Source(
         tool="wandb",
         identity=f"{run.project}/{run.run_id}",
         project=project or run.project or "uncategorized",
         name=tidy_name(run.display_name, run.run_id),
         created=created,
-        config=head.config,
+        config=config,
         tags=tuple(filter(None, (*run.tags, run.job_type))),
         group=tidy_name(run.run_group, "") or None,
         notes=run.notes or None,
@@ -144,28 +123,10 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported
         ended="interrupted",
     )
     with RunWriter(root, source) as writer:
-        _write_records(path, writer, created, head.config)
-        if head.exit_code is not None:  # else it was killed, or is still written
-            writer.finish(max(head.ended, created), "failed" if head.exit_code else "finished")
-    return writer.imported
-
-
-def _read_head(path: Path) -> _Head:
-    head = _Head()
-    for record in _iter_messages(path):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            head.run = record.run
-            _update_config(head.config, record.run.config)
-        elif kind == "config" and not head.began:
-            _update_config(head.config, record.config)
-        elif kind == "exit":
-            head.exit_code = record.exit.exit_code
-        elif kind == "history":
-            time = float(_items(record.history.item).get("_timestamp", 0))
-            head.began, head.ended = head.began or time, max(head.ended, time)
-    head.config.pop("_wandb", None)
-    return head
+        _write_records(path, writer, created, config)
+        if exit_code is not None:  # else it was killed, or is still written
+            writer.finish(max([*times, created]), "failed" if exit_code else "finished")
+    return writer
 
 
 def _update_config(config: dict[str, Any], update: Any) -> None:
@@ -188,7 +149,7 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             time = float(values.get("_timestamp", created))
             row = {k: v for k, v in values.items() if k not in INTERNAL}
             logged |= row.keys()
-            write_row(writer, last_step, time, row, path.parent / "files")
+            run_directory.write_row(writer, last_step, time, row, path.parent / "files")
         elif kind == "config" and last_step >= 0:
             _update_config(config, record.config)
             keys = _items(record.config.update).keys() - {"_wandb"}
@@ -198,14 +159,14 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             summary |= _items(record.summary.update)
         elif kind == "stats":
             moment = _seconds(record.stats.timestamp) or created
-            numbers = numbers_of(_items(record.stats.item), "system/")
-            writer.metrics(max(0, round(moment - created)), moment, numbers, system=True)
+            numbers = run_directory.numbers_of(_items(record.stats.item), "system/")
+            writer.metrics(max(0, round(moment - created)), moment, numbers, SYSTEM)
         elif kind in ("output", "output_raw"):
             console.append(getattr(record, kind).line)
         elif kind == "artifact":
             writer.skip("artifact")
     own = {k: v for k, v in summary.items() if k not in logged and k not in INTERNAL}
-    write_row(writer, max(last_step, 0), time, own, path.parent / "files")
+    run_directory.write_row(writer, max(last_step, 0), time, own, path.parent / "files")
     lines = "".join(console).splitlines()
     for start in range(0, len(lines), CONSOLE_LINES):
         writer.text(start, time, CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))

@@ -43,6 +43,7 @@ logger = logging.getLogger("endlex")
 
 WRONG = (RequestValidationError, ValidationError)
 STORAGE = (sqlite3.Error, OSError)
+ANSWERED = (ApiError, EndlexError, *WRONG, HTTPException, ClientDisconnect, *STORAGE, Exception)
 
 WATCH_SECONDS = 15.0
 CLEAN_SECONDS = 3600.0
@@ -54,12 +55,7 @@ MOST_CONNECTIONS = 1000
 
 
 def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI:
-    """Return the application that serves one data directory.
-
-    Args:
-        data_dir: made when the application starts, if missing.
-        settings: the defaults suit one person on one machine.
-    """
+    """Return the application of one data directory, which is made when it starts, if missing."""
     settings = settings or Settings()
     data = DataDir(Path(data_dir))
     app = FastAPI(
@@ -69,7 +65,8 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
     app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
-    install_handlers(app)
+    for kind in ANSWERED:
+        app.add_exception_handler(kind, _answer)
     app.add_api_route("/health", _health, methods=["GET"])
     for module in (journal, runs, checkpoints, export, login):
         app.include_router(module.router)
@@ -77,23 +74,15 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     return app
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Let the application answer every exception as JSON."""
-    for kind in (ApiError, EndlexError, *WRONG, HTTPException, ClientDisconnect, *STORAGE):
-        app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(Exception, _answer)
-
-
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, STORAGE) and is_disk_full(error):
         error = disk_full()
     if isinstance(error, ApiError):
-        return json_response(error.body(), error.status, error.headers)
+        return json_response(error.body, error.status, error.headers)
+    if isinstance(error, WRONG):
+        error = EndlexError("; ".join(map(_describe, error.errors())))
     if isinstance(error, EndlexError):
         return json_response({"error": str(error)}, 422)
-    if isinstance(error, WRONG):
-        wrong = "; ".join(map(_describe, error.errors()))
-        return json_response({"error": wrong}, 422)
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path[:200]!r}: {error.detail}"
         return json_response({"error": message}, error.status_code, dict(error.headers or {}))
@@ -192,14 +181,12 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
 
 
 def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
-    if not settings.public:
-        if not is_loopback(settings.host):
-            raise EndlexError(
-                f"host {settings.host!r} lets other machines in: add --public, and make a token "
-                "with `endlex token create`"
-            )
-        return
-    if not any(token.revoked is None for token in list_tokens(data_dir)):
+    if not settings.public and not is_loopback(settings.host):
+        raise EndlexError(
+            f"host {settings.host!r} lets other machines in: add --public, and make a token "
+            "with `endlex token create`"
+        )
+    if settings.public and all(token["revoked"] is not None for token in list_tokens(data_dir)):
         raise EndlexError(
             "a public server needs a token: make one with "
             "`endlex token create --scope write,checkpoint --name BOX`"

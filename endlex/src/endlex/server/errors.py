@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import errno
-import sqlite3
 from typing import Any
 
 
 class ApiError(Exception):
-    """An answer other than 2xx: `{"error": message}` and whatever the client needs to continue.
+    """An answer other than 2xx: `{"error": message, **extra}`, such as `extra` with an `offset`.
 
-    Args:
-        status: the HTTP status.
-        message: names the value and the remedy.
-        headers: sent along, such as Retry-After.
-        extra: further keys of the body, such as `offset`.
+    The message names the value and the remedy.
     """
 
     def __init__(
         self, status: int, message: str, headers: dict[str, str] | None = None, **extra: Any
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.headers, self.extra = status, message, headers, extra
-
-    def body(self) -> dict[str, Any]:
-        """Return the answer's JSON."""
-        return {"error": self.message, **self.extra}
+        self.status, self.headers = status, headers
+        self.body: dict[str, Any] = {"error": message, **extra}
 
 
 def disk_full() -> ApiError:
@@ -38,6 +30,4 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether an OSError or a database error says that there is no room."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, sqlite3.Error) and (
-        getattr(error, "sqlite_errorname", "") == "SQLITE_FULL" or "is full" in str(error)
-    )
+    return getattr(error, "sqlite_errorname", "") == "SQLITE_FULL" or "is full" in str(error)

@@ -47,10 +47,6 @@ class Hub:
             reader.dropped = True
             reader.wake.set()
 
-    @property
-    def full(self) -> bool:
-        return len(self._readers) >= MOST_READERS
-
     def publish(self, kind: str, content: dict[str, Any]) -> None:
         """Tell every reader, from any thread; `content` names its run under `run`."""
         loop = self._loop
@@ -63,7 +59,11 @@ class Hub:
         for reader in self._readers:
             if reader.run not in (None, run) or reader.dropped:
                 continue
-            reader.news[key] = _merge(reader.news.get(key), content)
+            if "metrics" in content and key in reader.news:
+                names = [*reader.news[key]["metrics"], *content["metrics"]]
+                reader.news[key] = {**content, "metrics": list(dict.fromkeys(names))}
+            else:
+                reader.news[key] = content
             if len(reader.news) > MOST_NEWS:
                 reader.dropped = True
                 reader.news.clear()
@@ -86,10 +86,3 @@ class Hub:
 
     def __len__(self) -> int:
         return len(self._readers)
-
-
-def _merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    if old is None or "metrics" not in new:
-        return new
-    names = dict.fromkeys([*old["metrics"], *new["metrics"]])
-    return {**new, "metrics": list(names)}

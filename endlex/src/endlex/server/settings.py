@@ -64,11 +64,12 @@ class Settings:
         return min(GIB, shutil.disk_usage(directory).total // 50)
 
 
-@dataclass(frozen=True)
 class DataDir:
     """Name the files and folders of a server's data directory."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root, self.database = root, root / "endlex.sqlite3"
+        self.parts, self.partial = root / "parts", root / "partial"
 
     @classmethod
     def from_environment(cls) -> DataDir:
@@ -76,28 +77,11 @@ class DataDir:
         given = os.environ.get("ENDLEX_HOME")
         return cls(Path(given).expanduser() if given else Path.home() / ".local/share/endlex")
 
-    @property
-    def database(self) -> Path:
-        return self.root / "endlex.sqlite3"
-
-    @property
-    def parts(self) -> Path:
-        return self.root / "parts"
-
-    @property
-    def partial(self) -> Path:
-        return self.root / "partial"
-
     def create(self) -> None:
-        """Make the directories, readable by their owner alone.
-
-        Raises:
-            EndlexError: they cannot be made there.
-        """
+        """Make the directories, readable by their owner alone, or raise an `EndlexError`."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for directory in (self.parts, self.partial):
-                directory.mkdir(exist_ok=True, mode=0o700)
+            for directory in (self.root, self.parts, self.partial):
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise EndlexError(
                 f"cannot keep data in {self.root}: {error.strerror} ({error.filename}); name a "

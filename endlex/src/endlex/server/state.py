@@ -13,7 +13,7 @@ from endlex.server.api.auth import Auth
 from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.blobs import Blobs
-from endlex.server.store.checkpoints import Checkpoints, Verifier
+from endlex.server.store.checkpoints import Checkpoints
 from endlex.server.store.database import Database
 from endlex.server.watch.alerts import Watch
 from endlex.server.watch.notify import Notifier
@@ -23,12 +23,7 @@ T = TypeVar("T")
 
 
 class Server:
-    """The parts of a server on a data directory, which is made if missing; `close` ends them.
-
-    Raises:
-        EndlexError: the database is a later version's.
-        OSError, sqlite3.Error: the directory cannot be used.
-    """
+    """The parts of a server on a data directory, which is made if missing; `close` ends them."""
 
     def __init__(self, data: DataDir, settings: Settings) -> None:
         data.create()
@@ -37,8 +32,7 @@ class Server:
         self.workers, self.hub, self.watch = Workers(), Hub(), Watch(settings, data)
         self.auth = Auth(settings, self.database, self.workers)
         self.blobs = Blobs(settings, data, self.workers)
-        self.verifier = Verifier(self.database, self.blobs, self.hub)
-        self.checkpoints = Checkpoints(self.database, self.blobs, self.verifier)
+        self.checkpoints = Checkpoints(self.database, self.blobs, self.hub)
         self.notifier = Notifier(settings, self.database)
 
     async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
@@ -57,7 +51,7 @@ class Server:
     def close(self) -> None:
         """Finish what has begun and accept nothing more."""
         self.hub.stop()
-        self.verifier.stop()
+        self.checkpoints.stop()
         self.notifier.stop()
         self.workers.close()
         self.database.close()

@@ -32,15 +32,11 @@ class Workers:
     def close(self) -> None:
         """Wait for what runs, and drop what has not begun."""
         for pool in (self.read, self.file, self.batch, self.quick):
-            pool.executor.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Pool:
+class Pool(ThreadPoolExecutor):
     """Some threads; calling it runs a function in one of them."""
 
-    def __init__(self, threads: int, name: str) -> None:
-        self.executor = ThreadPoolExecutor(threads, name)
-
     async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.executor, lambda: function(*args, **kwargs))
+        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))

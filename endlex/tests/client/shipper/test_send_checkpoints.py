@@ -18,8 +18,12 @@ from endlex.client import checkpoints
 from endlex.client.checkpoints import (
     CheckpointFailed,
     FileChanged,
+    Staged,
+    build_manifest,
     manifest_path,
+    note_path,
     read_note,
+    staged_change,
     staged_manifest,
     staged_names,
 )
@@ -30,6 +34,14 @@ from endlex.client.transport import Refused, Retry, Transport
 from endlex.reading import read_run, session_files
 
 PART = 64 * 1024
+NOTE: Staged = {
+    "name": "step_1",
+    "step": 1,
+    "created": 1.0,
+    "aliases": [],
+    "metadata": {},
+    "files": [],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +177,43 @@ def test_a_file_rewritten_in_place_is_reported_and_never_published(
     assert stub.manifests == {}
 
 
+def test_links_that_were_rewritten_are_saved_again_without_links(
+    run: endlex.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_clone", lambda *_: False)
+    source = checkpoint(tmp_path / "step_1", PART)
+    name = run.save(source, step=1, link=True)
+    assert run.directory is not None
+    assert staged_change(run.directory, name) is None
+    (source / "model.bin").write_bytes(b"changed")
+    found = str(staged_change(run.directory, name))
+    assert found.endswith("link=True: save it again, without that")
+
+
+def test_a_note_with_more_than_is_known_changes_nothing(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path
+) -> None:
+    name = run.save(checkpoint(tmp_path / "step_1", PART), step=1)
+    assert run.directory is not None
+    path = note_path(run.directory, name)
+    note = json.loads(path.read_bytes())
+    note["host"], note["files"][0]["mode"] = "box", 0o644  # such as a later version's
+    path.write_text(json.dumps(note))
+    assert staged_change(run.directory, name) is None
+    send(run, name, transport)
+    assert "host" not in stub.manifests["abcdefgh", name]
+    assert published(stub, name) == {"model.bin": content(PART)}
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="there is no /proc here")
+def test_a_file_that_holds_more_than_its_size_says_is_no_checkpoint() -> None:
+    file = Path("/proc/cpuinfo")
+    with file.open("rb") as kept:  # for as long as it is open, its times stay
+        described = checkpoints.describe_file(file.name, os.fstat(kept.fileno()))
+        with pytest.raises(FileChanged):
+            build_manifest(file.parent, {**NOTE, "files": [described]})
+
+
 def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -262,7 +311,7 @@ def test_a_token_without_the_scope_is_refused(
 def test_the_thread_sends_in_order_and_goes_on_after_failures(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("endlex.client.shipper.send_checkpoints.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("endlex.client.shipper.send_checkpoints.STAGED_POLL_SECONDS", 0.01)
     monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     names = [
         run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step, link=True)

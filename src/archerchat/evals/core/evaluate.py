@@ -81,7 +81,7 @@ class CoreEvaluation:
         """Evaluate every task that is not kept already.
 
         Args:
-            model: best in the form for inference (`InferenceModel`).
+            model: best in the form for inference (`build_inference_model`).
             kept: finished tasks; each that is done here is added. Rank 0's count.
             on_task: called with each result, kept ones included.
 

@@ -156,7 +156,7 @@ def iter_outcomes(
     """Yield each batch's outcomes.
 
     Args:
-        model: best in the form for inference (`InferenceModel`).
+        model: best in the form for inference (`build_inference_model`).
         most_tokens: in a batch; by default what fills the device.
     """
     on_cpu, windows = model.device.type == "cpu", model.config.windows

@@ -38,7 +38,7 @@ from endlex.client.shipper.system_stats import SystemRecorder
 from endlex.client.transport import Backoff, Retry, Transport
 from endlex.protocol import EndlexError
 
-POLL_SECONDS = 0.5
+JOURNAL_POLL_SECONDS = 0.5
 LOCK_SECONDS = 10.0
 """How long a new shipper waits for the one before it to end."""
 NICENESS = 10
@@ -95,7 +95,7 @@ class Shipper:
         if more:
             return 0.0
         is_done = self._system is None and not self._checkpoints.waiting()
-        return None if is_done and self._journals.all_done() else POLL_SECONDS
+        return None if is_done and self._journals.all_done() else JOURNAL_POLL_SECONDS
 
     def _is_known(self) -> bool:
         """Whether the server has a session of the run, so that checkpoints have a place."""

@@ -44,7 +44,7 @@ FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
 BEGIN_SECONDS = 1.0
 """Seconds without a living shipper, at a run's end, after which another one is started."""
-POLL_SECONDS = 0.02
+SHIPPER_POLL_SECONDS = 0.02
 NAMING_POLLS = 10
 DONE, STOPPED = "done", "stopped"
 """States of a shipper that ended: because nothing was left to do, or because it was asked to."""
@@ -79,7 +79,7 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
         if time.monotonic() >= deadline:
             lock.close()
             return None
-        time.sleep(POLL_SECONDS)
+        time.sleep(SHIPPER_POLL_SECONDS)
     with contextlib.suppress(OSError):  # a full disk: then nobody knows the process, no more
         os.ftruncate(lock.fileno(), 0)
         pid, _, name = process_name().partition(" ")
@@ -110,12 +110,9 @@ def _holder(lock: IO[str]) -> Holder | None:
     return holder if locked is False or is_running(holder.name) else None
 
 
-def shipper_process(directory: Path, polls: int = NAMING_POLLS) -> Holder | None:
-    """Return the directory's living shipper, or None.
-
-    One that has just taken the lock has some `polls` to write its name to it.
-    """
-    for poll in range(polls):
+def shipper_process(directory: Path) -> Holder | None:
+    """Return the directory's living shipper, or None; one that is new may still write its name."""
+    for poll in range(NAMING_POLLS):
         try:
             with (directory / LOCK_FILE).open("r+") as lock:
                 holder = _holder(lock)
@@ -123,9 +120,9 @@ def shipper_process(directory: Path, polls: int = NAMING_POLLS) -> Holder | None
             if error.errno not in (errno.ENOENT, *READ_ONLY):
                 raise
             return None
-        if holder is None or holder.pid or poll == polls - 1:
+        if holder is None or holder.pid or poll == NAMING_POLLS - 1:
             return holder
-        time.sleep(POLL_SECONDS)
+        time.sleep(SHIPPER_POLL_SECONDS)
     return None
 
 
@@ -191,10 +188,20 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 def restart_shipper_if_killed(directory: Path) -> None:
     """Start a shipper unless one lives, or the last one was asked to end.
 
+    Where the lock is another user's, shippers work without it (`take_lock`): nothing tells whether
+    one lives, so none is started, or there would be one more each time.
+
     `log` does this once a minute: it takes tens of microseconds, and a start two milliseconds.
     """
-    was_stopped = read_state(directory).get("state") == STOPPED
-    if not was_stopped and shipper_process(directory, polls=1) is None:
+    try:
+        with (directory / LOCK_FILE).open("r+") as lock:
+            is_alive = _holder(lock) is not None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *READ_ONLY):
+            raise
+        is_alive = error.errno != errno.ENOENT
+    # The state is read after the lock: a shipper that ends publishes it before it frees the lock.
+    if not is_alive and read_state(directory).get("state") != STOPPED:
         start_shipper(directory)
 
 
@@ -223,7 +230,7 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
             told = pid
             with contextlib.suppress(ProcessLookupError):  # nothing is lost by a kill
                 os.kill(pid, signal.SIGTERM if late <= 0 else signal.SIGKILL)
-        time.sleep(POLL_SECONDS)
+        time.sleep(SHIPPER_POLL_SECONDS)
     return had_one
 
 
@@ -286,7 +293,7 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
         if waited >= FINISH_SECONDS:
             left = unsent(directory)
             break
-        time.sleep(POLL_SECONDS)
+        time.sleep(SHIPPER_POLL_SECONDS)
     for name, reason in failed_checkpoints(directory).items():
         warn(f"checkpoint {name} cannot be sent: {reason}")
     for sha256 in damaged_media(directory):

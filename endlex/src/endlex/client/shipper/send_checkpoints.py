@@ -44,7 +44,7 @@ ROUNDS = 5
 """Times that missing parts are sent before that counts as a fault."""
 VERIFY_SECONDS = (0.05, 2.0)
 """First and longest wait between questions whether the server has verified a checkpoint."""
-POLL_SECONDS = 0.5
+STAGED_POLL_SECONDS = 0.5
 STOP_SECONDS = 2.0
 ALL_MEDIA = "media/"
 """Stands for all waiting media among the checkpoints, whose names have no slash."""
@@ -322,7 +322,7 @@ class CheckpointShipper:
         seconds = 0.0
         while not self._stop.wait(seconds):
             try:
-                seconds = self._send_waiting() if self._ready() else POLL_SECONDS
+                seconds = self._send_waiting() if self._ready() else STAGED_POLL_SECONDS
             except Exception as error:  # such as a full disk: nothing ends the thread
                 say(f"checkpoints wait: {type(error).__name__}: {error}")
                 seconds = REFUSED_SECONDS
@@ -340,7 +340,7 @@ class CheckpointShipper:
                 self._media_at = time.monotonic() + seconds
             elif seconds:
                 return seconds
-        return POLL_SECONDS
+        return STAGED_POLL_SECONDS
 
     def _attempt(self, name: str) -> float:
         """Send one of those that wait; return the seconds to wait after a fault that may pass."""

@@ -16,18 +16,19 @@ import hashlib
 import secrets
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from endlex.protocol import SCOPES, EndlexError, Scope, check_name, check_run_id
+from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, check_run_id
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database, connect
+from endlex.server.store.queries import dicts
 from endlex.server.workers import Workers
 
 T = TypeVar("T")
@@ -41,26 +42,7 @@ LOGIN_SECONDS = 30 * 86400
 LAST_USED_EVERY = 60.0
 FAILURES = 10
 FAILURE_SECONDS = 300.0
-ADDRESSES_KEPT = 10_000
-
-
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token as it may be shown; times in Unix seconds."""
-
-    id: int
-    name: str
-    scopes: tuple[str, ...]
-    created: float
-    last_used: float | None
-    revoked: float | None
-    older_runs: bool
-    """Whether the token also owns the runs made before runs had owners."""
-    runs: tuple[str, ...]
-    """Ids of the other runs that the token owns."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+FAILURES_KEPT = 1000
 
 
 def create_token(
@@ -69,9 +51,8 @@ def create_token(
     """Make a token and return it; this is the only time that it is seen.
 
     Args:
-        data_dir: the server's; made if missing. The server may be running.
+        data_dir: made if missing; its server may be running.
         name: for people, such as the box that it is for.
-        scopes: of `SCOPES`.
         runs: ids of runs that become its own, as if it had created them.
 
     Raises:
@@ -81,7 +62,7 @@ def create_token(
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         given = ", ".join(map(repr, unknown)) or "no scope"
-        raise EndlexError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
+        raise UsageError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
     token = PREFIX + secrets.token_urlsafe(32)
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
     for run in runs:
@@ -95,22 +76,20 @@ def create_token(
     return token
 
 
-def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
+def grant_runs(data_dir: Path, token: str, runs: list[str]) -> None:
     """Make runs a token's own, by the token's id or name and the runs' ids.
 
-    Raises:
-        EndlexError: no token of that id or name is in use, or an id is not one.
+    A token that is not in use, or an id that is none, is an `EndlexError`.
     """
     with _database(data_dir) as connection:
         pairs = [(pk, check_run_id(run)) for pk in _in_use(connection, token) for run in runs]
         connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
 
 
-def revoke_token(data_dir: Path, token: int | str) -> int:
+def revoke_token(data_dir: Path, token: str) -> int:
     """Revoke tokens by id or by name, end their logins, and return how many they were.
 
-    Raises:
-        EndlexError: there is none of that id or name that still counts.
+    It is an `EndlexError` that none of that id or name still counts.
     """
     with _database(data_dir) as connection:
         keys = _in_use(connection, token)
@@ -119,8 +98,8 @@ def revoke_token(data_dir: Path, token: int | str) -> int:
     return len(keys)
 
 
-def _in_use(connection: sqlite3.Connection, token: int | str) -> list[int]:
-    column = "pk" if isinstance(token, int) else "name"
+def _in_use(connection: sqlite3.Connection, token: str) -> list[int]:
+    column = "pk" if token.isdecimal() else "name"
     query = f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL"
     keys = [pk for (pk,) in connection.execute(query, (token,))]
     if not keys:
@@ -128,17 +107,23 @@ def _in_use(connection: sqlite3.Connection, token: int | str) -> list[int]:
     return keys
 
 
-def list_tokens(data_dir: Path) -> list[TokenInfo]:
-    """Return every token that was made, the revoked ones too, oldest first."""
+def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
+    """Return every token that was made, the revoked ones too, oldest first.
+
+    `older_runs` says whether one also owns the runs made before runs had owners; `runs` are the
+    others that it owns.
+    """
     with _database(data_dir) as connection:
-        rows = connection.execute(
-            "SELECT pk, name, scopes, created, last_used, revoked, runs_before != 0, "
-            "(SELECT group_concat(run, ' ') FROM token_run WHERE token=pk) FROM token ORDER BY pk"
-        ).fetchall()
-    return [
-        TokenInfo(pk, name, (*s.split(","),), made, used, gone, bool(old), (*(runs or "").split(),))
-        for pk, name, s, made, used, gone, old, runs in rows
-    ]
+        tokens = dicts(
+            connection,
+            "SELECT pk AS id, name, scopes, created, last_used, revoked, runs_before != 0 AS "
+            "older_runs, (SELECT group_concat(run) FROM token_run WHERE token=pk) AS runs "
+            "FROM token ORDER BY pk",
+        )
+    for token in tokens:
+        token["scopes"] = token["scopes"].split(",")
+        token["runs"] = token["runs"].split(",") if token["runs"] else []
+    return tokens
 
 
 @contextmanager
@@ -155,38 +140,19 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-class Failures:
-    """Counts wrong tokens per address over the last five minutes.
-
-    A right token always passes, so a badly set-up box locks out nobody who shares its address.
-    """
-
-    def __init__(self) -> None:
-        self._times: dict[str, list[float]] = {}
-
-    def add(self, address: str) -> int:
-        """Count one more and return how many there were lately."""
-        now = time.monotonic()
-        recent = [t for t in self._times.pop(address, []) if now - t < FAILURE_SECONDS]
-        self._times[address] = [*recent, now][-FAILURES - 1 :]
-        if len(self._times) > ADDRESSES_KEPT:
-            self._times.pop(next(iter(self._times)))
-        return len(self._times[address])
-
-
 class Auth:
     """Decides which requests may pass; one per server."""
 
     def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
         self._settings, self._database, self._workers = settings, database, workers
         self._used: dict[int, float] = {}
-        self._failures = Failures()
+        self._failures: deque[tuple[str, float]] = deque(maxlen=FAILURES_KEPT)
+        """The latest wrong tokens' addresses and times."""
 
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
         """Let a request pass that has one of `scopes`, for the run that its path names.
 
-        Args:
-            creates: whether the request may create that run, which is then the token's own.
+        With `creates` the request may create that run, which is then the token's own.
 
         Raises:
             ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
@@ -223,11 +189,7 @@ class Auth:
         return await self._workers.quick(lambda: question(self._database.reader(), *args))
 
     async def login(self, request: Request, token: str) -> str:
-        """Return the cookie for a browser that gave a token.
-
-        Raises:
-            ApiError: 401, it does not count; 429.
-        """
+        """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""
         _, found = await self._ask(_find, token, None)
         if found is None:
             raise self._refusal(request, token)
@@ -247,23 +209,21 @@ class Auth:
         if not secret:
             return ApiError(401, "a token is needed: set ENDLEX_TOKEN, or log in", headers)
         address = request.client.host if request.client else ""
-        if self._failures.add(address) > FAILURES:
+        now = time.monotonic()
+        self._failures.append((address, now))
+        lately = [one for one, at in self._failures if now - at < FAILURE_SECONDS]
+        if lately.count(address) > FAILURES:  # right tokens pass: a bad box locks out no other
             wait = {"Retry-After": "60"}
             return ApiError(429, "too many wrong tokens from this address: wait a while", wait)
         message = "the token is not known, or revoked: make one with `endlex token create`"
         return ApiError(401, message, headers)
 
-    async def logout(self, cookie: str) -> None:
-        """Forget a browser's login."""
-        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
-        await asyncio.wrap_future(self._database.write(lambda c: c.execute(query, values).rowcount))
-
     def _note_use(self, token: int) -> None:
         now = time.time()
         if now - self._used.get(token, 0) > LAST_USED_EVERY:
             self._used[token] = now
-            query = "UPDATE token SET last_used=? WHERE pk=?"
-            self._database.write(lambda c: c.execute(query, (now, token)).rowcount)
+            query, values = "UPDATE token SET last_used=? WHERE pk=?", (now, token)
+            self._database.write(lambda c: c.execute(query, values).rowcount)
 
 
 def _find(

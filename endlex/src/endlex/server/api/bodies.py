@@ -24,12 +24,9 @@ answer and not a broken connection."""
 
 
 async def iter_body(request: Request) -> AsyncIterator[bytes]:
-    """Yield the body as it comes, and give up when nothing does.
+    """Yield the body as it comes; silence of `SILENCE_SECONDS` is an `ApiError` 408.
 
     A box that lost its network never ends its requests; without a bound they would add up.
-
-    Raises:
-        ApiError: 408, nothing came for `SILENCE_SECONDS`.
     """
     body = request.stream()
     while True:
@@ -45,10 +42,9 @@ async def iter_body(request: Request) -> AsyncIterator[bytes]:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Return the whole body, holding at most `limit` bytes whatever is sent.
+    """Return the whole body; a longer one is an `ApiError` 413.
 
-    Raises:
-        ApiError: 413, it is longer.
+    At most `limit` bytes are in memory, whatever is sent.
     """
     declared = request.headers.get("content-length", "0")
     body, pieces = iter_body(request), bytearray()
@@ -74,12 +70,7 @@ async def drain(body: AsyncIterator[bytes]) -> None:
 
 
 async def read_json(request: Request, kind: type[T], limit: int = MOST_JSON_BYTES) -> T:
-    """Return what the body's JSON says, as a model or another type that pydantic knows.
-
-    Raises:
-        ApiError: 413, it is too long.
-        pydantic.ValidationError: it is something else.
-    """
+    """Return the body's JSON as a type that pydantic knows, or raise its `ValidationError`."""
     return TypeAdapter(kind).validate_json(await read_body(request, limit))
 
 

@@ -19,16 +19,9 @@ from endlex.server.api.auth import require
 from endlex.server.api.bodies import drain, iter_body, json_response, read_body, read_json
 from endlex.server.errors import ApiError
 from endlex.server.state import Here, Server
+from endlex.server.store import retention
 from endlex.server.store.checkpoints import STATUS_OF_STATE
 from endlex.server.store.queries import find_run, list_checkpoints
-from endlex.server.store.retention import (
-    Rules,
-    collect_parts,
-    deleted_runs,
-    prune,
-    purge_run,
-    remove_checkpoint,
-)
 from endlex.server.store.texts import find_media
 
 router = APIRouter(prefix="/api/v1")
@@ -52,7 +45,7 @@ class AskedParts(BaseModel):
     parts: Annotated[list[Sha256], Field(max_length=MAX_PARTS_ASKED)]
 
 
-class Pruning(Rules, frozen=True):
+class Pruning(retention.Rules, frozen=True):
     """What to remove, of which runs."""
 
     run: str | None = None
@@ -115,7 +108,7 @@ async def delete(
     reason: Annotated[str, Query(max_length=MAX_NAME_CHARS)] = "deleted by hand",
 ) -> Response:
     check_name(reason, "reason")
-    await server.write(lambda c: remove_checkpoint(c, run, name, reason))
+    await server.write(lambda c: retention.remove_checkpoint(c, run, name, reason))
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": REMOVED})
     return json_response({"deleted": name})
 
@@ -163,19 +156,19 @@ def _prune(server: Server, asked: Pruning) -> dict[str, Any]:
     answer: dict[str, Any] = {"removed": [], "kept": [], "freed_bytes": 0}
     if not asked.empty:
         answer = server.database.write(
-            lambda c: prune(c, asked, asked.run, asked.project, asked.dry_run)
+            lambda c: retention.prune(c, asked, asked.run, asked.project, asked.dry_run)
         ).result()
         for item in () if asked.dry_run else answer["removed"]:
             news = {"run": item["run"], "name": item["name"], "state": REMOVED}
             server.hub.publish("checkpoint", news)
     if asked.deleted:
-        for pk, run_id in deleted_runs(server.database.reader(), time.time() + 1):
+        for pk, run_id in retention.deleted_runs(server.database.reader(), time.time() + 1):
             if asked.run in (None, run_id):
                 answer["removed"].append({"run": run_id, "name": None, "bytes": 0})
                 if not asked.dry_run:
-                    purge_run(server.database, pk)
+                    retention.purge_run(server.database, pk)
     if not asked.dry_run:
-        collect_parts(server.database, server.blobs)
+        retention.collect_parts(server.database, server.blobs)
     return answer
 
 
@@ -188,11 +181,7 @@ def file_response(
 ) -> Response:
     """Answer a GET or HEAD with a file, or with what its Range header asks for.
 
-    Args:
-        headers: sent along; with an `ETag`, `If-None-Match` and `If-Range` are answered too.
-
-    Raises:
-        ApiError: 416, the range is outside the file.
+    `headers` are sent along; with an `ETag`, `If-None-Match` and `If-Range` are answered too.
     """
     tag, asked = headers.get("ETag"), request.headers
     if tag and tag in asked.get("if-none-match", ""):
@@ -213,10 +202,8 @@ def file_response(
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """Return the first byte that a Range header asks for and the one after the last.
 
-    Several ranges, or another unit, are None, which is all of the file.
-
-    Raises:
-        ApiError: 416, the range is outside the file.
+    Several ranges, or another unit, are None, which is all of the file. A range outside the file is
+    an `ApiError` 416.
     """
     match = SINGLE.fullmatch(header.strip()) if header else None
     if match is None or match.groups() == ("", ""):
@@ -224,10 +211,8 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     first, last = match.groups()
     if first and last and int(last) < int(first):
         return None
-    if first:
-        start, end = int(first), min(size, int(last) + 1 if last else size)
-    else:
-        start, end = max(0, size - int(last)), size
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
     if start >= end:
         headers = {"Content-Range": f"bytes */{size}"}
         raise ApiError(416, f"the file has {size:,} bytes: ask for some of them", headers)

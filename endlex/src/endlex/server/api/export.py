@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query
@@ -36,6 +36,7 @@ router = APIRouter(prefix="/api/v1")
 
 MOST_RECORDS = 1000
 """Samples, tables, and chunks of each text of Endlex itself in the HTML file: the latest."""
+RECORDS_AT_ONCE = 200
 MIME = {
     "csv": "text/csv; charset=utf-8",
     "json": "application/json",
@@ -70,7 +71,10 @@ def _write(server: Server, run: str, format: Format, wanted: Sequence[str]) -> P
             if format == "html":
                 file.write(_render_page(connection, run, wanted).encode())
             else:
-                export_run(connection, run, format, file, wanted)
+                pk = find_run(connection, run)
+                texts, tables = (_iter_records(connection, pk, one) for one in ("texts", "tables"))
+                series = _iter_series(connection, pk, wanted)
+                write_run(file, format, show_run(connection, run), series, texts, tables)
     except BaseException:
         path.unlink()
         raise
@@ -108,28 +112,7 @@ def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]
     return pages.render(whole["name"], bytes(json_response(data).body).decode())
 
 
-RECORDS_AT_ONCE = 200
-
-
-def export_run(
-    connection: sqlite3.Connection, run: str, kind: str, file: IO[bytes], wanted: Sequence[str]
-) -> None:
-    """Write a run as csv, json or parquet.
-
-    Args:
-        wanted: names of metrics; all if empty.
-
-    Raises:
-        ApiError: 404.
-        OSError: the file cannot be written.
-    """
-    pk = find_run(connection, run)
-    texts, tables = (_iter_records(connection, pk, one) for one in ("texts", "tables"))
-    series = _iter_series(connection, pk, wanted)
-    write_run(file, kind, show_run(connection, run), series, texts, tables)
-
-
-def export_points(connection: sqlite3.Connection, metric: int) -> Points:
+def _export_points(connection: sqlite3.Connection, metric: int) -> Points:
     """Return a metric's points by rising steps; a machine's are seconds since its first point."""
     points = read_all_points(connection, metric)
     if not machine_sessions(connection, metric):
@@ -147,7 +130,7 @@ def _iter_series(
     rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
     for name, pk in rows.fetchall():
         if not wanted or name in wanted:
-            points = export_points(connection, pk)
+            points = _export_points(connection, pk)
             yield name, points.steps.tolist(), points.times.tolist(), points.numbers.tolist()
 
 

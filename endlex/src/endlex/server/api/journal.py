@@ -8,6 +8,7 @@ the acknowledged offset are skipped: sending a batch twice stores it once.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
 import time
@@ -22,46 +23,26 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
-from endlex.protocol import (
-    CHECKPOINT,
-    CRASHED,
-    LOST,
-    MAX_BATCH_BYTES,
-    MAX_REASON_CHARS,
-    MEDIA,
-    TEXT,
-    check_run_id,
-    check_session_id,
-    encode_number,
-)
+from endlex import protocol
+from endlex.protocol import CHECKPOINT, MAX_BATCH_BYTES
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response, read_body, read_json
 from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Here, Server
+from endlex.server.store import sessions
 from endlex.server.store.queries import find_run, list_sessions
 from endlex.server.store.records import Batch, Points, parse_batch
 from endlex.server.store.series import append_points
-from endlex.server.store.sessions import (
-    SessionState,
-    advance_session,
-    append_segment,
-    begin_session,
-    compress,
-    find_session,
-    hash_journal,
-    iter_bytes,
-    require_session,
-    update_run,
-)
+from endlex.server.store.sessions import SessionState
 from endlex.server.store.texts import store_records
+from endlex.server.watch.alerts import Book
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
 READ_OR_WRITE = [Depends(require("read", "write"))]
 
 MOST_BATCHES_AT_ONCE = 64
 """Bodies held in memory at once; further requests wait until one is stored."""
-PIECE = 2**20
 
 
 class StateReport(BaseModel, strict=True):
@@ -81,8 +62,8 @@ async def append(
     offset: Annotated[int, Query(ge=0, lt=2**62)],
     crc: Annotated[str, Query(pattern="^[0-9a-fA-F]{8}$")],
 ) -> Response:
-    check_run_id(run)
-    check_session_id(session)
+    protocol.check_run_id(run)
+    protocol.check_session_id(session)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding not in ("identity", "deflate"):
         raise ApiError(415, f"content encoding {encoding!r} is not known: send deflate or none")
@@ -92,10 +73,9 @@ async def append(
         prepared = await server.workers.batch(_prepare, offset, int(crc, 16), body, deflated)
         try:
             reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
-        except ApiError:
-            raise
-        except Exception:
-            server.watch.doubt()
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                server.watch.doubt()
             raise
     for kind, content in news:
         server.hub.publish(kind, content)
@@ -108,8 +88,8 @@ async def describe(
 ) -> Response:
     def hashed() -> dict[str, Any]:
         reader = server.database.reader()
-        state = require_session(reader, run, session)
-        digest = hash_journal(reader, state.pk, min(upto, state.offset))
+        state = sessions.require_session(reader, run, session)
+        digest = sessions.hash_journal(reader, state.pk, min(upto, state.offset))
         return {"offset": state.offset, "sha256": digest}
 
     return json_response(await server.workers.read(hashed))
@@ -117,43 +97,43 @@ async def describe(
 
 @router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
 async def raw(server: Here, run: str, session: str) -> Response:
-    state = await server.ask(lambda c: require_session(c, run, session))
+    state = await server.ask(lambda c: sessions.require_session(c, run, session))
     name = f'attachment; filename="{session}.jsonl"'
     headers = {"Content-Length": str(state.offset), "Content-Disposition": name}
     return StreamingResponse(_stream(server, state), 200, headers, "application/x-ndjson")
 
 
 async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
-    def piece(start: int) -> bytes:
-        end = min(start + PIECE, state.offset)
-        return next(iter_bytes(server.database.reader(), state.pk, start, end))
+    def segment(start: int) -> bytes:
+        reader = server.database.reader()
+        return next(sessions.iter_bytes(reader, state.pk, start, state.offset))
 
     start = 0
     while start < state.offset:
-        content = await server.workers.read(piece, start)
+        content = await server.workers.read(segment, start)
         yield content
         start += len(content)
 
 
 @router.get("/sessions", dependencies=READ_OR_WRITE)
-async def sessions(server: Here, run: str) -> Response:
+async def list_all(server: Here, run: str) -> Response:
     return json_response(await server.ask(lambda c: list_sessions(c, find_run(c, run))))
 
 
 @router.post("/sessions/{session}/state", dependencies=[Depends(require("write"))])
 async def set_state(request: Request, server: Here, run: str, session: str) -> Response:
     report = await read_json(request, StateReport)
-    for kind, event in await server.write(lambda c: _set_state(server, c, run, session, report)):
+    for kind, event in await server.write(lambda c: _set_state(c, run, session, report)):
         server.hub.publish(kind, event)
     return json_response({"status": report.status})
 
 
 def _set_state(
-    server: Server, connection: sqlite3.Connection, run: str, session: str, report: StateReport
+    connection: sqlite3.Connection, run: str, session: str, report: StateReport
 ) -> list[Event]:
-    state = require_session(connection, run, session)
+    state = sessions.require_session(connection, run, session)
     # A heartbeat does not take back an end that the journal or the shipper told.
-    open_ended = ("running", CRASHED, LOST)
+    open_ended = ("running", protocol.CRASHED, protocol.LOST)
     keep = report.status in open_ended and state.status not in open_ended
     connection.execute(
         "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes), heard=? WHERE pk=?",
@@ -161,14 +141,14 @@ def _set_state(
     )
     if keep or state.status == report.status:
         return []
-    run_status = update_run(connection, state.run)
-    events: list[Event] = [("run", {"run": run, "updated": time.time(), "status": run_status})]
-    if state.status == LOST:
-        events += server.watch.returned(connection, state.run, run)
-    if report.status == CRASHED:
-        reason = report.reason and report.reason[:MAX_REASON_CHARS]
-        events += server.watch.ended(connection, state, run, report.status, reason)
-    return events
+    status = sessions.update_run(connection, state.run)
+    book = Book(connection, state.run, run)
+    if state.status == protocol.LOST:
+        book.resolve("lost")
+    if report.status == protocol.CRASHED:
+        reason = report.reason and report.reason[: protocol.MAX_REASON_CHARS]
+        book.tell_end(state, protocol.CRASHED, reason)
+    return [("run", {"run": run, "updated": time.time(), "status": status}), *book.events]
 
 
 @dataclass(frozen=True)
@@ -181,24 +161,6 @@ class Prepared:
     """`body`, compressed."""
     batch: Batch
 
-    @classmethod
-    def of(cls, offset: int, body: bytes) -> Prepared:
-        return cls(offset, body, compress(body), parse_batch(body))
-
-    def after(self, offset: int) -> Prepared:
-        """Return what is beyond `offset`: the bytes below it were acknowledged before."""
-        known = offset - self.offset
-        if known == 0:
-            return self
-        body = self.body[known:]
-        if body and self.body[known - 1 : known] != b"\n":
-            raise ApiError(
-                422,
-                f"byte {offset} is in the middle of a line, though the server ended one there: the "
-                "journal was changed after it was sent; start a new session",
-            )
-        return Prepared.of(offset, body)
-
 
 def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if deflated:
@@ -209,7 +171,22 @@ def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
         raise ApiError(400, f"the body's CRC-32 is {zlib.crc32(body):08x}, not {crc:08x}: resend")
     if body and not body.endswith(b"\n"):
         raise ApiError(400, "the body does not end with a line end: send whole lines")
-    return Prepared.of(offset, body)
+    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
+
+
+def _after(prepared: Prepared, offset: int) -> Prepared:
+    """Return what is beyond `offset`: the bytes below it were acknowledged before."""
+    known = offset - prepared.offset
+    if known == 0:
+        return prepared
+    body = prepared.body[known:]
+    if body and prepared.body[known - 1 : known] != b"\n":
+        raise ApiError(
+            422,
+            f"byte {offset} is in the middle of a line, though the server ended one there: the "
+            "journal was changed after it was sent; start a new session",
+        )
+    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
 
 
 def _inflate(body: bytes) -> bytes:
@@ -227,11 +204,11 @@ def _store(
     server: Server, connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
 ) -> tuple[int, list[Event]]:
     """Store what is new in a batch; return the offset up to which the session is here, and news."""
-    state = find_session(connection, run, session)
+    state = sessions.find_session(connection, run, session)
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"
         raise ApiError(409, message, offset=state.offset)
-    prepared = prepared.after(state.offset)
+    prepared = _after(prepared, state.offset)
     if not prepared.body:
         return state.offset, []
     # Telemetry may use most of what uploads must leave: it is small, and worth more.
@@ -240,13 +217,13 @@ def _store(
         raise disk_full()
     if state.pk == 0:
         first = prepared.body[: prepared.body.index(b"\n")]
-        state = begin_session(connection, run, session, first)
+        state = sessions.begin_session(connection, run, session, first)
     batch, reached = prepared.batch, state.offset + len(prepared.body)
-    append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
+    sessions.append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
     _store_batch(connection, state, batch)
-    advance_session(connection, state, reached, batch)
+    sessions.advance_session(connection, state, reached, batch)
     alerts = server.watch.observe(connection, state, run, batch)
-    status = update_run(connection, state.run)
+    status = sessions.update_run(connection, state.run)
     return reached, [*_news(run, status, batch), *alerts]
 
 
@@ -270,10 +247,8 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
     """Count new points into the metric's summary and return its key."""
     last, step = float(points.numbers[-1]), int(points.steps[-1])
     finite = points.numbers[np.isfinite(points.numbers)]
-    lowest = float(finite.min()) if len(finite) else None
-    highest = float(finite.max()) if len(finite) else None
-    encoded = encode_number(last)
-    text = encoded if isinstance(encoded, str) else None
+    bounds = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
+    text = None if math.isfinite(last) else protocol.encode_number(last)
     pk: int = connection.execute(
         "INSERT INTO metric (run, name, count, last, last_text, last_step, min, max) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
@@ -281,7 +256,7 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
         "last_step=excluded.last_step, "
         "min=coalesce(min(min, excluded.min), min, excluded.min), "
         "max=coalesce(max(max, excluded.max), max, excluded.max) RETURNING pk",
-        (run, name, len(points), None if text else last, text, step, lowest, highest),
+        (run, name, len(points), None if text else last, text, step, *bounds),
     ).fetchone()[0]
     return pk
 
@@ -291,7 +266,7 @@ def _news(run: str, status: str, batch: Batch) -> list[Event]:
     if batch.points:
         last = max(int(points.steps[-1]) for points in batch.points.values())
         news.append(("metrics", {"run": run, "metrics": list(batch.points), "last_step": last}))
-    for kind in (TEXT, MEDIA):
+    for kind in (protocol.TEXT, protocol.MEDIA):
         for name, record in {record["name"]: record for record in batch.records[kind]}.items():
             news.append((kind, {"run": run, "name": name, "step": record["step"]}))
     for record in batch.records[CHECKPOINT]:

@@ -15,7 +15,7 @@ from sse_starlette.sse import EventSourceResponse
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response, read_json
 from endlex.server.errors import ApiError
-from endlex.server.events import Hub
+from endlex.server.events import MOST_READERS, Hub
 from endlex.server.state import Here, Server
 from endlex.server.store.annotations import (
     Changes,
@@ -140,7 +140,7 @@ async def dismiss(server: Here, alert: int) -> Response:
 
 @router.get("/events", dependencies=READ)
 async def events(server: Here, run: str | None = None) -> Response:
-    if server.hub.full:
+    if len(server.hub) >= MOST_READERS:
         raise ApiError(503, "too many readers of events: close some pages", {"Retry-After": "30"})
     return EventSourceResponse(
         _encoded(server.hub, run), ping=PING_SECONDS, send_timeout=SLOW_READER_SECONDS

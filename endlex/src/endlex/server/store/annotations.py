@@ -44,12 +44,7 @@ class Changes(BaseModel, extra="forbid", strict=True):
     remove_tags: Tags = []
 
     def columns(self, tags: list[str]) -> dict[str, Any]:
-        """Return the columns to set in a run that has some tags.
-
-        Raises:
-            ApiError: 422, there are too many tags.
-            EndlexError: the group is no name.
-        """
+        """Return the columns to set in a run with some tags; too many are an `ApiError` 422."""
         given = self.model_dump(exclude_unset=True)
         tags = [*given.pop("tags", tags), *given.pop("add_tags", ())]
         gone = given.pop("remove_tags", ())
@@ -69,8 +64,7 @@ def change_runs(
 ) -> dict[str, str]:
     """Change runs, all or none of them, and return the status of each.
 
-    Raises:
-        ApiError: 404, or 422 where there is nothing to change or there are too many tags.
+    It is an `ApiError` 422 that nothing is to change, or that a run gets too many tags.
     """
     if not changes.model_fields_set:
         raise ApiError(422, "nothing to change: give name, tags, group, notes, archived or deleted")
@@ -99,11 +93,7 @@ def list_settings(connection: sqlite3.Connection, project: str) -> dict[str, dic
 def save_setting(
     connection: sqlite3.Connection, project: str, kind: str, name: str, content: Any
 ) -> None:
-    """Save a setting in place of an earlier one of its name; None deletes it.
-
-    Raises:
-        ApiError: 422, it is not one.
-    """
+    """Save a setting in place of an earlier one; None deletes it. `ApiError` 422 if it is wrong."""
     if project:
         check_name(project, "project")
     check_name(name, "name")
@@ -132,5 +122,4 @@ def dismiss_alert(connection: sqlite3.Connection, alert: int) -> str | None:
     ).fetchone()
     if row is None:
         raise ApiError(404, f"there is no alert {alert}: GET /api/v1/alerts lists them")
-    found: str | None = row[0]
-    return found
+    return None if row[0] is None else str(row[0])

@@ -55,10 +55,10 @@ class Blobs:
         missing, partial = [], {}
         with self.lock:
             for sha256 in dict.fromkeys(asked):
-                if _touch(self.path(sha256)) is not None:
+                if touch(self.path(sha256)) is not None:
                     continue
                 missing.append(sha256)
-                held = _touch(self._partial(sha256))
+                held = touch(self._partial(sha256))
                 if held:
                     partial[sha256] = held
         return missing, partial
@@ -70,46 +70,51 @@ class Blobs:
 
         Args:
             sha256: a checked digest.
-            offset: how many bytes of it the client believes to be here.
             length: of the body, where it was told.
 
         Raises:
             ApiError: 400, 409, 413, 429 or 507, as the protocol says. What came stays.
         """
-        if await self._workers.file(_touch, self.path(sha256)) is not None:
+        if await self._workers.file(touch, self.path(sha256)) is not None:
             return False
         if sha256 in self._uploads:  # one that stands still is given up by `bodies.iter_body`
             message = f"part {sha256} is being sent by another connection: ask again"
             raise ApiError(429, message, {"Retry-After": "1"})
         self._uploads.add(sha256)
         try:
-            await self._append(sha256, offset, length, body)
+            held = await self._workers.file(self._prepare, sha256, length or 0)
+            if offset != held:
+                message = f"{held} bytes of part {sha256} are here: send from there"
+                raise ApiError(409, message, offset=held)
+            await self._append(self._partial(sha256), held, length or 0, body)
             await self._workers.file(self._publish, sha256)
         finally:
             self._uploads.remove(sha256)
         return True
 
-    async def _append(
-        self, sha256: str, offset: int, length: int | None, body: AsyncIterator[bytes]
-    ) -> None:
-        held = await self._workers.file(self._prepare, sha256, length or 0)
-        if offset != held:
-            message = f"{held} bytes of part {sha256} are here: send from there"
-            raise ApiError(409, message, offset=held)
+    async def _append(self, path: Path, held: int, length: int, body: AsyncIterator[bytes]) -> None:
         too_long = ApiError(413, f"a part has at most {MAX_PART_BYTES:,} bytes: cut the file finer")
-        if held + (length or 0) > MAX_PART_BYTES:
+        if held + length > MAX_PART_BYTES:
             raise too_long
-        async for piece in _in_pieces(body):
-            held += len(piece)
-            if held > MAX_PART_BYTES:
-                raise too_long
-            await self._workers.file(_append_to, self._partial(sha256), piece)
+        waiting = bytearray()  # a piece that is worth a write
+        try:
+            async for chunk in body:
+                held += len(chunk)
+                if held > MAX_PART_BYTES:
+                    raise too_long
+                waiting += chunk
+                if len(waiting) >= PIECE:
+                    piece, waiting = waiting, bytearray()
+                    await self._workers.file(_append_to, path, piece)
+        finally:  # what came of a broken body stays, too
+            if waiting:
+                await self._workers.file(_append_to, path, waiting)
 
     def _prepare(self, sha256: str, length: int) -> int:
         """Return how many bytes have come; there must be room for the rest."""
         if shutil.disk_usage(self._data.root).free < self._reserve + length:
             raise disk_full()
-        return _touch(self._partial(sha256)) or 0
+        return touch(self._partial(sha256)) or 0
 
     def _publish(self, sha256: str) -> None:
         """Hash a partial file, and move it to its place or drop it."""
@@ -132,18 +137,8 @@ class Blobs:
         finally:
             os.close(directory)
 
-    def size(self, sha256: str) -> int | None:
-        """Return the bytes of a part; None if it is not here."""
-        with suppress(FileNotFoundError):
-            return self.path(sha256).stat().st_size
-        return None
-
     def read(self, sha256: str, start: int, size: int) -> bytes:
-        """Return a stretch of a part's content.
-
-        Raises:
-            OSError: the part is not here, or shorter.
-        """
+        """Return a stretch of a part's content; an `OSError` if it is not here, or shorter."""
         with self.path(sha256).open("rb") as file:
             file.seek(start)
             content = file.read(size)
@@ -152,11 +147,7 @@ class Blobs:
         return content
 
     def iter_part(self, sha256: str) -> Iterator[bytes]:
-        """Yield a part's content in pieces.
-
-        Raises:
-            FileNotFoundError: it is not here.
-        """
+        """Yield a part's content in pieces; a `FileNotFoundError` if it is not here."""
         with self.path(sha256).open("rb") as file:
             yield from iter(lambda: file.read(PIECE), b"")
 
@@ -174,30 +165,12 @@ class Blobs:
         return freed
 
 
-async def _in_pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Gather network chunks into pieces worth a write; the rest of a broken body is one, too."""
-    waiting = bytearray()
-    fault: Exception | None = None
-    try:
-        async for chunk in body:
-            waiting += chunk
-            if len(waiting) >= PIECE:
-                yield bytes(waiting)
-                waiting.clear()
-    except Exception as error:
-        fault = error
-    if waiting:
-        yield bytes(waiting)
-    if fault is not None:
-        raise fault
-
-
-def _append_to(path: Path, piece: bytes) -> None:
+def _append_to(path: Path, piece: bytearray) -> None:
     with path.open("ab") as file:
         file.write(piece)
 
 
-def _touch(path: Path) -> int | None:
+def touch(path: Path) -> int | None:
     """Set a file's time to now and return its size; None when there is none."""
     try:
         os.utime(path)

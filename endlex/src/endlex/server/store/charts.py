@@ -18,13 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
-from endlex.server.store.series import (
-    chunk_keys,
-    read_all_points,
-    read_points,
-    read_sampled,
-    slice_between,
-)
+from endlex.server.store import series
+from endlex.server.store.series import read_points, read_sampled
 
 STEP = "step"
 TIME = "time"
@@ -78,10 +73,13 @@ def _read_one(
 ) -> dict[str, Any]:
     drawn = None
     if metric is not None and axis is None and not query.log:
-        keys, by_time = chunk_keys(connection, metric), query.x == TIME
+        keys, by_time = series.chunk_keys(connection, metric), query.x == TIME
         drawn = read_sampled(connection, keys, by_time, query.first, query.last, query.points)
-    x, y = (drawn.x, drawn.y) if drawn else _read_xy(connection, metric, query, axis)
-    count = drawn.count if drawn else len(y)
+    if drawn is None:
+        x, y = _read_xy(connection, metric, query, axis)
+        count = len(y)
+    else:
+        x, y, count = drawn
     chosen = (choose_log_points if query.log else choose_points)(y, query.points)
     sampled = len(chosen) < count
     shown_x = x[chosen]
@@ -108,19 +106,17 @@ def _read_xy(
     connection: sqlite3.Connection, metric: int | None, query: ChartQuery, axis: XY | None
 ) -> XY:
     """Return every point of a metric in the wanted range, sorted by x."""
-    if query.x == STEP:
+    if query.x == STEP or metric is None:
         return _by_step(connection, metric, query.first, query.last)
     if axis is not None:
         x, y = _joined(*_by_step(connection, metric), axis)
-    elif metric is not None:
-        points = read_all_points(connection, metric)
-        x, y = points.times, points.numbers
     else:
-        return np.empty(0), np.empty(0)
+        points = series.read_all_points(connection, metric)
+        x, y = points.times, points.numbers
     if not bool((x[1:] >= x[:-1]).all()):
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
-    wanted = slice_between(x, query.first, query.last)
+    wanted = series.slice_between(x, query.first, query.last)
     return x[wanted], y[wanted]
 
 
@@ -135,30 +131,19 @@ def _joined(steps: NDArray[np.int64], numbers: NDArray[np.float64], axis: XY) ->
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
-    """Return the indices of at most `points` values that show the shape of `y`, in order.
+    """Return the indices of at most `points` (4 or more) values that show the shape of `y`.
 
-    Of each bucket the lowest and highest finite value, and the first and last of all.
-
-    Args:
-        y: in the order of its x; may hold NaN and infinities.
-        points: at least 4.
+    In order: of each bucket the lowest and highest finite value, and the first and last of all.
     """
     total = len(y)
     if total <= points:
         return np.arange(total)
     buckets = (points - 2) // 2
-    width = -(-total // buckets)
-    whole = total // width
-    finite = np.isfinite(y)
-    everything = bool(finite.all())
-    found = [np.array([0, total - 1], np.intp)]
-    for pick, stand_in in ((np.argmin, np.inf), (np.argmax, -np.inf)):
-        usable = y if everything else np.where(finite, y, stand_in)
-        body = usable[: whole * width].reshape(whole, width)
-        found.append(pick(body, axis=1) + np.arange(whole) * width)
-        if whole * width < total:
-            found.append(np.array([whole * width + pick(usable[whole * width :])]))
-    return np.unique(np.concatenate(found))
+    finite, low, high = np.isfinite(y), y, y
+    if not finite.all():
+        low, high = np.where(finite, y, np.inf), np.where(finite, y, -np.inf)
+    inner = series.extremes(low, high, -(-total // buckets))
+    return np.unique(np.concatenate([[0, total - 1], inner]))
 
 
 def choose_log_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
@@ -177,9 +162,7 @@ def non_finite_ranges(
 ) -> list[tuple[float | int, float | int, str]]:
     """Return where values are not finite: from which x to which they follow one another, and what.
 
-    Args:
-        x: ascending.
-        y: of the same length.
+    x is ascending.
     """
     finite = np.isfinite(y)
     if finite.all():

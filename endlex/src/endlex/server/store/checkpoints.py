@@ -21,28 +21,54 @@ import orjson
 from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
-from endlex.server.store.blobs import Blobs
+from endlex.server.store.blobs import Blobs, touch
 from endlex.server.store.database import Database
 from endlex.server.store.queries import dicts, find_run
 from endlex.server.store.retention import remove_replaced
 
+logger = logging.getLogger("endlex")
+
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
 
 
-class Checkpoints:
-    """Accepts and describes the checkpoints of one server."""
+class _Stopped(Exception):
+    """The server is ending."""
 
-    def __init__(self, database: Database, blobs: Blobs, verifier: Verifier) -> None:
-        self._database, self._blobs, self._verifier = database, blobs, verifier
+
+class Checkpoints:
+    """The checkpoints of one server, and the thread that hashes what was accepted, one by one."""
+
+    def __init__(self, database: Database, blobs: Blobs, hub: Hub) -> None:
+        self._database, self._blobs, self._hub = database, blobs, hub
+        self._pool = ThreadPoolExecutor(1, "endlex-verify")
+        self._progress: dict[int, int] = {}
+        """How many bytes of each that is being verified were read."""
+        self._running: dict[int, Future[None]] = {}
+        self._stopping = False
+        self._lock = threading.Lock()
+        rows = database.reader().execute("SELECT pk FROM checkpoint WHERE state='verifying'")
+        for (pk,) in rows.fetchall():  # left over from the last time
+            self._enqueue(pk)
+
+    def stop(self) -> None:
+        """End the thread; what it was verifying stays `verifying`."""
+        with self._lock:
+            self._stopping = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def _enqueue(self, pk: int) -> Future[None]:
+        """Have a checkpoint verified; the future resolves when that is done."""
+        with self._lock:
+            if self._stopping:
+                return Future()
+            if pk not in self._running:
+                self._running[pk] = self._pool.submit(self._work, pk)
+            return self._running[pk]
 
     def put(self, run: str, name: str, content: Any) -> Future[None] | None:
         """Accept a manifest; call it in a thread, and ask `describe` for the result.
 
-        Returns:
-            What ends when it is verified, or None where that was done before.
-
-        Raises:
-            ApiError: 404, 409 or 422.
+        What is returned ends when it is verified; it is None where that was done before.
         """
         try:
             manifest = check_manifest(content)
@@ -52,7 +78,7 @@ class Checkpoints:
             raise ApiError(422, f"the manifest is of {manifest['name']!r}, not of {name!r}")
         sizes = {p["sha256"]: p["bytes"] for file in manifest["files"] for p in file["parts"]}
         with self._blobs.lock:  # no part may go between this look and the commit
-            held = {sha256: self._blobs.size(sha256) for sha256 in sizes}
+            held = {sha256: touch(self._blobs.path(sha256)) for sha256 in sizes}
             missing = [sha256 for sha256, size in held.items() if size is None]
             wrong = next((s for s in sizes if held[s] not in (None, sizes[s])), None)
             fault = wrong and (
@@ -64,7 +90,7 @@ class Checkpoints:
         if state == "incomplete":
             message = f"{len(missing)} parts of {name!r} are not here: send them, then this again"
             raise ApiError(409, message, state="incomplete", missing=missing)
-        return self._verifier.enqueue(pk) if state == "verifying" else None
+        return self._enqueue(pk) if state == "verifying" else None
 
     def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
@@ -81,7 +107,7 @@ class Checkpoints:
         answer = {key: known[key] for key in ("state", "bytes")}
         answer |= {k: known[k] for k in ("removed", "reason", "error") if known[k] is not None}
         if known["state"] == "verifying":
-            done = self._verifier.hashed_bytes(known["pk"])
+            done = self._progress.get(known["pk"], 0)
             answer |= {"done_bytes": done, "total_bytes": known["bytes"]}
         if not whole:
             return answer
@@ -89,19 +115,89 @@ class Checkpoints:
         return {**orjson.loads(known["manifest"]), **kept, **answer}
 
     def find_file(self, run: str, name: str, path: str) -> ManifestFile:
-        """Return a file of a published checkpoint.
-
-        Raises:
-            ApiError: 404, there is none, or it is not published.
-        """
+        """Return a file of a published checkpoint, or raise an `ApiError` 404."""
         manifest = self.describe(run, name)
         if manifest["state"] != "published":
             raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")
+        files: dict[str, ManifestFile] = {file["path"]: file for file in manifest["files"]}
+        if path not in files:
+            raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
+        return files[path]
+
+    def _work(self, pk: int) -> None:
+        try:
+            while not self._verify(pk):
+                logger.info("checkpoint %d was replaced while it was verified", pk)
+        except _Stopped:
+            return
+        except (OSError, sqlite3.Error, EndlexError) as error:
+            logger.error("cannot verify checkpoint %d: %s; a new PUT tries again", pk, error)
+        finally:
+            with self._lock:
+                self._progress.pop(pk, None)
+                del self._running[pk]
+
+    def _verify(self, pk: int) -> bool:
+        """Verify a checkpoint and store the outcome; False if its manifest changed meanwhile."""
+        query = (
+            "SELECT manifest, run.id, checkpoint.name FROM checkpoint "
+            "JOIN run ON run.pk = checkpoint.run WHERE checkpoint.pk=? AND state='verifying'"
+        )
+        row = self._database.reader().execute(query, (pk,)).fetchone()
+        if row is None:  # deleted meanwhile, or done
+            return True
+        text, run, name = row
+        self._progress[pk] = 0
+        state, error = self._judge(pk, orjson.loads(text))
+
+        def finish(connection: sqlite3.Connection) -> list[str] | None:
+            changed = connection.execute(
+                "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
+                "AND manifest=?",
+                (state, error, pk, text),
+            )
+            if changed.rowcount != 1:
+                return None
+            return remove_replaced(connection, pk) if state == "published" else []
+
+        replaced = self._database.write(finish).result()
+        if replaced is None:
+            return False
+        for other, now in [(name, state), *((gone, REMOVED) for gone in replaced)]:
+            self._hub.publish("checkpoint", {"run": run, "name": other, "state": now})
+        return True
+
+    def _judge(self, pk: int, manifest: Manifest) -> tuple[str, str | None]:
+        """Return the state after the verification, and what is wrong."""
         for file in manifest["files"]:
-            if file["path"] == path:
-                found: ManifestFile = file
-                return found
-        raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
+            digest = hashlib.sha256()
+            for part in file["parts"]:
+                try:
+                    for piece in self._blobs.iter_part(part["sha256"]):
+                        digest.update(piece)
+                        self._progress[pk] += len(piece)
+                        if self._stopping:
+                            raise _Stopped
+                except FileNotFoundError:
+                    return "incomplete", f"part {part['sha256']} is gone: send it again"
+            if digest.hexdigest() != file["sha256"]:
+                return self._blame(file, digest.hexdigest())
+        return "published", None
+
+    def _blame(self, file: ManifestFile, found: str) -> tuple[str, str | None]:
+        """Find out whether the manifest is wrong, or a part that decayed on this disk."""
+        decayed = 0
+        for part in file["parts"]:
+            path = self._blobs.path(part["sha256"])
+            with self._blobs.lock, path.open("rb") as stored:
+                if hashlib.file_digest(stored, "sha256").hexdigest() != part["sha256"]:
+                    path.unlink()
+                    decayed += 1
+        if decayed:
+            message = f"{decayed} parts were damaged on the server's disk: send them again"
+            return "incomplete", message
+        message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
+        return "failed", message
 
 
 def _accept(
@@ -160,122 +256,3 @@ def _describe_anew(
         "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
         (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
     )
-
-
-logger = logging.getLogger("endlex")
-
-Outcome = tuple[str, str | None]
-"""The state that a checkpoint has after its verification, and what is wrong with it."""
-
-
-class _Stopped(Exception):
-    """The server is ending."""
-
-
-class Verifier:
-    """The thread that hashes what was accepted, one checkpoint after the other."""
-
-    def __init__(self, database: Database, blobs: Blobs, hub: Hub) -> None:
-        self._database, self._blobs, self._hub = database, blobs, hub
-        self._pool = ThreadPoolExecutor(1, "endlex-verify")
-        self._progress: dict[int, int] = {}
-        self._running: dict[int, Future[None]] = {}
-        self._stopping = False
-        self._lock = threading.Lock()
-        rows = database.reader().execute("SELECT pk FROM checkpoint WHERE state='verifying'")
-        for (pk,) in rows.fetchall():  # left over from the last time
-            self.enqueue(pk)
-
-    def stop(self) -> None:
-        """End the thread; what it was verifying stays `verifying`."""
-        with self._lock:
-            self._stopping = True
-        self._pool.shutdown(cancel_futures=True)
-
-    def enqueue(self, pk: int) -> Future[None]:
-        """Have the checkpoint with this key verified; the future resolves when that is done."""
-        with self._lock:
-            if self._stopping:
-                return Future()
-            if pk not in self._running:
-                self._running[pk] = self._pool.submit(self._work, pk)
-            return self._running[pk]
-
-    def hashed_bytes(self, pk: int) -> int:
-        """How much of a checkpoint that is being verified has been read."""
-        return self._progress.get(pk, 0)
-
-    def _work(self, pk: int) -> None:
-        try:
-            while not self._verify(pk):
-                logger.info("checkpoint %d was replaced while it was verified", pk)
-        except _Stopped:
-            return
-        except (OSError, sqlite3.Error, EndlexError) as error:
-            logger.error("cannot verify checkpoint %d: %s; a new PUT tries again", pk, error)
-        finally:
-            with self._lock:
-                self._progress.pop(pk, None)
-                del self._running[pk]
-
-    def _verify(self, pk: int) -> bool:
-        """Verify a checkpoint and store the outcome; False if its manifest changed meanwhile."""
-        query = (
-            "SELECT manifest, run.id, checkpoint.name FROM checkpoint "
-            "JOIN run ON run.pk = checkpoint.run WHERE checkpoint.pk=? AND state='verifying'"
-        )
-        row = self._database.reader().execute(query, (pk,)).fetchone()
-        if row is None:  # deleted meanwhile, or done
-            return True
-        text, run, name = row
-        self._progress[pk] = 0
-        state, error = self._judge(pk, orjson.loads(text))
-
-        def finish(connection: sqlite3.Connection) -> list[str] | None:
-            changed = connection.execute(
-                "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
-                "AND manifest=?",
-                (state, error, pk, text),
-            )
-            if changed.rowcount != 1:
-                return None
-            return remove_replaced(connection, pk) if state == "published" else []
-
-        replaced = self._database.write(finish).result()
-        if replaced is None:
-            return False
-        for other, now in [(name, state), *((gone, REMOVED) for gone in replaced)]:
-            self._hub.publish("checkpoint", {"run": run, "name": other, "state": now})
-        return True
-
-    def _judge(self, pk: int, manifest: Manifest) -> Outcome:
-        for file in manifest["files"]:
-            digest = hashlib.sha256()
-            for part in file["parts"]:
-                try:
-                    for piece in self._blobs.iter_part(part["sha256"]):
-                        digest.update(piece)
-                        self._progress[pk] += len(piece)
-                        if self._stopping:
-                            raise _Stopped
-                except FileNotFoundError:
-                    return "incomplete", f"part {part['sha256']} is gone: send it again"
-            if digest.hexdigest() != file["sha256"]:
-                return self._blame(file, digest.hexdigest())
-        return "published", None
-
-    def _blame(self, file: ManifestFile, found: str) -> Outcome:
-        """Find out whether the manifest is wrong, or a part that decayed on this disk."""
-        decayed = 0
-        for part in file["parts"]:
-            path = self._blobs.path(part["sha256"])
-            with self._blobs.lock, path.open("rb") as stored:
-                if hashlib.file_digest(stored, "sha256").hexdigest() != part["sha256"]:
-                    path.unlink()
-                    decayed += 1
-        if decayed:
-            return "incomplete", (
-                f"{decayed} parts were damaged on the server's disk: send them again"
-            )
-        message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
-        return "failed", message

@@ -44,9 +44,7 @@ UPGRADES = {
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Open the database in autocommit mode, for use by one thread at a time.
 
-    Raises:
-        EndlexError: it was made by a later version of Endlex.
-        sqlite3.Error: it cannot be opened.
+    One that a later version of Endlex made is an `EndlexError`.
     """
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     connection.create_collation("PEOPLE", compare_natural)
@@ -98,11 +96,7 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
 
 
 class Database:
-    """The open database of one server.
-
-    Args:
-        path: made if missing; its directory must be there.
-    """
+    """The open database of one server; its file is made if missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,13 +167,21 @@ class Database:
         # A caller that waits may be cancelled, as the sweep is at shutdown, and its job too. From
         # here on none can be: a result that nobody takes must not end the only writer there is.
         jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
+        if not jobs:
+            return
         try:
-            if jobs:
-                self._writer.execute("BEGIN IMMEDIATE")
+            self._writer.execute("BEGIN IMMEDIATE")
             for job, future in jobs:
-                done.extend(self._run(job, future))
-            if jobs:
-                self._writer.execute("COMMIT")
+                self._writer.execute("SAVEPOINT job")
+                try:
+                    done.append((future, job(self._writer)))
+                except Exception as error:
+                    if not self._writer.in_transaction:  # a full disk undoes everything at once
+                        raise
+                    self._writer.execute("ROLLBACK TO job")
+                    future.set_exception(error)
+                self._writer.execute("RELEASE job")
+            self._writer.execute("COMMIT")
         except BaseException as error:
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
@@ -189,19 +191,3 @@ class Database:
         else:
             for future, result in done:
                 future.set_result(result)
-
-    def _run(
-        self, job: Callable[[sqlite3.Connection], Any], future: Future[Any]
-    ) -> list[tuple[Future[Any], Any]]:
-        self._writer.execute("SAVEPOINT job")
-        try:
-            result = job(self._writer)
-        except Exception as error:
-            if not self._writer.in_transaction:  # a full disk undoes everything at once
-                raise
-            self._writer.execute("ROLLBACK TO job")
-            self._writer.execute("RELEASE job")
-            future.set_exception(error)
-            return []
-        self._writer.execute("RELEASE job")
-        return [(future, result)]

@@ -13,16 +13,8 @@ from pydantic import BaseModel, Field
 from endlex.protocol import REMOVED, SYSTEM
 from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
-from endlex.server.store.search import (
-    COLUMNS,
-    Condition,
-    count_names,
-    marks,
-    read_values,
-    require_names,
-    search_condition,
-    sort_expression,
-)
+from endlex.server.store import search
+from endlex.server.store.search import Condition, marks, read_values
 
 SHORT_CONFIG_KEYS = 200
 SHORT_CONFIG_CHARS = 100
@@ -36,7 +28,7 @@ RUN_COLUMNS = f"""
 """
 DECODED: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("tags", "aliases", "metadata"), orjson.loads),
-    **dict.fromkeys(("archived", "open"), bool),
+    **dict.fromkeys(("archived", "open", "older_runs"), bool),
 }
 """Columns that the database holds as JSON, or as 0 and 1."""
 
@@ -68,16 +60,11 @@ def find_run(connection: sqlite3.Connection, run: str) -> int:
     row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if row is None:
         raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
-    pk: int = row[0]
-    return pk
+    return int(row[0])
 
 
 def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]:
-    """Return the runs that match, and how many there are beyond the limit.
-
-    Raises:
-        EndlexError: the search is not one, or names what no run has.
-    """
+    """Return the runs that match and how many they are; a wrong search is an `EndlexError`."""
     where, values = _where(connection, query)
     total = connection.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
     order, order_values = _order(connection, query.sort)
@@ -94,26 +81,22 @@ def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]
     else:
         summaries, configs = _summaries(connection, keys), _configs(connection, keys)
         for run in runs:
-            run["summary"] = summaries.get(run["number"], {})
-            run["config"] = _shortened(flatten(configs.get(run["number"], {})))
+            run["summary"] = summaries[run["number"]]
+            run["config"] = _shortened(flatten(configs[run["number"]]))
     found = {"runs": runs, "total": total}
-    return found | (count_names(connection, (where, values)) if query.names else {})
+    return found | (search.count_names(connection, (where, values)) if query.names else {})
 
 
 def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
-    conditions = [search_condition(connection, parse_search(query.q))]
-    ids = [one for one in query.ids.split(",") if one]
-    if ids:
+    conditions = [search.search_condition(connection, parse_search(query.q))]
+    if ids := [one for one in query.ids.split(",") if one]:
         conditions.append((f"run.id IN ({marks(ids)})", ids))
-    else:
-        if query.deleted != "any":
-            there = "NOT NULL" if query.deleted == "true" else "NULL"
-            conditions.append((f"run.deleted IS {there}", []))
-        if query.archived != "any":
-            conditions.append(("run.archived = ?", [query.archived == "true"]))
-    for column, value in (("run.project", query.project), ("run.group_name", query.group)):
+    for column, chosen in (("deleted", query.deleted), ("archived", query.archived)):
+        if chosen != "any" and not ids:
+            conditions.append((f"coalesce(run.{column}, 0) > 0 = ?", [chosen == "true"]))
+    for column, value in (("project", query.project), ("group_name", query.group)):
         if value is not None:
-            conditions.append((f"{column} = ?", [value]))
+            conditions.append((f"run.{column} = ?", [value]))
     values = [value for _, given in conditions for value in given]
     return " AND ".join(text for text, _ in conditions), values
 
@@ -122,46 +105,41 @@ def _order(connection: sqlite3.Connection, sort: str) -> Condition:
     """Return an ORDER BY expression and its values; runs without the key come last."""
     name = sort.removeprefix("-")
     key = parse_key(name, True)
-    if name not in COLUMNS:
-        require_names(connection, [key])
-    expression, values = sort_expression(key, name)
+    if name not in search.COLUMNS:
+        search.require_names(connection, [key])
+    expression, values = search.sort_expression(key, name)
     direction = "DESC" if sort.startswith("-") else "ASC"
     return f"{expression} {direction} NULLS LAST, run.pk DESC", values
 
 
 def _summaries(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
     """Return each run's last values; what is not finite is the string that stands for it."""
-    found: dict[int, dict[str, Any]] = {}
-    rows = connection.execute(
-        f"SELECT run, name, coalesce(last_text, last) FROM metric WHERE run IN ({marks(keys)}) "
-        "ORDER BY name",
-        keys,
+    found: dict[int, dict[str, Any]] = {key: {} for key in keys}
+    query = (
+        "SELECT run, name, coalesce(last_text, last) FROM metric WHERE run IN ({}) ORDER BY name"
     )
-    for run, name, last in rows:
-        found.setdefault(run, {})[name] = last
+    for run, name, last in connection.execute(query.format(marks(keys)), keys):
+        found[run][name] = last
     return found
 
 
 def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
     """Return each run's configuration: its sessions' joined, where the latest to arrive wins."""
-    found: dict[int, dict[str, Any]] = {}
-    rows = connection.execute(
-        f"SELECT run, config FROM session WHERE run IN ({marks(keys)}) AND kind != ? ORDER BY pk",
-        [*keys, SYSTEM],
-    )
-    for run, config in rows:
-        found.setdefault(run, {}).update(orjson.loads(config))
+    found: dict[int, dict[str, Any]] = {key: {} for key in keys}
+    query = "SELECT run, config FROM session WHERE run IN ({}) AND kind != ? ORDER BY pk"
+    for run, config in connection.execute(query.format(marks(keys)), [*keys, SYSTEM]):
+        found[run] |= orjson.loads(config)
     return found
 
 
 def _shortened(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that fits a row of a list."""
-    values = (
-        (key, value[:SHORT_CONFIG_CHARS] if isinstance(value, str) else value)
+    short = {
+        key: value[:SHORT_CONFIG_CHARS] if isinstance(value, str) else value
         for key, value in config.items()
         if value is None or isinstance(value, str | int | float)
-    )
-    return dict(islice(values, SHORT_CONFIG_KEYS))
+    }
+    return dict(islice(short.items(), SHORT_CONFIG_KEYS))
 
 
 def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
@@ -169,8 +147,8 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
     pk = find_run(connection, run)
     return {
         **dicts(connection, f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,))[0],
-        "summary": _summaries(connection, [pk]).get(pk, {}),
-        "config": _configs(connection, [pk]).get(pk, {}),
+        "summary": _summaries(connection, [pk])[pk],
+        "config": _configs(connection, [pk])[pk],
         "sessions": list_sessions(connection, pk),
         "metrics": dicts(
             connection,
@@ -186,7 +164,7 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
 
 
 def dicts(
-    connection: sqlite3.Connection, query: str, values: Sequence[Any] | dict[str, Any]
+    connection: sqlite3.Connection, query: str, values: Sequence[Any] | dict[str, Any] = ()
 ) -> list[dict[str, Any]]:
     """Return rows by the names of their columns, decoded."""
     cursor = connection.execute(query, values)

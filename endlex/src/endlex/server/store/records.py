@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,31 +19,16 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from endlex.protocol import (
-    ALERT,
-    CHECKPOINT,
-    CONFIG,
-    FINISH,
-    LEVELS,
-    MAX_STEP,
-    MAX_TEXT_CHARS,
-    MEDIA,
-    METRICS,
-    STATUSES,
-    TABLE,
-    TEXT,
-    EndlexError,
-    check_checkpoint_name,
-    check_name,
-    check_sha256,
-    decode_number,
-)
+from endlex import protocol
+from endlex.protocol import EndlexError, check_name
 
 MOST_MEDIA_PARTS = 10_000
 UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError)
 """What reading a damaged record raises."""
 
 Record = dict[str, Any]
+Block = tuple[list[int], list[int], list[float], list[float]]
+"""Metrics records with the same names: their positions, steps, times, and values in a row."""
 
 
 @dataclass(frozen=True)
@@ -93,35 +78,7 @@ class Batch:
     @property
     def finish(self) -> Record | None:
         """How the session ended, if a line says so."""
-        return self.records[FINISH][-1] if self.records[FINISH] else None
-
-
-class _Block:
-    """Metrics records with the same names, in columns that grow."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.positions: list[int] = []
-        self.steps: list[int] = []
-        self.times: list[float] = []
-        self.values: list[float] = []
-
-    def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return steps [n], times [n] and values [n, names].
-
-        Raises:
-            TypeError, OverflowError: something is not a number of its kind.
-        """
-        for name in self.names:
-            check_name(name, "metric name")
-        steps = np.frombuffer(array("q", self.steps), np.int64)
-        times = np.frombuffer(array("d", self.times), np.float64)
-        values = np.frombuffer(array("d", self.values), np.float64)
-        if len(steps) and (steps.min() < 0 or steps.max() > MAX_STEP):
-            raise OverflowError("a step is out of range")
-        if not np.isfinite(times).all():
-            raise OverflowError("a time is out of range")
-        return steps, times, values.reshape(len(steps), len(self.names))
+        return self.records[protocol.FINISH][-1] if self.records[protocol.FINISH] else None
 
 
 def parse_batch(body: bytes) -> Batch:
@@ -138,32 +95,38 @@ def parse_batch(body: bytes) -> Batch:
 
 def _gather(records: list[Any], batch: Batch) -> None:
     """Sort records into `batch`; raises one of `UNSOUND` at a damaged one."""
-    blocks: dict[tuple[str, ...], _Block] = {}
+    blocks: defaultdict[tuple[str, ...], Block] = defaultdict(lambda: ([], [], [], []))
     for position, record in enumerate(records):
-        if record["type"] == METRICS:
+        if record["type"] == protocol.METRICS:
             values = record["values"]
-            names = tuple(values)
-            block = blocks.get(names)
-            if block is None:
-                block = blocks[names] = _Block(names)
-            block.positions.append(position)
-            block.steps.append(record["step"])
-            block.times.append(record["time"])
-            block.values.extend(values.values())
+            positions, steps, times, numbers = blocks[tuple(values)]
+            positions.append(position)
+            steps.append(record["step"])
+            times.append(record["time"])
+            numbers.extend(values.values())
         else:
             _check_other(record)
             batch.records[record["type"]].append(record)
-    batch.points = _to_points(list(blocks.values()))
-
-
-def _to_points(blocks: list[_Block]) -> dict[str, Points]:
     found: dict[str, list[tuple[list[int], Points]]] = {}
-    for block in blocks:
-        steps, times, values = block.columns()
-        for column, name in enumerate(block.names):
-            points = Points(steps, np.ascontiguousarray(values[:, column]), times)
-            found.setdefault(name, []).append((block.positions, points))
-    return {name: _in_order(pieces) for name, pieces in found.items()}
+    for names, block in blocks.items():
+        for name, points in zip(names, _iter_points(names, *block[1:]), strict=True):
+            found.setdefault(name, []).append((block[0], points))
+    batch.points = {name: _in_order(pieces) for name, pieces in found.items()}
+
+
+def _iter_points(
+    names: tuple[str, ...], steps: list[int], times: list[float], numbers: list[float]
+) -> Iterator[Points]:
+    """Yield the points of each name; raises one of `UNSOUND` where one is no number of its kind."""
+    for name in names:
+        check_name(name, "metric name")
+    at = np.frombuffer(array("q", steps), np.int64)
+    moments = np.frombuffer(array("d", times), np.float64)
+    table = np.frombuffer(array("d", numbers), np.float64).reshape(len(at), len(names))
+    if at.min() < 0 or at.max() > protocol.MAX_STEP or not np.isfinite(moments).all():
+        raise OverflowError("a step or a time is out of range")
+    for column in table.T:
+        yield Points(at, np.ascontiguousarray(column), moments)
 
 
 def _in_order(pieces: list[tuple[list[int], Points]]) -> Points:
@@ -179,12 +142,12 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
     try:
         record = orjson.loads(line)
         _check_moment(record)
-        if record["type"] == METRICS:
+        if record["type"] == protocol.METRICS:
             _check_step(record)
             values = record["values"]
             for name, value in values.items():
                 check_name(name, "metric name")
-                values[name] = float(decode_number(value))
+                values[name] = float(protocol.decode_number(value))
         else:
             _check_other(record)
     except UNSOUND:
@@ -199,7 +162,7 @@ def _check_moment(record: Any) -> None:
 
 
 def _check_step(record: Record) -> None:
-    if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
+    if type(record["step"]) is not int or not 0 <= record["step"] <= protocol.MAX_STEP:
         raise EndlexError("not a step")
 
 
@@ -208,30 +171,30 @@ def _check_other(record: Record) -> None:
     _check_moment(record)
     orjson.dumps(record)  # raises at values that are nested too deeply to be stored as JSON again
     kind, sound = record["type"], True
-    if kind in (TEXT, TABLE, CHECKPOINT, MEDIA):
+    if kind in (protocol.TEXT, protocol.TABLE, protocol.CHECKPOINT, protocol.MEDIA):
         _check_step(record)
-        if kind == CHECKPOINT:
-            check_checkpoint_name(record["name"])
+        if kind == protocol.CHECKPOINT:
+            protocol.check_checkpoint_name(record["name"])
         else:
             check_name(record["name"], "name")
-    if kind == TEXT:
-        sound = isinstance(record["text"], str) and len(record["text"]) <= MAX_TEXT_CHARS
-    elif kind == TABLE:
+    if kind == protocol.TEXT:
+        sound = isinstance(record["text"], str) and len(record["text"]) <= protocol.MAX_TEXT_CHARS
+    elif kind == protocol.TABLE:
         rows = record["rows"]
         sound = all(isinstance(one, list) for one in (record["columns"], rows, *rows))
-    elif kind == CHECKPOINT:
+    elif kind == protocol.CHECKPOINT:
         sound = all(type(file["bytes"]) is int for file in record["files"])
-    elif kind == CONFIG:
+    elif kind == protocol.CONFIG:
         sound = isinstance(record["config"], dict)
-    elif kind == MEDIA:
-        sizes = [part["bytes"] for part in record["parts"] if check_sha256(part["sha256"])]
+    elif kind == protocol.MEDIA:
+        sizes = [part["bytes"] for part in record["parts"] if protocol.check_sha256(part["sha256"])]
         sound = len(sizes) <= MOST_MEDIA_PARTS and all(type(n) is int and n > 0 for n in sizes)
         sound = sound and record["bytes"] == sum(sizes)
         sound = sound and isinstance(record["kind"], str) and isinstance(record["mime"], str)
-    elif kind == ALERT:
+    elif kind == protocol.ALERT:
         check_name(record["title"], "title")
-        sound = record["level"] in LEVELS and isinstance(record["text"], str)
-    elif kind == FINISH:
-        sound = record["status"] in STATUSES
+        sound = record["level"] in protocol.LEVELS and isinstance(record["text"], str)
+    elif kind == protocol.FINISH:
+        sound = record["status"] in protocol.STATUSES
     if not sound:
         raise EndlexError(f"not a record of type {kind}")

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -41,7 +43,7 @@ OF_A_RUN = (
 """Tables with a column `run`."""
 
 Saved = dict[str, Any]
-"""A published checkpoint: pk, run (its id), name, step, bytes, aliases, metadata."""
+"""A published checkpoint: pk, its run's number and id, name, step, bytes, aliases, metadata."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -73,28 +75,23 @@ def prune(
 ) -> dict[str, Any]:
     """Remove what the rules do not keep of one run, of a project's runs, or of every run.
 
-    Args:
-        dry: change nothing, but return what would be removed and kept, and the bytes of parts that
-            nothing would use.
-
-    Raises:
-        ApiError: 404, there is no such run.
+    If `dry`, nothing changes, and the answer is what would be removed and kept, and the bytes of
+    parts that nothing would use. An unknown run is an `ApiError` 404.
     """
-    where, values = ("project=?", [project]) if project is not None else ("1", list[str | None]())
     if run is not None:
         find_run(connection, run)
-        where, values = "id=?", [run]
+    published = dicts(
+        connection,
+        "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
+        "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
+        "WHERE state='published' AND CASE WHEN :run IS NULL THEN coalesce(project = :project, 1) "
+        "ELSE id = :run END ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
+        {"run": run, "project": project},
+    )
     removed: list[Saved] = []
     kept: list[Saved] = []
-    for pk, run_id in connection.execute(
-        f"SELECT pk, id FROM run WHERE {where}", values
-    ).fetchall():
-        saved = dicts(
-            connection,
-            "SELECT pk, ? AS run, name, step, bytes, aliases, metadata FROM checkpoint "
-            "WHERE run=? AND state='published' ORDER BY step, created, pk",
-            (run_id, pk),
-        )
+    for pk, of_run in groupby(published, itemgetter("number")):
+        saved = list(of_run)
         keep = _kept(connection, pk, [c for c in saved if KEEP not in c["aliases"]], rules)
         for checkpoint in saved:
             stays = KEEP in checkpoint["aliases"] or checkpoint["pk"] in keep
@@ -153,8 +150,7 @@ def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
         "WHERE checkpoint NOT IN (SELECT value FROM json_each(:gone))))",
         {"gone": gone},
     ).fetchone()
-    freed: int = row[0]
-    return freed
+    return int(row[0])
 
 
 def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], reason: str) -> None:

@@ -43,8 +43,7 @@ def marks(values: Sequence[Any]) -> str:
 def search_condition(connection: sqlite3.Connection, query: Query) -> Condition:
     """Return a search as a condition on the table `run`, with the values apart.
 
-    Raises:
-        SearchError: it names a metric or a key that no run has.
+    A name that no run has is a `SearchError`.
     """
     require_names(connection, names_in(query))
     groups = [[_term(term) for term in group] for group in query]
@@ -88,18 +87,20 @@ def _compared(term: Term, key: Key) -> Condition:
     name = key.name.like() if key.name.is_pattern else str(key.name)
     metric = METRIC + named.format("metric.name")
     config = CONFIG + named.format("run_config.key")
-    column = key.kind if key.kind in ("min", "max") else "last"
-    text = "metric.last_text" if column == "last" else "NULL"
-    compare_metric, values = _compare(f"metric.{column}", text, term)
+    figure = _figure(key)
+    text = "metric.last_text" if figure == "last" else "NULL"
+    compare_metric, values = _compare(f"metric.{figure}", text, term)
     compare_config, _ = _compare("run_config.number", "run_config.text", term)
     in_metric = f"EXISTS ({metric} AND {compare_metric})"
     in_config = f"EXISTS ({config} AND {compare_config})"
-    if key.kind == "config":
-        return in_config, [name, *values]
-    if key.kind != "any":
-        return in_metric, [name, *values]
-    either = f"(CASE WHEN EXISTS ({metric}) THEN {in_metric} ELSE {in_config} END)"
-    return either, [name, name, *values, name, *values]
+    if key.kind == "any":
+        either = f"(CASE WHEN EXISTS ({metric}) THEN {in_metric} ELSE {in_config} END)"
+        return either, [name, name, *values, name, *values]
+    return in_config if key.kind == "config" else in_metric, [name, *values]
+
+
+def _figure(key: Key) -> str:
+    return key.kind if key.kind in ("min", "max") else "last"
 
 
 def _compare(number: str, text: str, term: Term) -> Condition:
@@ -119,49 +120,32 @@ def sort_expression(key: Key, name: str) -> Condition:
     """Return what to order by: a column of the run, a metric's figure, or a configuration key."""
     if name in COLUMNS:
         return f"{COLUMNS[name]} COLLATE PEOPLE", []
-    column = key.kind if key.kind in ("min", "max") else "last"
-    metric = f"(SELECT {column} FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
+    metric = f"(SELECT {_figure(key)} FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
     config = (
         "(SELECT coalesce(number, text) FROM run_config "
         "WHERE run_config.run = run.pk AND run_config.key = ?) COLLATE PEOPLE"
     )
     plain = str(key.name)
-    if key.kind == "config":
-        return config, [plain]
-    return (
-        (f"coalesce({metric}, {config})", [plain] * 2) if key.kind == "any" else (metric, [plain])
-    )
+    if key.kind == "any":
+        return f"coalesce({metric}, {config})", [plain, plain]
+    return config if key.kind == "config" else metric, [plain]
 
 
 def read_values(
     connection: sqlite3.Connection, runs: list[int], keys: dict[str, Key]
 ) -> dict[int, dict[str, Any]]:
     """Return by run the values of columns; a metric comes before a key of the same name."""
-    names = list({str(key.name) for key in keys.values()})
     found: dict[int, dict[str, Any]] = {run: {} for run in runs}
-    config: dict[tuple[int, str], Any] = {}
-    for run, key, value in connection.execute(
-        "SELECT run, key, coalesce(number, text) FROM run_config "
-        f"WHERE run IN ({marks(runs)}) AND key IN ({marks(names)})",
-        [*runs, *names],
-    ):
-        config[run, key] = value
-    metrics = {
-        (run, name): {"last": last, "min": low, "max": high}
-        for run, name, last, low, high in connection.execute(
-            "SELECT run, name, coalesce(last_text, last), min, max FROM metric "
-            f"WHERE run IN ({marks(runs)}) AND name IN ({marks(names)})",
-            [*runs, *names],
-        )
-    }
-    for run in runs:
-        for column, key in keys.items():
-            place = (run, str(key.name))
-            figure = key.kind if key.kind in ("min", "max") else "last"
-            if key.kind != "config" and place in metrics:
-                found[run][column] = metrics[place][figure]
-            elif key.kind in ("config", "any") and place in config:
-                found[run][column] = config[place]
+    config = "SELECT run, coalesce(number, text) FROM run_config WHERE key=?"
+    for column, key in keys.items():
+        queries = [config] if key.kind in ("config", "any") else []
+        if key.kind != "config":
+            figure = "coalesce(last_text, last)" if _figure(key) == "last" else key.kind
+            queries.append(f"SELECT run, {figure} FROM metric WHERE name=?")
+        for query in queries:
+            rows = connection.execute(f"{query} AND run IN ({marks(runs)})", [str(key.name), *runs])
+            for run, value in rows:
+                found[run][column] = value
     return found
 
 

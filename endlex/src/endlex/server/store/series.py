@@ -20,7 +20,6 @@ jumped) the caller reads all points.
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -152,13 +151,8 @@ BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """Points that show the shape of `count` ones: x ascending, all that is not finite among y."""
-
-    x: NDArray[np.int64] | NDArray[np.float64]
-    y: NDArray[np.float64]
-    count: int
+Shape = tuple[NDArray[Any], NDArray[np.float64], int]
+"""Ascending x and y of points that show the shape of so many; all that is not finite is there."""
 
 
 def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> None:
@@ -166,7 +160,10 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     steps, times = points.steps, points.times
     ordered = bool((steps[1:] > steps[:-1]).all() and (times[1:] >= times[:-1]).all())
     usable = ordered and np.isfinite(points.numbers).all()
-    content = b"".join(points[_extremes(points.numbers)].pack()) if usable else b""
+    content = b""
+    if usable:
+        chosen = np.unique(extremes(points.numbers, points.numbers, BLOCK))
+        content = b"".join(points[chosen].pack())
     ends = (int(steps[0]), int(steps[-1]), float(times[0]), float(times[-1]))
     connection.execute(
         "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -174,16 +171,17 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     )
 
 
-def _extremes(numbers: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Return where the lowest and highest of each block are, in order."""
-    total = len(numbers)
-    blocks = -(-total // BLOCK)
-    padded = np.full(blocks * BLOCK, numbers[-1])
-    padded[:total] = numbers
-    table = padded.reshape(blocks, BLOCK)
-    start = np.arange(blocks) * BLOCK
-    chosen = np.concatenate([table.argmin(axis=1) + start, table.argmax(axis=1) + start])
-    return np.unique(np.minimum(chosen, total - 1))
+def extremes(low: NDArray[np.float64], high: NDArray[np.float64], width: int) -> NDArray[np.intp]:
+    """Return where the lowest of `low` and the highest of `high` in each `width` values are."""
+    whole = len(low) // width * width
+    starts = np.arange(0, whole, width)
+    found: list[Any] = [
+        low[:whole].reshape(-1, width).argmin(axis=1) + starts,
+        high[:whole].reshape(-1, width).argmax(axis=1) + starts,
+    ]
+    if whole < len(low):
+        found.append([whole + low[whole:].argmin(), whole + high[whole:].argmax()])
+    return np.concatenate(found)
 
 
 def read_sampled(
@@ -193,14 +191,12 @@ def read_sampled(
     first: float,
     last: float,
     points: int,
-) -> Sampled | None:
+) -> Shape | None:
     """Return a range of a metric drawn from summaries, or None where all points must be read.
 
     Args:
-        series_ranges: for each series of the metric, the first key of its chunks and the first
-            beyond, in the order of the sessions.
-        by_time: whether x is time, not step.
-        first, last: the range of x; both ends are in it.
+        series_ranges: those of `chunk_keys`.
+        first, last: the range of x (time or step); both ends are in it.
         points: how many the chart will have; there must be several candidates for each.
     """
     rows: list[tuple[Any, ...]] = []
@@ -226,7 +222,7 @@ def read_sampled(
     drawn = [_draw(connection, rows[at], by_time, first, last, whole[at]) for at in inside]
     shape = Points.joined([piece for piece, _ in drawn])
     count = sum(count for _, count in drawn)
-    return Sampled(shape.times if by_time else shape.steps, shape.numbers, count)
+    return shape.times if by_time else shape.steps, shape.numbers, count
 
 
 def _draw(
@@ -246,15 +242,9 @@ def _draw(
     points = Points.unpack(*connection.execute(query, (chunk,)).fetchone())
     x = points.times if by_time else points.steps
     points = points[(first <= x) & (x <= last)]
-    return _with_ends(points) if len(points) else points, len(points)
-
-
-def _with_ends(points: Points) -> Points:
-    """Return the extremes of each block, the first and last point, and what is not finite."""
+    if not len(points):
+        return points, 0
     finite = np.isfinite(points.numbers)
-    keep = ~finite
-    keep[[0, -1]] = True
-    usable = np.flatnonzero(finite)
-    if len(usable):
-        keep[usable[_extremes(points.numbers[usable])]] = True
-    return points[keep]
+    numbers, at, other = points.numbers[finite], np.flatnonzero(finite), np.flatnonzero(~finite)
+    ends, inner = np.array([0, len(points) - 1]), at[extremes(numbers, numbers, BLOCK)]
+    return points[np.unique(np.concatenate([ends, other, inner]))], len(points)

@@ -114,11 +114,7 @@ def begin_session(
 ) -> SessionState:
     """Make the rows of a session, and of its run where it is the first.
 
-    Args:
-        first: the journal's first line, which says whose session it is.
-
-    Raises:
-        ApiError: 422, it does not say that.
+    `first` is the journal's first line; one that is not its session's record is an `ApiError` 422.
     """
     record = _check_first(first, run, session)
     now, tags = time.time(), orjson.dumps(record.tags).decode()
@@ -196,29 +192,18 @@ def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
 
 
 def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
-    """Set a run's status to that of its newest trainer session, of the lowest rank, and return it.
-
-    Args:
-        now: when the run was last updated; the present if not given.
-    """
-    row = connection.execute(
-        "SELECT status FROM session WHERE run=? ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1",
-        (run, SYSTEM),
-    ).fetchone()
-    status: str = row[0] if row else "running"
-    values = (time.time() if now is None else now, status, run)
-    connection.execute("UPDATE run SET updated=?, status=? WHERE pk=?", values)
+    """Set a run's status to that of its newest trainer session, of the lowest rank; return it."""
+    status: str = connection.execute(
+        "UPDATE run SET updated=?, status=(SELECT status FROM session WHERE session.run=run.pk "
+        "ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1) WHERE pk=? RETURNING status",
+        (time.time() if now is None else now, SYSTEM, run),
+    ).fetchone()[0]
     return status
 
 
 SHORT_SEGMENT = 64 * 1024
 """Bytes, uncompressed, below which a segment takes what comes next."""
 LEVEL = 1
-
-
-def compress(body: bytes) -> bytes:
-    """Return `body` as a segment holds it."""
-    return zlib.compress(body, LEVEL)
 
 
 def append_segment(
@@ -235,7 +220,12 @@ def append_segment(
         start, size, before = last
         connection.execute(
             "UPDATE segment SET size=?, data=? WHERE session=? AND start=?",
-            (size + len(body), compress(zlib.decompress(before) + body), session, start),
+            (
+                size + len(body),
+                zlib.compress(zlib.decompress(before) + body, LEVEL),
+                session,
+                start,
+            ),
         )
     else:
         connection.execute(

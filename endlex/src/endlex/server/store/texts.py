@@ -96,5 +96,4 @@ def find_media(connection: sqlite3.Connection, run: int, pk: int) -> Record:
     row = connection.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
     if row is None:
         raise ApiError(404, f"the run has no file {pk}: GET .../media lists them")
-    found: Record = orjson.loads(row[0])
-    return found
+    return dict(orjson.loads(row[0]))

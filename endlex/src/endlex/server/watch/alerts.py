@@ -35,7 +35,6 @@ import shutil
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -116,15 +115,13 @@ class Watch:
         self._stall_seconds = settings.stall_minutes * 60
         self._reserve = settings.reserve(data.root)
         self._trends: defaultdict[tuple[int, str], _Trend] = defaultdict(_Trend)
-        self._rules = RuleWatch()
+        self._since: dict[tuple[int, str, str], float] = {}
+        """Since when each rule has held, by run, rule and metric."""
         self._started = time.time()
         self._is_doubted = False
 
     def doubt(self) -> None:
-        """Forget trends before the next batch: one that was observed is undone and comes again.
-
-        It may be called in any thread.
-        """
+        """Forget trends before the next batch, in any thread: one was undone and comes again."""
         self._is_doubted = True
 
     def observe(
@@ -134,10 +131,9 @@ class Watch:
         if self._is_doubted:
             self._is_doubted = False
             self._trends.clear()
-            self._rules = RuleWatch()
-        book = _Book(connection, state.run, run_id)
-        for rule, name, message in self._rules.judge(connection, state.run, batch):
-            book.tell("rule", f"{name}: {rule}", message)
+            self._since.clear()
+        book = Book(connection, state.run, run_id)
+        self._judge_rules(connection, book, state.run, batch)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
                 _watch_disk(book, name, float(points.numbers[-1]))
@@ -155,35 +151,13 @@ class Watch:
         end = batch.finish
         if end and time.time() - end["time"] < QUIET_AFTER:
             reason = str(end.get("reason") or "")[:MAX_REASON_CHARS]
-            book.events += self.ended(connection, state, run_id, end["status"], reason)
-        return book.events
-
-    def ended(
-        self,
-        connection: sqlite3.Connection,
-        state: SessionState,
-        run_id: str,
-        status: str,
-        reason: str | None,
-    ) -> list[Event]:
-        """Alert that a trainer ended, and why, unless a later session has resumed the run."""
-        book = _Book(connection, state.run, run_id)
-        if state.kind == TRAINER and not was_resumed(connection, state):
-            book.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
-            if status in ("finished", "interrupted"):
-                book.resolve(status)
-        return book.events
-
-    def returned(self, connection: sqlite3.Connection, run: int, run_id: str) -> list[Event]:
-        """Resolve the `lost` alert of a run whose machine reports again."""
-        book = _Book(connection, run, run_id)
-        book.resolve("lost")
+            book.tell_end(state, end["status"], reason)
         return book.events
 
     def sweep(self, connection: sqlite3.Connection) -> list[Event]:
         """Look for problems that no data shows: silence, and the server's own disk filling up."""
         now = time.time()
-        book = _Book(connection, None, None)
+        book = Book(connection, None, None)
         free = shutil.disk_usage(self._data.root).free
         if free < 2 * self._reserve:
             book.tell("disk", "", f"the server's own disk has {free / 2**30:.2f} GiB left")
@@ -199,7 +173,7 @@ class Watch:
         for run, run_id, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = _Book(connection, run, run_id)
+                book = Book(connection, run, run_id)
                 book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
                 events += book.events
         return events
@@ -220,14 +194,57 @@ class Watch:
             status = update_run(connection, run, updated)
             events.append(("run", {"run": run_id, "updated": updated, "status": status}))
             if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = _Book(connection, run, run_id)
+                book = Book(connection, run, run_id)
                 book.resolve("stall")
                 silent = f"{(now - heard) / 60:.0f} minutes"
                 book.tell("lost", "", f"nothing was heard of the training box for {silent}")
                 events += book.events
         return events
 
-    def _watch_metric(self, book: _Book, run: int, name: str, points: Points) -> None:
+    def _judge_rules(
+        self, connection: sqlite3.Connection, book: Book, run: int, batch: Batch
+    ) -> None:
+        """Compare a batch's points with the rules of the run's project and of all projects.
+
+        An unreadable rule, and one that has not held for long enough yet, is skipped.
+        """
+        if not batch.points:
+            return
+        rows = connection.execute(
+            "SELECT setting.name, content FROM setting JOIN run "
+            "ON setting.project IN (run.project, '') WHERE run.pk=? AND kind='rules'",
+            (run,),
+        )
+        for rule, content in rows.fetchall():
+            try:
+                ((term,),) = parse_search(rule)
+                seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
+            except (SearchError, TypeError, ValueError):
+                continue
+            for name, points in batch.points.items():
+                if term.key is None or term.number is None or not term.key.name.matches(name):
+                    continue
+                since = self._hold((run, rule, name), term, points)
+                if since is None:
+                    book.tell("rule", f"{name}: {rule}", None)
+                elif float(points.times[-1]) - since >= seconds:
+                    value, step = points.numbers[-1], points.steps[-1]
+                    held = f" for {seconds / 60:g} minutes" if seconds else ""
+                    said = f"{name} is {value:.6g} at step {step}: {rule}{held}"
+                    book.tell("rule", f"{name}: {rule}", said)
+
+    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
+        """Return since when a rule holds without a break, or None."""
+        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
+        breaks = np.flatnonzero(~holds)
+        if len(breaks) and breaks[-1] == len(holds) - 1:
+            self._since.pop(key, None)
+            return None
+        if len(breaks) or key not in self._since:
+            self._since[key] = float(points.times[breaks[-1] + 1 if len(breaks) else 0])
+        return self._since[key]
+
+    def _watch_metric(self, book: Book, run: int, name: str, points: Points) -> None:
         finite = np.isfinite(points.numbers)
         if not finite.all():
             at = int(np.argmin(finite))
@@ -260,7 +277,7 @@ def is_more_better(name: str) -> bool:
     return bool(MORE_IS_BETTER.search(text)) and not LESS_IS_BETTER.search(text)
 
 
-def _watch_disk(book: _Book, name: str, last: float) -> None:
+def _watch_disk(book: Book, name: str, last: float) -> None:
     lower = name.lower()
     if DISK_PERCENT.search(lower):
         if last >= DISK_FULL_PERCENT:
@@ -275,7 +292,7 @@ def _watch_disk(book: _Book, name: str, last: float) -> None:
             book.tell("disk", name, None)
 
 
-class _Book:
+class Book:
     """The unresolved alerts of one run, or of the server, as one transaction changes them."""
 
     def __init__(self, connection: sqlite3.Connection, run: int | None, name: str | None) -> None:
@@ -308,62 +325,9 @@ class _Book:
         for kind, metric in [key for key in self._unresolved if key[0] in kinds]:
             self.tell(kind, metric, None)
 
-
-Rule = tuple[str, Term, float]
-"""A rule's name, its comparison of a metric with a number, and the seconds it must hold for."""
-
-
-def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
-    """Yield the rules for a run's project and for all projects; unreadable ones are skipped."""
-    rows = connection.execute(
-        "SELECT setting.name, content FROM setting JOIN run ON setting.project IN (run.project, '')"
-        " WHERE run.pk=? AND kind='rules'",
-        (run,),
-    )
-    for name, content in rows.fetchall():
-        try:
-            terms = parse_search(name)
-            seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
-        except (SearchError, TypeError, ValueError):
-            continue
-        (term, *others), *more = terms
-        if term.key and term.number is not None and not others and not more:
-            yield name, term, seconds
-
-
-class RuleWatch:
-    """Since when each rule has held, by run, rule and metric."""
-
-    def __init__(self) -> None:
-        self._since: dict[tuple[int, str, str], float] = {}
-
-    def judge(
-        self, connection: sqlite3.Connection, run: int, batch: Batch
-    ) -> Iterator[tuple[str, str, str | None]]:
-        """Yield rule, metric and message for a batch's points; None where the rule does not hold.
-
-        A rule that has not held for long enough yet is skipped.
-        """
-        for rule, term, seconds in read_rules(connection, run) if batch.points else ():
-            assert term.key is not None
-            for name, points in batch.points.items():
-                if not term.key.name.matches(name):
-                    continue
-                since = self._hold((run, rule, name), term, points)
-                if since is None:
-                    yield rule, name, None
-                elif float(points.times[-1]) - since >= seconds:
-                    value, step = points.numbers[-1], points.steps[-1]
-                    held = f" for {seconds / 60:g} minutes" if seconds else ""
-                    yield rule, name, f"{name} is {value:.6g} at step {step}: {rule}{held}"
-
-    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
-        """Return since when a rule holds without a break, or None."""
-        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
-        breaks = np.flatnonzero(~holds)
-        if len(breaks) and breaks[-1] == len(holds) - 1:
-            self._since.pop(key, None)
-            return None
-        if len(breaks) or key not in self._since:
-            self._since[key] = float(points.times[breaks[-1] + 1 if len(breaks) else 0])
-        return self._since[key]
+    def tell_end(self, state: SessionState, status: str, reason: str | None) -> None:
+        """Alert that a trainer ended, and why, unless a later session has resumed the run."""
+        if state.kind == TRAINER and not was_resumed(self._connection, state):
+            self.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
+            if status in ("finished", "interrupted"):
+                self.resolve(status)

@@ -40,7 +40,6 @@ TIMEOUT_SECONDS = 10.0
 FIRST_PAUSE = 5.0
 ATTEMPTS = 9
 NEWS_SECONDS = 3600.0
-DELIVERED, GIVEN_UP = 1, 2
 WITH_DETAILS = ("failed", "crashed", "interrupted", "lost", "stall")
 DETAIL_CHARS = 1500
 LOG_LINES = 20
@@ -115,8 +114,8 @@ class Notifier:
         pending.due = time.monotonic() + FIRST_PAUSE * 2 ** (pending.attempts - 1)
         if pending.left and pending.attempts < ATTEMPTS:
             return
-        query, sent = "UPDATE alert SET sent=? WHERE pk=?", GIVEN_UP if pending.left else DELIVERED
-        self._database.write(lambda c: c.execute(query, (sent, alert["id"])).rowcount).result()
+        query, values = "UPDATE alert SET sent=1 WHERE pk=?", (alert["id"],)
+        self._database.write(lambda c: c.execute(query, values).rowcount).result()
         del self._pending[alert["id"]]
 
 
@@ -133,11 +132,7 @@ def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """Return how to tell an address of alerts, and the address without the prefix that says so.
-
-    Raises:
-        EndlexError: it is none of those that this module knows.
-    """
+    """Return how to tell an address, and it without a prefix that says so, or an `EndlexError`."""
     kind, plus, address = target.partition("+")
     if not plus or "/" in kind:
         kind, address = HOSTS.get(urlsplit(target).hostname or "", "json"), target
@@ -156,7 +151,6 @@ def send(target: str, alert: dict[str, Any]) -> None:
     """Tell one target of an alert.
 
     Raises:
-        EndlexError: it is none.
         OSError, ValueError, HTTPException, SMTPException: it did not take it.
     """
     kind, address = check_target(target)

@@ -33,12 +33,8 @@ export async function request(path, { method = "GET", body, signal } = {}) {
 }
 
 async function errorText(response) {
-  try {
-    const answer = await response.json();
-    return answer.error || answer.detail || `The server answered ${response.status}`;
-  } catch {
-    return `The server answered ${response.status}`;
-  }
+  const answer = await response.json().catch(() => null);
+  return answer?.error || answer?.detail || `The server answered ${response.status}`;
 }
 
 function toLogin() {

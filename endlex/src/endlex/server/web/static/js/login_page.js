@@ -11,7 +11,7 @@ function buildLogin() {
   const button = el("button", { type: "submit", class: "button primary" }, "Log in");
   const form = el(
     "form",
-    { class: "login", method: "post", action: `${ROOT}/login`, onsubmit: (event) => (event.preventDefault(), logIn(token.value, button, error)) },
+    { class: "login", method: "post", action: `${ROOT}/api/v1/login`, onsubmit: (event) => (event.preventDefault(), logIn(token.value, button, error)) },
     el("h1", {}, "Log in"),
     el("label", { htmlFor: "token" }, "Token"),
     token,

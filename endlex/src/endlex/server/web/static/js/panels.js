@@ -10,9 +10,8 @@ const NUMBERS = ["smoothing", "xMin", "xMax", "yMin", "yMax"];
 export class Panels {
   // `onchange` is called when the list has changed.
   constructor(source, project, onchange) {
-    Object.assign(this, { source, project, onchange });
-    this.list = [];
-    this.saved = Promise.resolve();
+    Object.assign(this, { source, project, onchange, list: [], saved: Promise.resolve() });
+    addEventListener("pagehide", () => this.save());
   }
 
   async load() {
@@ -29,15 +28,23 @@ export class Panels {
     const before = this.list;
     this.list = list;
     this.onchange();
-    const save = () => this.source.save(this.project, "panels", NAME, { list });
-    this.saved = this.saved.then(save, save); // one after the other, so that the last change wins
+    this.unsent = true;
+    this.saved = this.saved.catch(() => {}).then(() => this.save()); // in turn: the last change wins
     try {
       await this.saved;
     } catch (error) {
-      this.list = before;
+      if (this.list === list) this.list = before;
+      else this.unsent = true; // with the later change that waits
       this.onchange();
       fail(error);
     }
+  }
+
+  // Sends the latest list unless it is on its way already.
+  save() {
+    if (!this.unsent) return null;
+    this.unsent = false;
+    return this.source.save(this.project, "panels", NAME, { list: this.list });
   }
 
   pin(metric, own) {
@@ -70,9 +77,8 @@ export class Panels {
       { ...number("smoothing", "Smoothing"), placeholder: "as chosen above the charts" },
       { name: "size", label: "Size", type: "select", value: given.size, options: [["", "one column"], ["wide", "whole width"]] },
     ]);
-    if (!values) return;
-    const next = parse(values);
-    if (!next.metrics.length) return;
+    const next = values && parse(values);
+    if (!next?.metrics.length) return;
     this.set(panel ? this.list.map((other) => (other === panel ? next : other)) : [...this.list, next]);
   }
 
