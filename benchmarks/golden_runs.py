@@ -104,14 +104,14 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
     run = RUNS[name]
     tokenizer = load_golden_tokenizer(oracle)
     config = build_config(run, load_curves(oracle)[run.golden]["args"], oracle)
-    recorder = Recorder(None)
+    recorder = Recorder()
     with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
         home = Home(Path(directory))
         tokenizer.save(home.tokenizer_dir(config.tokenizer))
         recipe = Pretraining(config, home)
         recipe.build(None)
         runtime = recipe.runtime
-        recipe.sample = lambda step: {}  # type: ignore[method-assign]
+        recipe.sample = lambda: {}  # type: ignore[method-assign]
         # The reference measures the initial weights too.
         recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
         if run.weights:

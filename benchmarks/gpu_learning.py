@@ -106,7 +106,7 @@ class LearningRecipe(Recipe):
     def step_tokens(self) -> int:
         return ROWS * LENGTH * ACCUM
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         return {}
 
 
@@ -168,9 +168,9 @@ def learn(runtime: Runtime, seed: int) -> dict[str, Any]:
     )
     validation = packed["validation"][: ROWS * VALIDATED]
     recipe.evaluations = [
-        Evaluation(lambda step: {"val/bpb": recipe.bits_per_byte(batches(validation))}, None)
+        Evaluation(lambda: {"val/bpb": recipe.bits_per_byte(batches(validation))}, None)
     ]
-    recorder = Recorder(None)
+    recorder = Recorder()
     with (
         tempfile.TemporaryDirectory(prefix="archerchat-gpu-") as folder,
         ProgressLine(Console(stderr=True), RUN_STEPS) as progress,

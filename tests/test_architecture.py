@@ -214,7 +214,7 @@ BUDGETS = {
     "optim": (700, 700),
     "tokenizer": (550, 550),
     "data": (1600, 1890),
-    "training": (2100, 3071),
+    "training": (2100, 2947),
     "inference": (1700, 2158),
     "evals": (2000, 1915),
     "tasks": (1300, 1406),

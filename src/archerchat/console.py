@@ -116,7 +116,6 @@ class ProgressLine(LiveLine):
         step: int,
         num_iterations: int,
         metrics: Mapping[str, float],
-        own: Mapping[str, float],
         seconds_left: float | None,
     ) -> None:
         """Show the figures of one finished step.
@@ -125,7 +124,6 @@ class ProgressLine(LiveLine):
             step: updates done, this one included.
             num_iterations: may be an estimate that changes.
             metrics: what is logged of the step.
-            own: the stage's own figures, by the names to show.
             seconds_left: None while there is nothing to estimate it from.
         """
         passes, epochs = "", metrics.get("data/epochs")
@@ -135,7 +133,8 @@ class ProgressLine(LiveLine):
             self._epochs, passes = epochs, f" | epoch {epochs:.2f}"
         share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
         loss = f"loss {metrics['train/smooth_loss']:.4f}"
-        more = "".join(f" | {name} {value:.3f}" for name, value in own.items())
+        reward = metrics.get("rollout/reward")
+        more = "" if reward is None else f" | reward {reward:.3f}"
         left = "?" if seconds_left is None else duration_text(seconds_left)
         text = (
             f"step {step}/{num_iterations}{share}{passes} | {loss}{more} | "

@@ -18,7 +18,7 @@ FIGURES = {
 
 
 def take_step(line: ProgressLine, step: int = 1, seconds_left: float | None = None) -> None:
-    line.step(step, 40, FIGURES, {}, seconds_left)
+    line.step(step, 40, FIGURES, seconds_left)
 
 
 class Clock:
@@ -102,7 +102,7 @@ def test_a_terminal_keeps_a_line_every_so_often(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ProgressLine, "note", lambda line, text: kept.append(text))
     with ProgressLine(Console(file=io.StringIO(), force_terminal=True), 400) as line:
         for step in range(1, 401):
-            line.step(step, 400, FIGURES, {"reward": 0.25}, None)
+            line.step(step, 400, FIGURES | {"rollout/reward": 0.25}, None)
     assert [text.split("/")[0] for text in kept] == [
         f"step {step}" for step in (1, *range(20, 400, 20))
     ]

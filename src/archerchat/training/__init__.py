@@ -1,1 +1,1 @@
-"""THE step loop and the recipes on it."""
+"""Training: read recipe, stage, run and loop, then a file per stage: pretrain, sft, rl."""

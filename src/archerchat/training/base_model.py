@@ -78,13 +78,7 @@ class Tuning(Stage):
     """The checkpoint to start from. Its weights stay on disk until they are trained."""
 
     def find_base(self, source: str) -> None:
-        """Read the checkpoint of the chosen model of stage `source`, without its weights.
-
-        Raises:
-            UsageError: there is no such model or step.
-            CheckpointError: the checkpoint is damaged.
-            TokenizerError: its tokenizer is missing or was replaced.
-        """
+        """Read the checkpoint of the chosen model of stage `source`, without its weights."""
         config, home = self.config, self.home
         path = find_checkpoint(find_model(home, source, config.model_tag), config.model_step)
         self.base = load_checkpoint(path, sections=())
@@ -105,15 +99,10 @@ class Tuning(Stage):
             saved = load_checkpoint(self.base.path, sections=("model",))
             self.model.load_state_dict(saved.state["model"])
 
-    def load_moments(self) -> None:
-        """Load the moments of the base model's optimizer."""
-        saved = load_checkpoint(self.base.path, sections=("optimizer",))
-        self.optimizer.load_state_dict(saved.state["optimizer"])
-
     def answer_questions(
         self, engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int
     ) -> dict[str, str]:
-        """Answer each conversation's question greedily, with the calculator, to show the texts.
+        """Answer each conversation's question greedily, with the calculator; return the texts.
 
         The calculator's inputs and results are in brackets. Keys are the questions' beginnings.
         """

@@ -69,11 +69,11 @@ def choose_rows(stage: Stage, usual: int | None = None, reserved_bytes: int = 0)
         rows = usual
     meta = saved.meta if saved else {}
     began_with, device = saved_rows(meta), (meta.get("hardware") or {}).get("device")
-    keeps = began_with > 0 and per_step % began_with == 0 and device == runtime.device_name
+    if began_with > 0 and per_step % began_with == 0 and device == runtime.device_name:
+        rows = began_with
     # All ranks call this, even if one lacks the saved run or has another card.
-    answers = stage.ranks.gather((began_with if keeps else rows, recomputes))
-    stage.rows = min(answer[0] for answer in answers)
-    stage.recomputes = any(answer[1] for answer in answers)
+    every_rows, every_recomputes = zip(*stage.ranks.gather((rows, recomputes)), strict=True)
+    stage.rows, stage.recomputes = min(every_rows), any(every_recomputes)
 
 
 def _count_streams(saved: Checkpoint | None) -> int:
@@ -83,11 +83,7 @@ def _count_streams(saved: Checkpoint | None) -> int:
 
 
 def choose_attention(stage: Stage, document_masking: bool = False) -> tuple[Backend, str]:
-    """Return the attention backend, and the reason for it.
-
-    Raises:
-        UsageError: the forced one cannot run here, or cannot keep documents apart.
-    """
+    """Return the attention backend, and the reason for it; raises as `fit_to_device` does."""
     runtime, model, forced = stage.runtime, stage.model_config, stage.config.attention
     try:
         backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
@@ -113,11 +109,6 @@ def choose_attention(stage: Stage, document_masking: bool = False) -> tuple[Back
     timed = fastest_for_windows(runtime, model, stage.rows, stage.home.cache_dir)
     first: tuple[Backend, str] = stage.ranks.gather(timed)[0]
     return first
-
-
-def fewer(rows: int) -> int:
-    """Return a divisor of `rows`, about half: a step stays a whole number of micro-batches."""
-    return next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
 
 
 def choose_precision(stage: Stage, saved: bool | None) -> tuple[bool, float | None]:

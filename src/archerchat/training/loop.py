@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from statistics import median_high
 from typing import Any, Literal, cast
 
@@ -88,19 +87,19 @@ class Speed:
     tokens: int = 0
     flops: int = 0
 
-    @property
-    def median_seconds(self) -> float:
-        """Time of the median step after the warm-up, or of a short run's; NaN without steps."""
+    def per_second(self, total: float) -> float:
+        """Return what all steps did per second of the median step after the warm-up, or of a short
+        run's median step; NaN without steps."""
         measured = self.seconds[WARMUP_STEPS:] or self.seconds
-        return median_high(measured) if measured else math.nan
+        return total / len(self.seconds) / median_high(measured) if measured else math.nan
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(1, len(self.seconds)) / self.median_seconds
+        return self.per_second(self.tokens)
 
     @property
     def mfu(self) -> float:
-        return self.flops / max(1, len(self.seconds)) / self.median_seconds / self.peak
+        return self.per_second(self.flops) / self.peak
 
     @property
     def data_wait_share(self) -> float:
@@ -175,9 +174,8 @@ class Loop(Stateful):
             finished = step == self.recipe.total_steps(step)
             self._do_due(step, finished)
             stopping = self._stopping()
-            if stopping:
-                self._save(finished)
             if stopping or finished:
+                self._save(finished)
                 self._settle()
                 if stopping:
                     self.metrics.finish("interrupted")
@@ -202,7 +200,7 @@ class Loop(Stateful):
         for evaluation in self.recipe.evaluations:
             due = _due(evaluation.every, step, finished) and (step > 0 or evaluation.at_start)
             if due and not self._stopping():
-                if saves or evaluation.saves_first:
+                if saves or evaluation.slow:
                     self._save(finished)
                 self._evaluate(step, evaluation)
         if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
@@ -294,10 +292,10 @@ class Loop(Stateful):
         self.metrics.log(metrics, step)
         steps = self.recipe.total_steps(done)
         left = self.speed.seconds_left(steps - done)
-        self.progress.step(done, steps, metrics, self.recipe.shown_metrics(), left)
+        self.progress.step(done, steps, metrics, left)
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
-        started, measure = time.perf_counter(), partial(evaluation.measure, step)
+        started, measure = time.perf_counter(), evaluation.measure
         alone = self.ranks.world_size == 1  # others would wait for one that a signal interrupts
         values = self._stop.interruptible(measure) if alone else measure()
         if values is None:
@@ -340,8 +338,8 @@ class Loop(Stateful):
     def _sample(self, step: int) -> None:
         if not self.ranks.is_master:
             return
-        texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
-        for name, text in (texts or {}).items():
+        texts = self._stop.interruptible(self.recipe.sample) or {}
+        for name, text in texts.items():
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
@@ -365,10 +363,9 @@ class Loop(Stateful):
         if self.ranks.is_master:
             self.checkpoints.wait()
         if self._unsettled is not None:
-            step, seconds, metadata = self._unsettled
+            (step, seconds, metadata), self._unsettled = self._unsettled, None
             self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
             self._push(step, "last", metadata)
-            self._unsettled = None
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Push a step's checkpoint if the user wants those of this occasion."""

@@ -9,7 +9,7 @@ run is refused unless `--extend` allows it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,13 +35,12 @@ from archerchat.inference.engine import Engine
 from archerchat.inference.loading import build_inference_model
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.fp8 import supports_fp8
-from archerchat.optim.schedule import Schedule, build_schedule
+from archerchat.optim.schedule import build_schedule
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.fitting import choose_precision, fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
-from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.run import run_stage
 from archerchat.training.stage import Stage, StageConfig
 
@@ -97,8 +96,8 @@ class Pretraining(Stage):
 
     config: PretrainConfig
     loader: Streams[TextLoader]
-    uses_fp8: bool | None = None
-    """Whether training multiplies in 8 bits; None until that is decided."""
+    uses_fp8: bool = False
+    """Whether training multiplies in 8 bits; decided when the data is opened."""
     fp8_speed: float | None = None
     """Measured speed-up of 8-bit products; None if it was not measured."""
 
@@ -171,11 +170,9 @@ class Pretraining(Stage):
             "tokenizer": {"name": name, "fingerprint": fingerprint},
             "schedule": asdict(self.schedule),
             "validation": [[p.name, p.stat().st_size] for p in self.validation_shards],
-            "fp8": bool(self.uses_fp8),
+            "fp8": self.uses_fp8,
             "config": as_json(self.config) | resolved,
         }
-
-    # What is trained, and on what
 
     def set_weights(self, start: Checkpoint | None) -> None:
         self.model.init_weights(self.config.seed)
@@ -188,7 +185,7 @@ class Pretraining(Stage):
         self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
         # Not before the first step: the first losses are worth more than waiting for its score.
         tokens = min(config.eval_tokens, self.validation_bytes // BYTES_PER_TOKEN)
-        bits = Evaluation(self.measure_bits, config.eval_every, at_start=False, tokens=tokens)
+        bits = Evaluation(self.validate, config.eval_every, at_start=False, tokens=tokens)
         self.evaluations = [bits]
         if (every := config.core_metric_every) is not None:
             cache, notify = self.home.cache_dir, self.console.print
@@ -199,8 +196,9 @@ class Pretraining(Stage):
             self.core = CoreEvaluation(
                 load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
             )
-            measured = Evaluation(self.measure_core, every, "core/seconds", at_start=False)
-            self.evaluations.append(replace(measured, saves_first=True))
+            self.evaluations.append(
+                Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
+            )
 
     def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
         return TextLoader(
@@ -215,44 +213,34 @@ class Pretraining(Stage):
         )
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return the passes over the text and the share of it that was in a row."""
         usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
-    # Its schedule
-
-    def total_steps(self, step: int) -> int:
-        return self.schedule.num_iterations
-
     def settings(self, step: int) -> StepSettings:
         """Read the dial's schedules (SPEC section 3)."""
+        at = self.schedule
         return StepSettings(
-            self.schedule.lr_multiplier(step),
-            self.schedule.muon_momentum(step),
-            self.schedule.muon_weight_decay(step),
+            at.lr_multiplier(step), at.muon_momentum(step), at.muon_weight_decay(step)
         )
-
-    # What is measured and shown on the way
 
     @cached_property
     def validation_bytes(self) -> int:
         with Shard(self.validation_shards[0]) as shard:
             return shard.text_bytes
 
-    def measure_bits(self, step: int) -> Mapping[str, float]:
-        """Measure bits per byte of the validation text, going over it at most once."""
+    def validate(self) -> Mapping[str, float]:
+        """Measure bits per byte of the validation text."""
         sizes, seen_bytes = self.tokenizer.token_bytes, 0
-        count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
 
         def seen(batch: Batch) -> float:
             nonlocal seen_bytes
             seen_bytes += int(sizes[batch.targets].sum())
             return seen_bytes / max(1, self.validation_bytes)
 
-        with self._open_loader(self.validation_shards, 0, 1) as loader:
-            return {"val/bpb": self.bits_per_byte(self.iter_validation(loader, count, seen))}
+        loader = self._open_loader(self.validation_shards, 0, 1)
+        return self.measure_bits(loader, self.config.eval_tokens, seen)
 
-    def measure_core(self, step: int) -> Mapping[str, float]:
+    def measure_core(self) -> Mapping[str, float]:
         """Measure CORE on part of each task."""
         result = self.core.run(
             build_inference_model(self.model),
@@ -262,7 +250,7 @@ class Pretraining(Stage):
         figures = {"core/score": result.core, "core/low": low, "core/high": high}
         return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Continue each prompt greedily."""
         shown = self.config.sample_prompt or SAMPLE_PROMPTS
         bos, encode, room = self.tokenizer.bos_id, self.tokenizer.encode, self.sequence_length - 1
@@ -271,8 +259,6 @@ class Pretraining(Stage):
         engine = Engine(self.model, max_batch=len(prompts))
         texts = generate_texts(engine, self.tokenizer, prompts, params)
         return {prompt: prompt + text for prompt, text in zip(shown, texts, strict=True)}
-
-    # What is said about it
 
     def announce(self) -> Iterator[tuple[str, str]]:
         hp = self.hp
@@ -295,26 +281,9 @@ class Pretraining(Stage):
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Return the passes over the text and the share of it that the model saw."""
         usage = self.loader.first.usage
         line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
         return [line] if finished else []
-
-    def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Describe what `--extend` changes, and move later checkpoints aside."""
-        if not self.extend:
-            return []
-        if "schedule" not in start.meta:
-            return ["continuing an imported run: its text begins again with the first shard"]
-        before = Schedule(**start.meta["schedule"])
-        peaks, new_peaks = start.meta["identity"]["learning_rates"], asdict(self.hp.learning_rates)
-        return [
-            describe_extension(before, self.schedule, start.step, peaks, new_peaks),
-            *(
-                f"moved {path.name} of the earlier run to {path.parent}"
-                for path in set_aside_later(start.path)
-            ),
-        ]
 
 
 def pretrain(config: PretrainConfig, home: Home, console: Console | None = None) -> bool:

@@ -7,7 +7,7 @@ stage is one: `pretrain.py`, `sft.py`, `rl.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -54,8 +54,8 @@ class Metric:
 class Evaluation:
     """A measurement that the loop makes between steps and after the last one."""
 
-    measure: Callable[[int], Mapping[str, float]]
-    """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
+    measure: Callable[[], Mapping[str, float]]
+    """Returns metrics by name. Names with two slashes are logged, not printed."""
     every: int | None
     """Steps between measurements; None never measures."""
     seconds_name: str = "eval/seconds"
@@ -64,8 +64,8 @@ class Evaluation:
     """Approximate number of tokens that it reads, if that is known."""
     at_start: bool = True
     """Whether step 0 is measured too."""
-    saves_first: bool = False
-    """Whether a checkpoint is saved first, because the measurement takes long."""
+    slow: bool = False
+    """Whether it takes so long that a checkpoint is saved first."""
 
 
 class BatchLoader(Stateful, Protocol):
@@ -113,7 +113,7 @@ class Recipe(ABC):
         """Return the tokens of the last step, over all ranks."""
 
     @abstractmethod
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Return texts written by the model, by prompt."""
 
     def step_flops(self) -> int:
@@ -123,14 +123,6 @@ class Recipe(ABC):
     def step_metrics(self) -> Mapping[str, float]:
         """Return the stage's own metrics of the last step, by name."""
         return {}
-
-    def shown_metrics(self) -> Mapping[str, float]:
-        """Return the stage's own figures for the progress line."""
-        return {}
-
-    def final_metrics(self) -> Mapping[str, float]:
-        """Return the stage's own figures for a finished run's summary, by name."""
-        return self.step_metrics()
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
         """Return the loader's next inputs and targets (B, T) on the device."""
@@ -179,23 +171,6 @@ class Recipe(ABC):
 
         pairs = (self.to_device(batch) for batch in batches)
         return evaluate_bits_per_byte(losses, pairs, token_bytes, self.optimizer.ranks)
-
-    def iter_validation(
-        self, loader: Iterable[Batch], count: int, seen: Callable[[Batch], float]
-    ) -> Iterator[Batch]:
-        """Yield this rank's share of `count` batches, going over the validation data at most once.
-
-        Args:
-            seen: returns the share of that data read so far, from 0 to 1, given the last batch.
-        """
-        ranks = self.optimizer.ranks
-        for done, batch in zip(range(1, count + 1), loader, strict=False):
-            if done % ranks.world_size == ranks.rank:
-                yield batch
-            share = seen(batch)
-            self.show_progress("evaluating", max(done / count, share))
-            if share >= 1:
-                return
 
     def show_progress(self, what: str, share: float | None = None) -> None:
         """Show on the progress line what is being done, and which share of it is done."""

@@ -7,7 +7,7 @@ may change, but not the shape of the model, the tokenizer or the packing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain, count
@@ -27,12 +27,12 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.config import compare_configs, from_json
-from archerchat.distributed import Ranks
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import hash_ends
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
+from archerchat.training.stage import Stage
 
 EXTENDABLE = r"num_iterations|\w+_batch_size|learning_rates\.\w+|weight_decay|warm\w+|final_lr_frac"
 """Names in an identity that `--extend` lets change: the horizon, the batch, rates and schedule."""
@@ -48,13 +48,10 @@ T = TypeVar("T")
 
 
 class CheckpointWriter:
-    """Write a run's checkpoints and prune older ones.
+    """Write a run's checkpoints, each with `meta`, and prune older ones.
 
     `save` copies the state to the CPU and returns; a thread writes the copy while training
     continues. A process that is killed meanwhile leaves the previous checkpoint.
-
-    Args:
-        meta: kept with each of them; a command with the same `identity` may resume.
     """
 
     def __init__(self, directory: Path, meta: Mapping[str, Any], keep_last: int) -> None:
@@ -151,41 +148,43 @@ def saved_rows(meta: Mapping[str, Any]) -> int:
     return int(identity.get("rollouts", identity).get("device_batch_size", 0))
 
 
-def find_start(
-    saved: Checkpoint | None,
-    current: Mapping[str, Any],
-    extend: bool = False,
-    any_rows: bool = False,
-) -> Checkpoint | None:
-    """Load the checkpoint to resume from; return None for a new run.
-
-    Args:
-        saved: that checkpoint, without its state.
-        current: meta of the run that is asked for. The `num_iterations` of its identity is None
-            where the data decides the end.
-        extend: allow differences in what `EXTENDABLE` names.
-        any_rows: allow other rows per micro-batch, since `choose_rows` chose them for this machine.
+def find_start(stage: Stage) -> Checkpoint | None:
+    """Load the checkpoint to resume from, the same on all ranks; return None for a new run.
 
     Raises:
-        UsageError: the saved run is a different one, or is past the horizon.
+        UsageError: the saved run is a different one, or is past the horizon, or options contradict
+            each other or what is saved.
         CheckpointError: the checkpoint is damaged, or holds a model without training state.
     """
+    asked, identity = stage.config.checkpoint, stage.meta["identity"]
+    stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
+    saved, goes_back = stage.saved, asked.resume_from_step is not None
+    if asked.overwrite and (asked.resume or stage.extend or goes_back):
+        raise UsageError(
+            "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
+            "one or the other"
+        )
     if saved is None:
+        if stage.extend or goes_back:
+            flag = "--resume-from-step" if goes_back else "--extend"
+            raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
+        _require_same_run(stage, 0)
         return None
-    path, identity, imported = saved.path, current["identity"], "identity" not in saved.meta
-    if imported and extend:
-        _require_same_model(saved, current)
+    imported = "identity" not in saved.meta
+    if imported and stage.extend:
+        _require_same_model(saved, stage.meta)
     else:
-        _require_same_settings(saved, current, extend, any_rows)
-    start, horizon = load_checkpoint(path), identity["num_iterations"]
+        _require_same_settings(saved, stage)
+    start, horizon = load_checkpoint(saved.path), identity["num_iterations"]
     if horizon is not None and start.step > horizon:
         raise UsageError(
-            f"{path} is past the horizon of {horizon} steps: give more steps, "
+            f"{saved.path} is past the horizon of {horizon} steps: give more steps, "
             "or an earlier checkpoint by --resume-from-step"
         )
     if imported:
         tokens = start.step * identity["total_batch_size"]
         start.state["loop"] = {"step": start.step, "first_smoothed": start.step, "tokens": tokens}
+    _require_same_run(stage, start.step)
     return start
 
 
@@ -207,22 +206,21 @@ def _require_same_model(saved: Checkpoint, current: Mapping[str, Any]) -> None:
         )
 
 
-def _require_same_settings(
-    saved: Checkpoint, current: Mapping[str, Any], extend: bool, any_rows: bool
-) -> None:
-    """Refuse a checkpoint of a different run; the arguments are those of `find_start`."""
-    path, meta = saved.path, saved.meta
+def _require_same_settings(saved: Checkpoint, stage: Stage) -> None:
+    """Refuse a checkpoint of a different run."""
+    path, meta, extend = saved.path, saved.meta, stage.extend
     free = r"base\.tag"  # a base model of the same weights may have been renamed
-    free += r"|(rollouts\.)?device_batch_size" if any_rows else ""
+    if not isinstance(stage.config.device_batch_size, int):  # they were chosen for this machine
+        free += r"|(rollouts\.)?device_batch_size"
     free += f"|{EXTENDABLE}" if extend else ""
-    differences = compare_configs(_identity(path, meta), current["identity"])
+    differences = compare_configs(_identity(path, meta), stage.meta["identity"])
     refused = [line for line in differences if not re.match(f"({free}): ", line)]
     if not refused:
         return
-    base = meta.get("stage", "base") == "base"  # the only stage that has --extend
+    base = stage.name == "base"  # the only stage that has --extend
     would_do = base and not extend and all(re.match(f"({EXTENDABLE}): ", d) for d in refused)
     remedy = "continue with the new settings by --extend, or " if would_do else ""
-    shown = _changed_flags(meta, current, extend) or refused
+    shown = _changed_flags(meta, stage.meta, extend) or refused
     raise UsageError(
         f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
         f"settings by --resume {path.parent.name}, {remedy}choose another {_tag_flag(meta)} "
@@ -247,23 +245,17 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
     return lines
 
 
-def require_same_run(
-    ranks: Ranks, meta: Mapping[str, Any], step: int, files: Sequence[Path]
-) -> None:
-    """Compare the ranks' settings, code, data `files` and first step.
-
-    Raises:
-        UsageError: one of them differs; raised on all ranks.
-    """
-    if ranks.world_size == 1:
+def _require_same_run(stage: Stage, step: int) -> None:
+    """Compare the ranks' settings, code, data files and first step; all of them raise."""
+    if stage.ranks.world_size == 1:
         return
     code = sorted(Path(archerchat.__file__).parent.rglob("*.py"))
-    own = {name: meta[name] for name in ("identity", "validation", "compile")} | {
+    own = {name: stage.meta[name] for name in ("identity", "validation", "compile")} | {
         "archerchat": f"{archerchat.__version__} {hash_ends(*code)}",
-        "data": {path.name: hash_ends(path) for path in files},
+        "data": {path.name: hash_ends(path) for path in stage.files},
         "step": step,
     }
-    runs = ranks.gather(own)
+    runs = stage.ranks.gather(own)
     for rank, run in enumerate(runs):
         if differences := compare_configs(runs[0], run):
             raise UsageError(
@@ -271,6 +263,21 @@ def require_same_run(
                 f"saved): {'; '.join(differences)}. Start all ranks with the same command, code "
                 "and data"
             )
+
+
+def prepare_extension(stage: Stage, start: Checkpoint) -> list[str]:
+    """Move later checkpoints aside; return lines about what `--extend` changes."""
+    if "schedule" not in start.meta:
+        return ["continuing an imported run: its text begins again with the first shard"]
+    before, after = (Schedule(**meta["schedule"]) for meta in (start.meta, stage.meta))
+    peaks, new_peaks = (m["identity"]["learning_rates"] for m in (start.meta, stage.meta))
+    return [
+        describe_extension(before, after, start.step, peaks, new_peaks),
+        *(
+            f"moved {path.name} of the earlier run to {path.parent}"
+            for path in set_aside_later(start.path)
+        ),
+    ]
 
 
 def describe_extension(
@@ -282,9 +289,7 @@ def describe_extension(
 ) -> str:
     """Describe what `--extend` does to the learning rate from `step` on.
 
-    Args:
-        old_peaks: the saved run's learning rate of each group at multiplier 1.
-        new_peaks: the new rates of the same groups.
+    The peaks are the learning rates of the groups, by name, at multiplier 1.
     """
     old = before.lr_multiplier(min(step, before.num_iterations - 1))
     new, last = (after.lr_multiplier(at) for at in (step, after.num_iterations - 1))
@@ -308,8 +313,7 @@ def describe_extension(
 def set_aside_later(path: Path) -> list[Path]:
     """Move checkpoints later than `path` aside, so that no run resumes from them.
 
-    Returns:
-        Their new paths, in a directory `<tag>.before-step-<step>` next to the model's.
+    They go to a directory `<tag>.before-step-<step>` next to the model's. Return their new paths.
     """
     directory, step = path.parent, int(path.name.removeprefix("step_"))
     later = [find_checkpoint(directory, s) for s in list_checkpoints(directory) if s > step]
@@ -325,6 +329,5 @@ def set_aside_later(path: Path) -> list[Path]:
 def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return differences after which results match closely, but not bit for bit."""
     names = ("hardware", "attention", "compile", "validation")
-    return compare_configs(
-        {name: saved.get(name) for name in names}, {name: current.get(name) for name in names}
-    )
+    before, now = ({name: meta.get(name) for name in names} for meta in (saved, current))
+    return compare_configs(before, now)

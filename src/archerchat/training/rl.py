@@ -129,7 +129,6 @@ class Reinforcement(Tuning):
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
         fit_to_device(self, reserved_bytes=cache_bytes * config.rollout_batch_size)
-        self.passed: dict[str, float] = {}  # what the last evaluation found
 
     def _build_tasks(self) -> tuple[Task, Task]:
         """Return the training questions, and the test questions to validate with."""
@@ -141,9 +140,8 @@ class Reinforcement(Tuning):
                 f"--task {config.task} is answered by choosing a letter, not by writing; use "
                 "GSM8K, SpellingBee, Arithmetic or SimpleSpelling"
             )
-        for task in (train, test):
-            if not len(task):
-                raise DataError(f"{task.name} has no question in its {task.split} split")
+        if empty := [task for task in (train, test) if not len(task)]:
+            raise DataError(f"{empty[0].name} has no question in its {empty[0].split} split")
         train.reward(train[0], "")  # a task for training only says so here
         return train, limited(test, config.eval_examples)
 
@@ -204,10 +202,7 @@ class Reinforcement(Tuning):
         return flops_per_token(self.model.config) * passes // 3
 
     def step_metrics(self) -> Mapping[str, float]:
-        return self.loader.metrics()
-
-    def shown_metrics(self) -> Mapping[str, float]:
-        return {"reward": self.loader.metrics()["rollout/reward"]}
+        return self.loader.metrics
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
@@ -222,13 +217,10 @@ class Reinforcement(Tuning):
             self.loader.scale,
         )
 
-    def total_steps(self, step: int) -> int:
-        return self.num_iterations
-
     def settings(self, step: int) -> StepSettings:
         return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
 
-    def measure_pass(self, step: int) -> Mapping[str, float]:
+    def measure_pass(self) -> Mapping[str, float]:
         """Measure pass@k on the test."""
         self.loader.engine.refresh_weights()
         result = evaluate_task(
@@ -239,10 +231,10 @@ class Reinforcement(Tuning):
             self.ranks,
             lambda done, total: self.show_progress("evaluating", done / total),
         )
-        self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
-        return self.passed
+        self.figures = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
+        return self.figures
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Answer the given questions, or the first of the test, greedily with the calculator."""
         self.loader.engine.refresh_weights()
         own: list[Conversation] = [{"messages": [user(q)]} for q in self.config.sample_prompt]
@@ -250,9 +242,8 @@ class Reinforcement(Tuning):
         return self.answer_questions(self.loader.engine, questions, limit)
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        config = self.config
+        config, train, test = self.config, self.train, self.test
         yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
-        train, test = self.train, self.test
         yield (
             "questions",
             f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with",
@@ -265,9 +256,6 @@ class Reinforcement(Tuning):
         )
         yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
 
-    def final_metrics(self) -> Mapping[str, float]:
-        return {**self.step_metrics(), **self.passed}
-
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         passed = (
             f"pass@{name.rsplit('_')[-1]} {value:.4f}"
@@ -277,7 +265,7 @@ class Reinforcement(Tuning):
         return f"on the test: {', '.join(passed) or 'not measured'}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        return [self.describe_result(self.passed)] if finished and self.passed else []
+        return [self.describe_result(self.figures)] if finished and self.figures else []
 
 
 def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from archerchat.data.prefetch import Batch
 from archerchat.distributed import Ranks
@@ -60,10 +61,7 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def question_indices(count: int, per_step: int, seed: int, step: int) -> list[int]:
-    """Return a step's questions; every epoch takes each of `count` once, in its own order.
-
-    A step at the end of an epoch continues with the next epoch's first questions.
-    """
+    """Return a step's questions; every epoch takes each of `count` once, in its own order."""
     positions = range(step * per_step, (step + 1) * per_step)
     orders = {epoch: list(range(count)) for epoch in {position // count for position in positions}}
     for epoch, order in orders.items():
@@ -101,14 +99,12 @@ def build_batches(
 
 
 def _pad(rows: Sequence[Rollout], padding: int) -> RolloutBatch:
-    width = max(len(row.token_ids) for row in rows) - 1
-    stacked = np.full((2, len(rows), width), padding, dtype=np.int64)
-    inputs, targets = stacked
-    targets.fill(IGNORED)
-    for number, row in enumerate(rows):
-        ids, mask = np.array(row.token_ids, dtype=np.int64), np.array(row.mask[1:], dtype=bool)
-        inputs[number, : len(ids) - 1] = ids[:-1]
-        targets[number, : len(ids) - 1] = np.where(mask, ids[1:], IGNORED)
+    ids = [torch.tensor(row.token_ids) for row in rows]
+    chosen = [torch.tensor(row.mask[1:], dtype=torch.bool) for row in rows]
+    learned = [torch.where(mask, row[1:], IGNORED) for mask, row in zip(chosen, ids, strict=True)]
+    inputs = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=padding)
+    targets = pad_sequence(learned, batch_first=True, padding_value=IGNORED)
+    stacked = torch.stack([inputs, targets]).numpy()
     advantages = np.array([row.advantage for row in rows], dtype=np.float32)
     return RolloutBatch(stacked, advantages)
 
@@ -117,9 +113,7 @@ class RolloutLoader:
     """Yield micro-batches; the first one of each step rolls out with the model's current weights.
 
     Args:
-        task: asks the questions; its `reward` judges the answers.
         questions: questions per step, shared by the ranks.
-        sampling: how answers are sampled; the samples of one question form a group.
         rows: rows per micro-batch.
         batches: micro-batches per step of this rank.
     """
@@ -141,10 +135,10 @@ class RolloutLoader:
         self.tokens = self.learned_tokens = self.chosen_tokens = 0
         """Those of the last step over all ranks: in all rows, in rows with a gradient, and those
         that the model chose."""
+        self.metrics: dict[str, float] = {}
+        """The figures of the last step over all ranks."""
         self._steps = 0
         self._waiting: deque[RolloutBatch] = deque()
-        self._rollouts: list[Rollout] = []
-        self._seconds = 0.0
 
     @property
     def rolls_out_next(self) -> bool:
@@ -158,9 +152,9 @@ class RolloutLoader:
         return self.batches * self.ranks.world_size / max(1, self.chosen_tokens)
 
     def __next__(self) -> RolloutBatch:
-        if not self._waiting:
+        if self.rolls_out_next:
             started = time.perf_counter()
-            rollouts = self._rollouts = self.roll_out(self._steps)
+            rollouts = self.roll_out(self._steps)
             sizes = [
                 (len(each.mask), len(each.mask) * (each.advantage != 0), sum(each.mask))
                 for each in rollouts
@@ -170,7 +164,7 @@ class RolloutLoader:
             padding = self.tokenizer.bos_id
             self._waiting += build_batches(rollouts, self.rows, self.batches, padding)
             self._steps += 1
-            self._seconds = time.perf_counter() - started
+            self.metrics = self._measure(rollouts, time.perf_counter() - started)
         return self._waiting.popleft()
 
     def roll_out(self, step: int) -> list[Rollout]:
@@ -194,11 +188,8 @@ class RolloutLoader:
             rows += [build_rollout(prompt, *each) for each in judged]
         return rows
 
-    def metrics(self) -> dict[str, float]:
-        """Return the figures of the last step's rollouts, over all ranks."""
-        rows, size = self._rollouts, self.sampling.num_samples
-        if not rows:
-            return {}
+    def _measure(self, rows: Sequence[Rollout], seconds: float) -> dict[str, float]:
+        size = self.sampling.num_samples
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
         own = {
             "rollout/reward": sum(row.reward for row in rows) / len(rows),
@@ -210,7 +201,7 @@ class RolloutLoader:
         return dict(zip(own, self.ranks.mean(*own.values()), strict=True)) | {
             "rollout/trained_tokens": float(self.chosen_tokens),
             "rollout/tokens": self.tokens,
-            "rollout/seconds": self._seconds,
+            "rollout/seconds": seconds,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,10 +210,9 @@ class RolloutLoader:
         return {"steps": torch.tensor([self._steps])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the saved step; a broken state is a KeyError or RuntimeError."""
+        """Continue after the saved step."""
         self._steps = int(state["steps"])
         self._waiting.clear()
 
     def close(self) -> None:
-        """Drop the waiting batches."""
         self._waiting.clear()

@@ -6,7 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,20 +15,19 @@ from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from archerchat.console import ProgressLine, bytes_text, duration_text
-from archerchat.errors import MemoryExceededError, UsageError
+from archerchat.errors import MemoryExceededError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
 from archerchat.model.flops import flops_per_token
 from archerchat.planning.gpus import find_gpu
 from archerchat.planning.plan import FORWARD_SHARE, assume_mfu
 from archerchat.runtime import dtype_name, explained_memory
-from archerchat.training.fitting import fewer
 from archerchat.training.loop import Loop
 from archerchat.training.resume import (
     CheckpointWriter,
     changed_circumstances,
     find_start,
-    require_same_run,
+    prepare_extension,
 )
 from archerchat.training.stage import Stage
 from archerchat.training.telemetry import open_run
@@ -57,7 +56,8 @@ def run_stage(kind: Callable[..., Stage], config: Any, home: Home, console: Cons
             saved, alone = list_checkpoints(stage.directory), stage.ranks.world_size == 1
             if is_given or saved or stage.rows == 1 or not alone:
                 raise
-            rows = fewer(stage.rows)
+            # A divisor, about half, so that a step stays a whole number of micro-batches.
+            rows = next(n for n in range(stage.rows // 2, 0, -1) if stage.rows % n == 0)
             stage.console.print(f"{error}\nstarting again with {rows} rows per micro-batch")
             config = replace(config, device_batch_size=rows)
         del stage
@@ -69,7 +69,7 @@ def _run(stage: Stage) -> bool:
     """Train; do nothing if the run is finished already."""
     alone = exclusive(stage.directory) if stage.ranks.is_master else nullcontext()
     with stage.joined, alone:
-        start = _find_start(stage)
+        start = find_start(stage)
         if start is not None and (result := _find_result(stage, start)) is not None:
             stage.console.print(
                 f"model {stage.tag!r} is already {stage.done}: step {start.step} is in "
@@ -91,34 +91,15 @@ def _run(stage: Stage) -> bool:
     return finished
 
 
-def _find_start(stage: Stage) -> Checkpoint | None:
-    """Return the checkpoint to resume from, the same on all ranks."""
-    asked = stage.config.checkpoint
-    stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
-    goes_back = asked.resume_from_step is not None
-    if asked.overwrite and (asked.resume or stage.extend or goes_back):
-        raise UsageError(
-            "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
-            "one or the other"
-        )
-    if stage.saved is None and (stage.extend or goes_back):
-        flag = "--resume-from-step" if goes_back else "--extend"
-        raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
-    chooses_rows = not isinstance(stage.config.device_batch_size, int)
-    start = find_start(stage.saved, stage.meta, stage.extend, chooses_rows)
-    require_same_run(stage.ranks, stage.meta, start.step if start else 0, stage.files)
-    return start
-
-
 def _find_result(stage: Stage, start: Checkpoint) -> str | None:
     """Return a finished run's result; None if the run, or its final evaluation, is not done."""
-    if not stage.is_finished(start):
+    ends = stage.num_iterations
+    if not (start.meta.get("finished") if ends is None else start.step == ends):
         return None
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         figures = json.loads(stage.summary.read_text())
         return stage.describe_result(figures) if figures["steps"] == start.step else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
@@ -139,7 +120,7 @@ def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
                 + "; ".join(changed)
             )
     if stage.ranks.is_master:
-        for line in stage.prepare_resume(start) if start else ():
+        for line in prepare_extension(stage, start) if start and stage.extend else ():
             echo(line)
         if options.overwrite:
             for step in list_checkpoints(stage.directory):
@@ -219,7 +200,7 @@ def summarize(stage: Stage, loop: Loop) -> dict[str, Any]:
         "peak_memory_bytes": stage.runtime.peak_memory_bytes(),
     }
     known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    return known | dict(stage.final_metrics())
+    return {**known, **stage.step_metrics(), **stage.figures}
 
 
 def _iter_end_lines(stage: Stage, loop: Loop, finished: bool) -> Iterator[str]:

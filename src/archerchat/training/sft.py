@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from archerchat.checkpoint import Checkpoint
+from archerchat.checkpoint import Checkpoint, load_checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.conversation_loader import (
     ConversationLoader,
@@ -94,7 +94,6 @@ def lr_multiplier(progress: float) -> float:
 
 
 def muon_momentum(step: int) -> float:
-    """Return Muon's momentum at `step`."""
     done = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
 
@@ -129,8 +128,7 @@ class Finetuning(Tuning):
         rows, self.total_batch_tokens, self.rates = inherit(
             self.base, self.model_config, config.lr_scale, config.total_batch_size
         )
-        # Micro-batches count alike, however much of each is learned: more rows would be another
-        # loss.
+        # Micro-batches count alike, however much of each is learned: more rows change the loss.
         rows = saved_rows(self.saved.meta) if self.saved else rows
         fit_to_device(self, usual_rows=rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
@@ -153,14 +151,12 @@ class Finetuning(Tuning):
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"validation": describe_mixture(self.validation)}
 
-    def build_model(self, start: Checkpoint | None) -> None:
-        super().build_model(start)
-        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
-            self.load_moments()
-
     def open_data(self, start: Checkpoint | None) -> None:
+        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
+            moments = load_checkpoint(self.base.path, sections=("optimizer",)).state["optimizer"]
+            self.optimizer.load_state_dict(moments)
         self.loader = self.open_streams(partial(self._open_loader, self.train, True), start)
-        self.evaluations = [Evaluation(self.measure_bits, self.config.eval_every)]
+        self.evaluations = [Evaluation(self.validate, self.config.eval_every)]
 
     def _open_loader(
         self, mixture: TaskMixture, repeat: bool, stream: int, count: int
@@ -182,15 +178,9 @@ class Finetuning(Tuning):
 
     def step_metrics(self) -> Mapping[str, float]:
         used = self.used()
-        counts = used.counts
-        return {
-            "data/conversations": used.consumed,
-            "data/progress": used.progress,
-            "data/cut": counts.cut,
-            "data/dropped": counts.dropped,
-            "data/padding_share": counts.padding_share,
-            "data/trained_share": counts.trained_share,
-        }
+        figures = {"data/conversations": used.consumed, "data/progress": used.progress}
+        names = ("cut", "dropped", "padding_share", "trained_share")
+        return figures | {f"data/{name}": getattr(used.counts, name) for name in names}
 
     def hidden(self, inputs: Tensor) -> Tensor:
         if not self.config.document_masking:
@@ -198,9 +188,6 @@ class Finetuning(Tuning):
         # Every conversation begins with BOS, and so does every token of padding.
         segments = (inputs == self.tokenizer.bos_id).cumsum(1)
         return self.model.hidden(inputs, self.regions, segments=segments)
-
-    def is_finished(self, start: Checkpoint) -> bool:
-        return bool(start.meta.get("finished"))
 
     @property
     def data_progress(self) -> float:
@@ -238,14 +225,12 @@ class Finetuning(Tuning):
     def settings(self, step: int) -> StepSettings:
         return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
 
-    def measure_bits(self, step: int) -> Mapping[str, float]:
-        """Measure bits per byte of the validation mixture, going over it at most once."""
-        count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
-        with self._open_loader(self.validation, False, 0, 1) as loader:
-            batches = self.iter_validation(loader, count, lambda batch: loader.used.progress)
-            return {"val/bpb": self.bits_per_byte(batches)}
+    def validate(self) -> Mapping[str, float]:
+        """Measure bits per byte of the validation mixture."""
+        loader = self._open_loader(self.validation, False, 0, 1)
+        return self.measure_bits(loader, self.config.eval_tokens, lambda _: loader.used.progress)
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Answer each question greedily, with the calculator."""
         questions = self.config.sample_prompt or SAMPLE_QUESTIONS
         conversations: list[Conversation] = [{"messages": [user(q)]} for q in questions]
@@ -288,7 +273,6 @@ class Finetuning(Tuning):
         )
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Describe how the conversations were used."""
         used = self.used()
         counts = used.counts
         if not counts.targets:

@@ -21,6 +21,7 @@ from rich.console import Console
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import AttentionName, Config, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
+from archerchat.data.prefetch import Batch, PrefetchingLoader
 from archerchat.data.streams import LoaderT, Streams, saved_streams
 from archerchat.dial import LearningRates, grad_accum_steps
 from archerchat.distributed import joined_ranks
@@ -104,6 +105,8 @@ class Stage(Recipe):
     """Dtype of the optimizer's moments."""
     files: Sequence[Path] = ()
     """Data files, which must be the same on every rank."""
+    figures: Mapping[str, float] = {}
+    """The stage's own figures for a finished run's summary, besides those of a step."""
 
     # What `fitting.fit_to_device` sets.
     rows: int
@@ -140,19 +143,11 @@ class Stage(Recipe):
 
     @abstractmethod
     def open_data(self, start: Checkpoint | None) -> None:
-        """Open the loader and set up the evaluations."""
+        """Open the loader and set up the evaluations; the optimizer is there."""
 
     @abstractmethod
     def announce(self) -> Iterator[tuple[str, str]]:
         """Yield a label and a sentence for each choice that was made for the user."""
-
-    def is_finished(self, start: Checkpoint) -> bool:
-        """Whether a checkpoint is the last of its run."""
-        return start.step == self.num_iterations
-
-    def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Prepare to resume, on the first rank; return lines to print."""
-        return []
 
     def closing_lines(self, finished: bool) -> list[str]:
         """Return the stage's own lines to print at the end."""
@@ -171,12 +166,11 @@ class Stage(Recipe):
 
     @property
     def directory(self) -> Path:
-        """Directory of the model's checkpoints."""
+        """Where the model's checkpoints are."""
         return self.home.checkpoint_dir(self.name, self.tag)
 
     @property
     def run_name(self) -> str:
-        """Name of the run in the metrics."""
         return self.config.run or (self.tag if self.name == "base" else f"{self.tag}-{self.name}")
 
     @property
@@ -211,6 +205,10 @@ class Stage(Recipe):
         path = find_checkpoint(self.directory, self.config.checkpoint.resume_from_step)
         return load_checkpoint(path, sections=())
 
+    def total_steps(self, step: int) -> int:
+        assert self.num_iterations is not None  # a stage whose data decides has its own
+        return self.num_iterations
+
     def step_tokens(self) -> int:
         return self.total_batch_tokens
 
@@ -220,16 +218,7 @@ class Stage(Recipe):
         return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
 
     def build(self, start: Checkpoint | None) -> None:
-        """Build the model, its optimizer and its data.
-
-        Args:
-            start: the checkpoint whose state will be loaded; None for a new run.
-        """
-        self.build_model(start)
-        self.open_data(start)
-        self.meta = self.describe()
-
-    def build_model(self, start: Checkpoint | None) -> None:
+        """Build model, optimizer and data, for the state of `start` to be loaded into."""
         runtime = self.runtime
         self.model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
         self.set_weights(start)
@@ -248,6 +237,8 @@ class Stage(Recipe):
             self.ranks,
             self.state_dtype,
         )
+        self.open_data(start)
+        self.meta = self.describe()
 
     def open_streams(
         self, open_stream: Callable[[int, int], LoaderT], start: Checkpoint | None
@@ -256,3 +247,26 @@ class Stage(Recipe):
         saved = start.state.get("loader") if start else None
         count = saved_streams(saved) if saved else self.ranks.world_size
         return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
+
+    def measure_bits(
+        self, loader: PrefetchingLoader[Any], num_tokens: int, seen: Callable[[Batch], float]
+    ) -> dict[str, float]:
+        """Measure bits per byte of validation data, going over it at most once.
+
+        Args:
+            loader: yields the same batches on all ranks, which share them; closed at the end.
+            seen: returns the share of the data read so far, from 0 to 1, given the last batch.
+        """
+        count = max(1, num_tokens // (self.rows * self.sequence_length))
+
+        def iter_own() -> Iterator[Batch]:
+            for done, batch in zip(range(1, count + 1), loader, strict=False):
+                if done % self.ranks.world_size == self.ranks.rank:
+                    yield batch
+                share = seen(batch)
+                self.show_progress("evaluating", max(done / count, share))
+                if share >= 1:
+                    return
+
+        with loader:
+            return {"val/bpb": self.bits_per_byte(iter_own())}

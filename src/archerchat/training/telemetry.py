@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
@@ -52,21 +53,19 @@ class TelemetryConfig:
 class MetricsLog:
     """Record one run's metrics."""
 
-    run: endlex.Run | None
-    """None on ranks that record nothing."""
+    run: endlex.Run = field(default_factory=partial(endlex.init, PROJECT, mode="disabled"))
+    """By default one that records nothing, as on every rank but the first."""
     push_checkpoints: PushCheckpoints = "none"
     name_suffix: str = ""
     """Suffix of checkpoint names on the server: another machine may have saved the same step."""
 
     def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Record scalars of one step, non-finite ones too; tensors of one element are read."""
-        if self.run is not None:
-            self.run.log(values, step=step)
+        self.run.log(values, step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Record a text of one step, such as a sample."""
-        if self.run is not None:
-            self.run.log_text(name, text, step=step)
+        self.run.log_text(name, text, step=step)
 
     def push_checkpoint(
         self, path: Path, step: int, occasion: Occasion, metadata: Mapping[str, float]
@@ -89,7 +88,7 @@ class MetricsLog:
 
     def push_tokenizer(self, directory: Path) -> str | None:
         """Hand the tokenizer to Endlex once per run, if checkpoints are pushed; return as above."""
-        if self.run is None or self.push_checkpoints == "none" or self.run.has_saved(TOKENIZER):
+        if self.push_checkpoints == "none" or self.run.has_saved(TOKENIZER):
             return None
         with suppress(endlex.EndlexError):  # a run.json of something else
             pulled = endlex.read_run_file(directory)
@@ -99,16 +98,14 @@ class MetricsLog:
 
     def _save(self, path: Path, **options: Any) -> str | None:
         try:
-            if self.run is not None:
-                self.run.save(path, link=True, **options)  # renamed into place, never rewritten
+            self.run.save(path, link=True, **options)  # renamed into place, never rewritten
         except (endlex.EndlexError, OSError) as error:
             return str(error)
         return None
 
     def finish(self, status: Literal["finished", "interrupted"]) -> None:
         """Record how the run ended, unless that is done already."""
-        if self.run is not None:
-            self.run.finish(status)
+        self.run.finish(status)
 
 
 @contextmanager
@@ -125,17 +122,15 @@ def open_run(
     """Record a session of run `tag`, with a journal of its own, and how the block ends.
 
     Args:
-        config: the resolved one, kept with the session.
         group: the command.
         resumed_from: the checkpoint's directory. If `endlex pull` brought it here, and the run is
             not on this machine yet, the session joins the checkpoint's run.
-        rank: only 0 records.
 
     Raises:
         UsageError: the directory belongs to another run, or does not say to which.
     """
     if rank:
-        yield MetricsLog(None)
+        yield MetricsLog()
         return
     directory, telemetry = home.run_dir(tag), telemetry or TelemetryConfig()
     try:

@@ -89,7 +89,7 @@ class SmallRecipe(Recipe):
     def step_tokens(self) -> int:
         return ROWS * self.model.config.sequence_length * self.grad_accum_steps
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         return {}
 
 
@@ -166,7 +166,7 @@ def test_twenty_steps_with_a_resume_in_the_middle(device: str, dtype: str, tmp_p
     whole = build(runtime)
     loader = RepeatingLoader(whole.model.config.sequence_length)
     batches = [next(loader) for _ in range(2)]
-    whole.evaluations = [Evaluation(lambda step: {"val/bpb": whole.bits_per_byte(batches)}, 10)]
+    whole.evaluations = [Evaluation(lambda: {"val/bpb": whole.bits_per_byte(batches)}, 10)]
     expected = run(whole, tmp_path / "whole")
     losses = expected["train/loss"]
     assert len(losses) == 20

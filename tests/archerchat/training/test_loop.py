@@ -55,7 +55,7 @@ class StubRecipe:
         nn.init.zeros_(self.model.weight)
         group = AdamGroup(("weight",), 0.1, (0.8, 0.95), 0.0)
         self.optimizer = Optimizer(self.model, [group])
-        self.plan = PLAN
+        self.plan, self.state = PLAN, LoopState()
         self.at_start = True
         self.progress: ProgressLine | None = None
         self.calls: list[str] = []
@@ -75,7 +75,9 @@ class StubRecipe:
     def evaluations(self) -> list[Evaluation]:
         return [
             Evaluation(
-                lambda step: self.evaluate(step), self.plan.eval_every, at_start=self.at_start
+                lambda: self.evaluate(self.state.step),
+                self.plan.eval_every,
+                at_start=self.at_start,
             )
         ]
 
@@ -108,15 +110,12 @@ class StubRecipe:
     def step_metrics(self) -> Mapping[str, float]:
         return {"stub/batches": float(self.batches)}
 
-    def shown_metrics(self) -> Mapping[str, float]:
-        return {}
-
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.note(f"evaluate {step}")
         return {"val/bpb": 3.0 - abs(step - 2) / 10}
 
-    def sample(self, step: int) -> Mapping[str, str]:
-        self.note(f"sample {step}")
+    def sample(self) -> Mapping[str, str]:
+        self.note(f"sample {self.state.step}")
         return {"prompt": "text"}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -151,14 +150,14 @@ def build_loop(recipe: StubRecipe, plan: Plan = PLAN, state: LoopState | None = 
     recipe.plan = plan
     given: Any = recipe
     loop = Loop(given, 1e9, plan.save_every, plan.sample_every)
-    loop.state = state or loop.state
+    loop.state = recipe.state = state or loop.state
     return loop
 
 
 def run(loop: Loop, metrics: MetricsLog | None = None) -> bool:
     recipe: Any = loop.recipe
     progress = ProgressLine(Console(file=io.StringIO()), recipe.plan.num_iterations)
-    return loop.run(recipe, metrics or MetricsLog(None), progress)
+    return loop.run(recipe, metrics or MetricsLog(), progress)
 
 
 def send(*numbers: signal.Signals) -> None:
@@ -219,7 +218,7 @@ def test_checkpoints_are_saved_by_time(
     recipe.on_call["step 2"] = lambda: now.append(now.pop() + SAVE_SECONDS)
     loop = build_loop(recipe, replace(PLAN, eval_every=2))
     loop.save_every = "time"
-    run(loop, MetricsLog(None, push))
+    run(loop, MetricsLog(push_checkpoints=push))
     assert [e.split()[1] for e in recipe.events() if e.startswith("save")] == saves
 
 
@@ -467,7 +466,7 @@ class Pushes(MetricsLog):
 
 
 def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -> None:
-    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe, metrics = StubRecipe(), Pushes()
     figures = {2: 2.0, 4: 1.5, 6: 1.8, 7: 1.2}  # and better ones where no checkpoint is
     recipe.evaluate = lambda step: {"val/bpb": figures.get(step, 0.5)}  # type: ignore[method-assign]
     plan = replace(PLAN, num_iterations=7, save_every=2, eval_every=1)
@@ -485,7 +484,7 @@ def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -
 
 
 def test_more_right_answers_are_better_than_fewer() -> None:
-    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe, metrics = StubRecipe(), Pushes()
     recipe.metric = Metric("val/pass_at_1", "pass@1", higher_is_better=True)
     rates = {1: 0.2, 2: 0.1, 3: 0.5, 4: 0.4}
     recipe.evaluate = lambda step: {"val/pass_at_1": rates.get(step, 0.0)}  # type: ignore[method-assign]
@@ -496,7 +495,7 @@ def test_more_right_answers_are_better_than_fewer() -> None:
 
 
 def test_the_best_checkpoint_s_figure_survives_a_restart() -> None:
-    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe, metrics = StubRecipe(), Pushes()
     recipe.calls.append("save 2")  # by the process before
     state = LoopState(step=2, best_saved=2.9)
     plan = replace(PLAN, save_every=2, eval_every=2)

@@ -80,8 +80,8 @@ def run_loop(
     # The reference measures the initial weights too.
     recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
     saves: Any = prepare(recipe)
-    recipe.sample = lambda step: {}  # type: ignore[method-assign]
-    recorder = Recorder(None)
+    recipe.sample = lambda: {}  # type: ignore[method-assign]
+    recorder = Recorder()
     progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
     with closing(recipe.loader):
         every = config.checkpoint.save_every
@@ -207,8 +207,8 @@ def continue_import(
     meta = load_checkpoint(path, ()).meta
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
     save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
-    stage, recorder = Pretraining(config, home), Recorder(None)
-    start = find_start(stage.saved, stage.meta, extend=True)
+    stage, recorder = Pretraining(config, home), Recorder()
+    start = find_start(stage)
     assert start is not None
     stage.build(start)
     recipe: Recipe = stage

@@ -29,7 +29,6 @@ from archerchat.training.resume import (
     CheckpointWriter,
     _changed_flags,
     describe_extension,
-    find_start,
 )
 from archerchat.training.stage import CheckpointOptions
 
@@ -217,10 +216,13 @@ def test_other_data_is_refused(tiny_home: Any, capsys: pytest.CaptureFixture[str
     assert tiny_home.listing() == before
 
 
-def test_weights_without_training_state_cannot_be_resumed(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 900, {"model": {}}, {"source": "nanochat"})
-    with pytest.raises(CheckpointError, match=r"no training state to resume \(nanochat\)"):
-        find_start(load_checkpoint(path), {"identity": {}})
+def test_weights_without_training_state_cannot_be_resumed(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    save_checkpoint(directory, 900, {"model": {}}, {"source": "nanochat"})
+    assert tiny_home.pretrain() == 1
+    assert "no training state to resume (nanochat)" in capsys.readouterr().err
 
 
 PEAKS = {"matrix": 0.02, "smear": 0.2, "off": 0.0}

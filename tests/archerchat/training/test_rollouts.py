@@ -200,10 +200,10 @@ def test_the_average_counts_tokens_without_a_gradient_too(loader: RolloutLoader)
 
 
 def test_metrics_of_a_step(loader: RolloutLoader) -> None:
-    assert loader.metrics() == {}
+    assert loader.metrics == {}
     next(loader)
     rows = loader.roll_out(0)
-    found = loader.metrics()
+    found = loader.metrics
     assert found["rollout/reward"] == pytest.approx(sum(r.reward for r in rows) / len(rows))
     assert found["rollout/learning_share"] == 1.0
     assert found["rollout/cut_share"] == sum(r.cut for r in rows) / len(rows)

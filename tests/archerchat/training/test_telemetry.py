@@ -179,7 +179,7 @@ def test_a_pulled_checkpoint_is_of_the_run_that_goes_on(tmp_path: Path) -> None:
     telemetry = TelemetryConfig(push_checkpoints="all")
     with open_run(new, "d4", {}, telemetry, resumed_from=path) as metrics:
         metrics.push_checkpoint(checkpoint(new, 40), 40, "last", {})
-        session = metrics.run.session if metrics.run else ""
+        session = metrics.run.session
     assert run_id(new, "d4") == run_id(old, "d4")
     (record,) = [record for record in recorded(new) if record["type"] == "checkpoint"]
     assert record["name"] == f"step_000040-{session[-6:]}"  # the old machine may have one of 40
@@ -208,7 +208,7 @@ def run_id(home: Home, tag: str) -> str:
 
 
 def test_a_rank_that_records_nothing_pushes_nothing(tmp_path: Path) -> None:
-    metrics = MetricsLog(None, "all")
+    metrics = MetricsLog(push_checkpoints="all")
     assert metrics.push_checkpoint(tmp_path, 1, "last", {}) is None
     assert metrics.push_tokenizer(tmp_path) is None
 
