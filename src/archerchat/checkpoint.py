@@ -128,7 +128,11 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace a saved section's values other than tensors; a CheckpointError if it cannot be."""
+    """Replace a saved section's values other than tensors, atomically.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or cannot be written; it is then as it was.
+    """
     try:
         content = _read_meta(path)
         content["state"][section] = json.loads(json.dumps(encode_json(values)))
@@ -202,8 +206,10 @@ def _intact(path: Path, verify: bool) -> bool:
 
 
 def list_checkpoints(directory: Path) -> list[int]:
-    """Return the steps saved in `directory`, ascending; none if it does not exist."""
-    return sorted({step for path in directory.glob("*") if (step := _step_of(path)) is not None})
+    """Return the steps saved in `directory`, ascending; none if it is no directory."""
+    # `glob` would hide that a directory cannot be read.
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted({step for path in entries if (step := _step_of(path)) is not None})
 
 
 def _step_of(path: Path) -> int | None:
@@ -227,7 +233,9 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
 
 def list_models(home: Home, stage: str) -> list[Path]:
     """Return the directories of a stage's models, by name."""
-    return [entry for entry in sorted(home.stage_dir(stage).glob("*")) if list_checkpoints(entry)]
+    directory = home.stage_dir(stage)
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [entry for entry in entries if list_checkpoints(entry)]
 
 
 def find_model(home: Home, stage: str, tag: str | None) -> Path:

@@ -105,7 +105,7 @@ def _locked(entry: Path) -> Iterator[bool]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` durably; an OSError leaves it untouched."""
+    """Replace the file `path` atomically and durably; an OSError leaves it untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     temporary = Path(name)

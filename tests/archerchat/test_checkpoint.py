@@ -336,6 +336,26 @@ def test_an_unknown_format_asks_for_the_version_that_wrote_it(tmp_path: Path) ->
         load_checkpoint(later)
 
 
+def test_a_directory_that_cannot_be_read_is_not_called_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    directory = home.checkpoint_dir("base", "d2")
+    save_checkpoint(directory, 1, sections(), {})
+
+    def refuse(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", refuse)
+        patched.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError, match=r"denied: .*d2"):
+            list_checkpoints(directory)
+        with pytest.raises(PermissionError, match=r"denied: .*base"):
+            find_model(home, "base", "d2")
+    assert list_checkpoints(directory / "step_000001" / "meta.json") == []
+
+
 def test_find_checkpoint_takes_the_latest_or_names_the_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no checkpoint in .*missing"):
         find_checkpoint(tmp_path / "missing")

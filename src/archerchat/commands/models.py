@@ -131,7 +131,8 @@ def prune(config: PruneConfig, home: Home) -> None:
 
 def find_stages(home: Home, tag: str, stage: str | None) -> list[Path]:
     """Return the directories of a model, one for each stage that it went through."""
-    known = [path for each in STAGES if stage in (each, None) for path in list_models(home, each)]
+    stages = STAGES if stage is None else (stage,)
+    known = [path for each in stages for path in list_models(home, each)]
     if found := [path for path in known if path.name == tag]:
         return found
     kind = f"{stage} model" if stage else "model"

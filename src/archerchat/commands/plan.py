@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +38,8 @@ def plan(config: PlanConfig, home: Home) -> None:
             content["text"] = dataclasses.asdict(text) | {"packing": packing, "passes": passes}
         print(json.dumps(content, allow_nan=False))
         return
-    here = [source.name for source in list_sources(home)]
+    # A plan for another machine does not use the text that is on this one, unless --data names it.
+    here = [] if config.gpu else [source.name for source in list_sources(home)]
     own = config.data or ("" if "climbmix" in here or not here else here[0])
     environment = build_environment(Path(__file__).parent)
     environment.filters["days"] = lambda hours: (
@@ -52,7 +54,7 @@ def plan(config: PlanConfig, home: Home) -> None:
         free=RESERVED_SHARE,
         cpu_tokens=CPU_TOKENS,
     )
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     for part in tables.strip().split("\n\n"):
         title, *rows = part.split("\n")
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
@@ -62,18 +64,18 @@ def plan(config: PlanConfig, home: Home) -> None:
         for row in rows:
             table.add_row(*(cell.rstrip() for cell in row.split(" | ")))
         console.print(table)
-    console.print("[bold]Commands[/bold]")
+    console.print("Commands", style="bold")
     for line in _commands(config, content, own):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def _commands(config: PlanConfig, content: dict[str, Any], own: str) -> list[str]:
     """Return the commands for this run, from text to a chat model; `own` names text to use."""
     dial, size = config.dial, content["memory"]["device_batch_size"]
-    data = f" --data {own}" if own else ""
+    data = f" --data {quote(own)}" if own else ""
     tag, given = f"--model-tag d{dial.depth}", []
     if config.tokenizer != "default":
-        given.append(f"--tokenizer {config.tokenizer}")
+        given.append(f"--tokenizer {quote(config.tokenizer)}")
     for field in dataclasses.fields(dial):
         flag, value = field.name.replace("_", "-"), getattr(dial, field.name)
         if value is False:

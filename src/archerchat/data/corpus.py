@@ -10,6 +10,7 @@ in validation, such as a module's source and its documentation, which repeat eac
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
+
+import pyarrow as pa
 
 from archerchat.config import Config, Limit, PositiveInt, Seed, compare_configs
 from archerchat.data.shards import write_shards
@@ -115,10 +118,14 @@ def find_recipe(directory: Path) -> dict[str, Any] | None:
 def _load_manifest(directory: Path) -> dict[str, Any] | None:
     """Read the manifest; None if it is missing or damaged."""
     try:
-        manifest = json.loads((current(directory) / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        manifest: dict[str, Any] = json.loads((current(directory) / MANIFEST).read_bytes())
+        parts = [manifest[name] for name in ("recipe", "options", "shards")]
+        if manifest["format"] != FORMAT or not all(isinstance(part, dict) for part in parts):
+            return None
+        _facts_by_file(manifest["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    return manifest
 
 
 def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
@@ -145,7 +152,7 @@ def _list_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 def _facts_by_file(recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
     single = Path(recipe.get("folder", "")).name  # whose own recipe calls it "."
-    return {single if name == "." else name: facts for name, *facts in recipe.get("files", [])}
+    return {single if name == "." else str(name): facts for name, *facts in recipe.get("files", [])}
 
 
 def _write_corpus(
@@ -161,7 +168,7 @@ def _write_corpus(
     def iter_train() -> Iterator[str]:
         """Yield the train documents, each bucket shuffled; collect those for validation."""
         for path in buckets:
-            with path.open(encoding="utf-8") as lines:
+            with io.TextIOWrapper(pa.input_stream(path, compression="zstd"), "utf-8") as lines:
                 documents = list(map(json.loads, lines))
             validation_texts.extend(text for group, text in documents if group in validation)
             texts = [text for group, text in documents if group in train]
@@ -181,7 +188,7 @@ def _write_corpus(
 
     with TemporaryDirectory(prefix=".spill-", dir=directory) as scratch:
         num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
-        buckets = [Path(scratch, f"{index}.jsonl") for index in range(num_buckets)]
+        buckets = [Path(scratch, f"{index}.jsonl.zst") for index in range(num_buckets)]
         sizes, num_train = _spill(groups, held_out, buckets, generator)
         if len(sizes) < 2 or not num_train:
             raise DataError(
@@ -210,7 +217,8 @@ def _spill(
     """
     sizes, num_train = list[int](), 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in buckets]
+        streams = [pa.output_stream(path, compression="zstd") for path in buckets]
+        files = [stack.enter_context(io.TextIOWrapper(each, "utf-8")) for each in streams]
         marked = chain(zip(groups, repeat(True)), zip(held_out, repeat(False)))
         for group, is_train in marked:
             texts = [replace_surrogates(text) for text in group if text and not text.isspace()]

@@ -77,7 +77,10 @@ class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
 
     @abstractmethod
     def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
-        """Yield each batch after `state` with the state after it; runs on a copy of the loader."""
+        """Yield each batch after `state` with the state after it.
+
+        `self` is the thread's own copy of the loader; the caller's never sees what it assigns.
+        """
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:

@@ -93,7 +93,11 @@ class Shard:
             self._metadata, schema = self._file.metadata, self._file.schema_arrow
         self.num_row_groups: int = self._metadata.num_row_groups
         self.num_documents: int = self._metadata.num_rows
-        _check_column(path, column, schema)
+        try:
+            _check_column(path, column, schema)
+        except DataError:
+            self.close()
+            raise
 
     @property
     def documents_per_row_group(self) -> list[int]:

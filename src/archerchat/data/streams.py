@@ -64,9 +64,11 @@ class Streams(Stateful, Generic[LoaderT]):
         """This rank's micro-batches of a step, as indices by stream."""
         for place in range(first, first + grad_accum_steps):
             self._own[place // self._per_stream].append(place % self._per_stream)
+        self._turns = [(stream, place) for stream, places in self._own.items() for place in places]
+        self._turn = 0
+        """Index in `_turns` of the next micro-batch."""
         self.loaders = {stream: open_stream(stream, num_streams) for stream in self._own}
         """The streams that this rank reads."""
-        self._batches = self._iter_batches()
 
     @property
     def first(self) -> LoaderT:
@@ -79,18 +81,19 @@ class Streams(Stateful, Generic[LoaderT]):
         return [self.loaders[stream] for stream, places in self._own.items() if places[0] == 0]
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        """Return this rank's next micro-batch; skip those of other ranks, before and after.
 
-    def _iter_batches(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches, step after step; skip those of other ranks."""
-        while True:
-            for stream, places in self._own.items():
-                loader, after = self.loaders[stream], self._per_stream - 1 - places[-1]
-                _skip(loader, places[0])
-                yield from islice(loader, len(places) - 1)
-                batch = next(loader)
-                _skip(loader, after)  # before the step ends, and its state is read
-                yield batch
+        After an error the turn stays, so that the loader raises it again.
+        """
+        stream, place = self._turns[self._turn]
+        loader, places = self.loaders[stream], self._own[stream]
+        if place == places[0]:
+            _skip(loader, place)
+        batch = next(loader)
+        if place == places[-1]:
+            _skip(loader, self._per_stream - 1 - place)  # before the step's state is read
+        self._turn = (self._turn + 1) % len(self._turns)
+        return batch
 
     def _prefix(self, stream: int) -> str:
         return "" if self._num_streams == 1 else f"{stream}/"
@@ -115,7 +118,7 @@ class Streams(Stateful, Generic[LoaderT]):
             CheckpointError: it does not fit the loaders.
         """
         assert saved_streams(state) == self._num_streams
-        self._batches = self._iter_batches()
+        self._turn = 0
         for stream, loader in self.loaders.items():
             prefix = self._prefix(stream)
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

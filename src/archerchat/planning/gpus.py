@@ -52,7 +52,7 @@ def known_gpus() -> tuple[Gpu, ...]:
     """Return the cards of `gpus.toml`."""
     cards = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     for card in cards.values():
-        card["capability"] = tuple(card.get("capability", (8, 0)))
+        card["capability"] = tuple(card.get("capability", Gpu.capability))
     return tuple(Gpu(name, **card) for name, card in cards.items())
 
 

@@ -31,7 +31,12 @@ CPU_SHAPES: tuple[Shape, ...] = (
     (1024, 1024, 1024),
     (2048, 2048, 2048),
 )
-GPU_SHAPES = (2048, 2048, 2048), (8192, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192)
+ACCELERATOR_SHAPES: tuple[Shape, ...] = (
+    (2048, 2048, 2048),
+    (8192, 1024, 4096),
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+)
 ROUNDS = 3
 MEASURE_SECONDS = 1.5
 
@@ -92,7 +97,7 @@ def measure_peak(runtime: Runtime, seconds: float = MEASURE_SECONDS) -> Measurem
             take longer than the time left.
     """
     is_cpu = runtime.device.type == "cpu"
-    shapes = CPU_SHAPES if is_cpu else GPU_SHAPES
+    shapes = CPU_SHAPES if is_cpu else ACCELERATOR_SHAPES
     dtypes = dict.fromkeys([runtime.compute_dtype, *([torch.float32] if is_cpu else [])])
     slots = [*product(shapes, dtypes)] * ROUNDS
     best: dict[torch.dtype, Measurement] = {}

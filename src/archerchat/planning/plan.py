@@ -148,6 +148,7 @@ def _describe_hyperparameters(hp: Hyperparameters) -> dict[str, Any]:
         "head_dim": model.head_dim,
         "windows": model.windows,
         "padded_vocab_size": model.padded_vocab_size,
+        "value_embedding_layers": sum(map(model.has_value_embedding, range(model.num_layers))),
     }
 
 

@@ -129,7 +129,8 @@ def parse_log(name: str, text: str) -> Course:
         if is_base and step >= 0:
             course.losses |= {step: found["loss"]} if "loss" in found else {}
             course.bits |= {step: found[BITS]} if BITS in found else {}
-        of_sft = {BITS: SFT_BITS, CHATCORE: CHATCORE}
+        # CORE and the total of FLOPs may be printed after fine-tuning, and are the base model's.
+        of_sft = {BITS: SFT_BITS, CHATCORE: CHATCORE, CORE: CORE, "flops": "flops"}
         known |= found if is_base else {of_sft[q]: found[q] for q in found.keys() & of_sft.keys()}
     course.scores = {name: known[name] for name in SCORES if name in known}
     if course.scores.get(MFU, 0.0) > 1.5:  # a percentage

@@ -96,7 +96,9 @@ def _read(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
             conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
     if cap:
         conditions.insert(0, f"at most {cap:,} per task")
-    score = content.get("chatcore" if kind == "chat" else "core") if complete else None
+    score = None
+    if complete:
+        score = content.get("chatcore") if kind == "chat" else content["core"]
     return Result(kind, stage, tag, about["step"], score, tasks, complete, conditions)
 
 

@@ -16,7 +16,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from archerchat.config import STAGES, from_json
+from archerchat.config import STAGES
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
@@ -92,8 +92,8 @@ class Run:
         """Name of the model that the run trained."""
         base = self.setting("identity", "base", "tag")
         given = self.setting("config", "output_tag" if base else "model_tag")
-        depth = f"d{self.model.num_layers}" if self.model else self.tag
-        return str(self._present_name(given or base or depth))
+        depth = self.setting("model_config", "num_layers")
+        return str(self._present_name(given or base or (f"d{depth}" if depth else self.tag)))
 
     def _present_name(self, tag: str | None) -> str | None:
         for rename in self.renames:
@@ -102,9 +102,11 @@ class Run:
 
     @property
     def model(self) -> ModelConfig | None:
-        """Shape of the model, if the journal has it."""
-        shape = self.setting("model_config")
-        return from_json(ModelConfig, shape) if shape else None
+        """Shape of the model; None if the journal has none that this version can build."""
+        try:
+            return ModelConfig(**self.setting("model_config"))
+        except (TypeError, ValueError, ArithmeticError, AssertionError):
+            return None
 
     @property
     def device(self) -> str:

@@ -29,6 +29,8 @@ WITH_FLOOR, BOTH_SIZES = 4, 6
 """Fewest runs for a power law with a floor, and for one of two sizes: one more than unknowns."""
 SAME_DIRECTION, DISTINCT = 0.98, 3
 """The effects of two sizes can be separated if they correlate less and have as many values each."""
+MAX_SIZES = 6
+"""Most sizes that a chart shows; it has as many colours."""
 AHEAD = 10.0
 """The law is extrapolated to this multiple of the largest run's compute."""
 DELTA = 1e-3
@@ -193,16 +195,16 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
         raise UsageError("a law needs runs of two sizes: name at least two, such as d6 d8 d10")
     count, losses = len(runs), [run.loss for run in runs]
     sizes: list[list[float]] = [[run.parameters for run in runs], [run.tokens for run in runs]]
-    logs = np.log(sizes)
-    is_varied = min(len(set(np.round(row, 2))) for row in logs) >= DISTINCT
-    if count >= BOTH_SIZES and is_varied and np.abs(np.corrcoef(*logs)).min() < SAME_DIRECTION:
+    mixed = _why_inseparable(np.log(sizes))
+    if not mixed:
         reason = f"{count} runs whose parameters and tokens vary independently."
         return fit_law(losses, sizes), reason
     if count >= WITH_FLOOR:
         reason = (
-            f"The effects of parameters and tokens cannot be separated in these {count} runs, so "
-            f"the law is over compute. To separate them, take at least {BOTH_SIZES} runs with at "
-            f"least {DISTINCT} values of each: depths at several --target-param-data-ratio."
+            f"The effects of parameters and tokens cannot be separated in these {count} runs, "
+            f"because {mixed}, so the law is over compute. To separate them, take at least "
+            f"{BOTH_SIZES} runs with at least {DISTINCT} values of each: depths at several "
+            "--target-param-data-ratio."
         )
     else:
         reason = (
@@ -210,6 +212,18 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
             "law over compute, which underestimates the loss when extrapolated far."
         )
     return fit_law(losses, [[run.flops for run in runs]], floor=count >= WITH_FLOOR), reason
+
+
+def _why_inseparable(logs: Array) -> str:
+    """Return why the effects of two sizes (2, runs) cannot be separated; "" if they can be."""
+    if logs.shape[1] < BOTH_SIZES:
+        return "they are too few"
+    distinct = min(len(set(np.round(row, 2))) for row in logs)
+    if distinct > 1 and np.abs(np.corrcoef(*logs)).min() >= SAME_DIRECTION:
+        return "tokens grow with parameters, as in a miniseries at one ratio"
+    if distinct < DISTINCT:
+        return f"they have only {distinct} different numbers of parameters or of tokens"
+    return ""
 
 
 def build_scaling_report(runs: Sequence[SizedRun], law: Law, reason: str, metric: str) -> Document:
@@ -226,7 +240,9 @@ def _charts(runs: Sequence[SizedRun], law: Law, metric: str) -> list[Lines]:
         flops = np.geomspace(runs[0].flops, runs[-1].flops * AHEAD, 60).tolist()
         curve = [(c, float(law.predict(*law.optimal_split(c)))) for c in flops]
         by_compute.insert(0, Series("best split" if law.both else "law", curve, "dashed", color=1))
-    for color, size in enumerate(sorted({run.parameters for run in runs}) if law.both else ()):
+    sizes = sorted({run.parameters for run in runs}) if law.both else []
+    shown = sorted({round(i) for i in np.linspace(0, len(sizes) - 1, MAX_SIZES)}) if sizes else []
+    for color, size in enumerate(sizes[i] for i in shown):
         least, *_, most = sorted(run.tokens for run in runs)
         tokens = np.geomspace(least, most * 2, 40).tolist()
         curve = [(d, float(law.predict(size, d))) for d in tokens]

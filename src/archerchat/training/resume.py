@@ -34,11 +34,10 @@ from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 from archerchat.training.stage import Stage
 
-EXTENDABLE = (
-    r"num_iterations|\w+_batch_size|learning_rates\.\w+|weight_decay|warm\w+|final_lr_frac"
-    r"|target_\w+|\w+_lr"
-)
-"""Names in an identity, and flags, that `--extend` lets change."""
+EXTENDABLE = r"num_iterations|\w+_batch_size|learning_rates\.\w+|weight_decay|warm\w+|final_lr_frac"
+"""Names in an identity that `--extend` lets change: the horizon, the batch, rates and schedule."""
+EXTENDABLE_FLAGS = rf"{EXTENDABLE}|target_\w+|\w+_lr"
+"""Flags that decide them; most have the same names."""
 FREE_FLAGS = (
     r"device|attention|compile|run|push_checkpoints|tags|save_every|keep_last|(core|sample|eval)_\w+|"
     r"resume\w*|overwrite|extend|data_dir|val_jsonl|output_tag"
@@ -235,7 +234,7 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
     Flags that resolve to the same value, such as a default given explicitly, do not differ.
     """
     lines, before, now = [], saved["identity"], current["identity"]
-    free = f"{FREE_FLAGS}|{EXTENDABLE}" if extend else FREE_FLAGS
+    free = f"{FREE_FLAGS}|{EXTENDABLE_FLAGS}" if extend else FREE_FLAGS
     for line in compare_configs(saved["config"], current["config"]):
         name, _, values = line.partition(": ")
         flag = name.rpartition(".")[2]

@@ -63,7 +63,7 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 def question_indices(count: int, per_step: int, seed: int, step: int) -> list[int]:
     """Return a step's questions; every epoch takes each of `count` once, in its own order."""
     positions = range(step * per_step, (step + 1) * per_step)
-    orders = {position // count: list(range(count)) for position in positions}
+    orders = {epoch: list(range(count)) for epoch in {position // count for position in positions}}
     for epoch, order in orders.items():
         Random(f"questions {seed} {epoch}").shuffle(order)
     return [orders[position // count][position % count] for position in positions]

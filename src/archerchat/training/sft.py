@@ -192,7 +192,8 @@ class Finetuning(Tuning):
     @property
     def data_progress(self) -> float:
         """Share of the passes that is done; 0 if only the number of steps ends the run."""
-        return self.used().progress / self.config.passes
+        passes = self.config.passes
+        return 0.0 if math.isinf(passes) else self.used().progress / passes
 
     @property
     def first_estimate(self) -> int:

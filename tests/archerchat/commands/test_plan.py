@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,29 @@ def test_the_commands_use_text_that_is_here(
     assert commands[0].startswith("archerchat pretrain --data mine --tokenizer bytes --depth 2 ")
     for line in commands:
         parse(line.split()[1:])
+
+
+def test_a_plan_for_another_machine_leaves_out_this_one_s_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path)
+    write_shards(["x" * 99] * 20, home.data_dir("mine"), documents_per_shard=10)
+    plan(PlanConfig(DialConfig(4), gpu="T4"), home)
+    out = capsys.readouterr().out
+    assert "mine" not in out
+    assert "archerchat data download" in out
+
+
+def test_any_name_of_a_folder_is_printed_as_it_is(
+    cpu_only: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path)
+    write_shards(["x" * 99] * 20, tmp_path / "data" / "my [red] :art:", documents_per_shard=10)
+    plan(PlanConfig(DialConfig(4)), home)
+    out = capsys.readouterr().out
+    assert "--data my [red] :art: tells" in out
+    command = next(line for line in out.splitlines() if line.startswith("archerchat tokenizer"))
+    assert shlex.split(command)[3:5] == ["--data", "my [red] :art:"]
 
 
 def test_data_that_is_here_is_measured(

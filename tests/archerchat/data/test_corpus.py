@@ -130,7 +130,19 @@ def test_building_again_does_nothing_until_something_changes(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "missing",
+        "short",
+        "[",
+        "[1]",
+        '{"format": 1}',
+        '{"format": 1, "recipe": {}, "options": {}, "shards": []}',
+        '{"format": 1, "recipe": {"files": 3}, "options": {}, "shards": {}}',
+        '{"format": 1, "recipe": {"folder": []}, "options": {}, "shards": {}}',
+    ],
+)
 def test_a_damaged_corpus_is_built_anew(tmp_path: Path, damage: str) -> None:
     directory = tmp_path / "c"
     build(SINGLES, directory)
@@ -141,7 +153,8 @@ def test_a_damaged_corpus_is_built_anew(tmp_path: Path, damage: str) -> None:
     elif damage == "short":
         shard.write_bytes(good[:50])
     else:
-        (directory / corpus.MANIFEST).write_text("[")
+        (directory / corpus.MANIFEST).write_text(damage)
+        assert find_recipe(directory) is None
     assert build(SINGLES, directory)
     assert shard.read_bytes() == good
     assert json.loads((directory / corpus.MANIFEST).read_text())["options"]["seed"] == 0
@@ -193,6 +206,21 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} is"):
         CorpusOptions(**options)
+
+
+def test_the_temporary_files_are_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill, written = corpus._spill, list[int]()
+
+    def measure(groups: Any, held_out: Any, buckets: list[Path], generator: Any) -> Any:
+        found = spill(groups, held_out, buckets, generator)
+        written.extend(path.stat().st_size for path in buckets)
+        return found
+
+    monkeypatch.setattr(corpus, "_spill", measure)
+    build([["word " * 10_000]] * 10, tmp_path / "c")
+    assert 0 < sum(written) < 100_000
 
 
 def test_every_character_comes_through(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from archerchat.data.prefetch import Batch, PrefetchingLoader, State
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.distributed import Ranks
-from archerchat.errors import UsageError
+from archerchat.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,23 @@ def test_ranks_may_come_and_go(before: int, after: int) -> None:
     assert first + second == expected
     read = sum(expected, Counter[int]())
     assert read == Counter(range(60))  # each once, none left out
+
+
+class Broken(Numbers):
+    """Stream 1 ends with an error after two batches; stream 0 never does."""
+
+    def _iter_after(self, state: State[Next]) -> Iterator[tuple[Batch, State[Next]]]:
+        yield from itertools.islice(super()._iter_after(state), 2 if state.progress.number else 99)
+        raise DataError("broken shard")
+
+
+def test_an_error_is_raised_again() -> None:
+    loader = Streams(Broken, 2, 6, Ranks())
+    assert [next(loader).inputs.item() for _ in range(5)] == [0, 2, 4, 1, 3]
+    for _ in range(3):
+        with pytest.raises(DataError, match="broken shard"):
+            next(loader)
+    loader.close()
 
 
 def test_a_stream_that_ranks_share_is_counted_once() -> None:

@@ -51,6 +51,12 @@ def test_the_fingerprint_changes_with_all_that_decides_outcomes(small_bundle: Pa
             "icl_task_type: essay",
             "'schema' is of type 'essay'",
         ),
+        (
+            "core.yaml",
+            "icl_task_type: schema",
+            "icl_task_type: [schema]",
+            "'schema' is of type ['schema']",
+        ),
         ("core.yaml", "label: schema", "name: schema", "has a task without a `label`"),
         ("core.yaml", "label: schema", "label: multiple_choice", "has two tasks 'multiple_choice'"),
         ("core.yaml", "uri: schema.jsonl", "uri: gone.jsonl", "lacks the files of schema"),
@@ -76,7 +82,7 @@ def test_a_broken_list_is_refused(
 @pytest.mark.parametrize("name", ["core.yaml", "eval_meta_data.csv"])
 def test_a_missing_list_is_named(small_bundle: Path, name: str) -> None:
     (small_bundle / name).unlink()
-    with pytest.raises(DataError, match=f"cannot read .*{name}"):
+    with pytest.raises(DataError, match=f"cannot read .*{name}.*get the whole bundle again"):
         load_bundle(small_bundle)
 
 
@@ -117,5 +123,5 @@ def test_an_empty_task_is_named(small_bundle: Path) -> None:
 def test_a_file_that_is_no_text_is_named(small_bundle: Path) -> None:
     path = small_bundle / "eval_data" / "schema.jsonl"
     path.write_bytes(b"\n\xff")
-    with pytest.raises(DataError, match=r"schema.jsonl:2: not UTF-8 text"):
+    with pytest.raises(DataError, match=r"schema.jsonl:2: not UTF-8 text.*get the whole bundle"):
         read_examples(load_bundle(small_bundle).tasks[1])

@@ -55,6 +55,14 @@ def test_both_layouts_of_the_reference_s_log_are_read(text: str) -> None:
         parse_log("log", "hello: 1 at step 9")
 
 
+def test_what_is_printed_after_fine_tuning_counts_if_it_is_of_the_base_model() -> None:
+    whole = STEP_LINES.replace("Estimated FLOPs per token: 8.87e+08\n", "")
+    before = whole.replace("Step 02520 | CORE metric: 0.1542\n", "")
+    course = parse_log("log", before + "CORE metric: 0.1542\nTotal training flops: 2.52e+18\n")
+    assert course.scores == parse_log("log", whole).scores
+    assert course.flops_per_step == pytest.approx(1e15)
+
+
 def test_runs_agree_within_the_noise() -> None:
     one = Course("a", {0: 6.0, 5: 5.0, 99: 3.0}, {100: 0.90}, scores={BITS: 0.90, CORE: 0.15})
     near = Course("b", {0: 6.0, 5: 5.04, 99: 3.02}, {100: 0.907}, scores={BITS: 0.907, CORE: 0.142})

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import endlex
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.planning.gpus import Prices
 from archerchat.report.charts import Bars, Lines
+from archerchat.report.comparison import compare, read_course
 from archerchat.report.document import Document, printable
 from archerchat.report.report import (
     build_training_report,
@@ -264,13 +266,43 @@ def test_a_depth_without_reference(
 ) -> None:
     session(
         home,
-        "odd",
+        "d9",
         range(3),
         config=config(model_config=config()["model_config"] | {"num_layers": 9}),
     )
     page = render(home).html
     assert "depths 8, 12, 24, not 9" in page
     assert "reference d" not in page
+
+
+def test_a_shape_that_cannot_be_built_breaks_no_report(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> None:
+    whole = config()["model_config"]
+    shapes = [{"num_layers": 9}, whole | {"num_heads": 0}, whole | {"of_later": 1}, [1], "x"]
+    for number, shape in enumerate(shapes):
+        session(home, f"odd{number}", range(3), config=config(model_config=shape))
+    session(home, "d8", range(3))
+    assert "depth 8" in render(home, "d8").markdown
+    assert "report: d9" in render(home, "odd0").markdown
+    for number in range(len(shapes)):
+        assert f"odd{number}" in render(home, f"odd{number}").markdown
+        assert compare(read_course(home, "d8"), read_course(home, f"odd{number}"))
+
+
+def test_the_reference_is_described_only_beside_its_figures(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> None:
+    run = endlex.init("archerchat", "d8", config(), directory=home.run_dir("d8"), mode="offline")
+    run.log({"train/loss": 3.0, "train/tokens": 512}, step=0)
+    run.finish()
+    text = render(home).markdown
+    assert "reference d8" not in text
+    assert "The reference" not in text
+    session(home, "d8", range(1, 3))
+    text = render(home).markdown
+    assert "reference d8" in text
+    assert "The reference's d8: " in text
 
 
 def test_little_is_enough(home: Home, session: Callable[..., None]) -> None:

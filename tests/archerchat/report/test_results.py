@@ -126,6 +126,7 @@ def test_the_fullest_chat_evaluation_of_a_step_counts(home: Home) -> None:
         '{"step": 1, "tasks": 3}',
         '{"step": 1, "tasks": {"a": 1}}',
         '{"core": 1}',
+        '{"step": 1, "tasks": [], "options": {"max_per_task": null, "max_length": null}}',
         "\xff",
     ],
 )

@@ -112,12 +112,16 @@ def test_a_miniseries_at_one_ratio_is_fitted_over_compute() -> None:
     assert not law.both
     assert law.floor is not None
     assert "cannot be separated" in reason
+    assert "because tokens grow with parameters" in reason
 
 
 def test_two_amounts_of_tokens_do_not_show_a_curve() -> None:
     law, reason = fit_runs([sized(n, d) for n in (10**7, 10**8, 10**9) for d in (1e9, 1e10)])
     assert not law.both
+    assert "because they have only 2 different numbers of parameters or of tokens" in reason
     assert "at least 3 values of each" in reason
+    _, reason = fit_runs([sized(10**7, 1e9 * 2**i) for i in range(6)])
+    assert "only 1 different" in reason
 
 
 @pytest.mark.parametrize(("count", "floor"), [(2, False), (3, False), (4, True), (5, True)])
@@ -125,7 +129,7 @@ def test_few_runs_give_a_simpler_law_and_it_says_so(count: int, floor: bool) -> 
     law, reason = fit_runs([sized(10**7 * 3**i, 1e9 * 2**i) for i in range(count)])
     assert not law.both
     assert (law.floor is not None) == floor
-    assert ("at least 6 runs" if floor else "too few for a floor") in reason
+    assert ("because they are too few" if floor else "too few for a floor") in reason
 
 
 def test_runs_of_one_size_give_none() -> None:
@@ -142,6 +146,14 @@ def test_the_document(count: int) -> None:
     assert any(runs[0].tag in line for line in notices)
     assert all(run.tag in document.html for run in runs)
     assert len(document.charts) == (2 if count == 9 else 1)
+
+
+def test_a_chart_shows_no_more_sizes_than_it_has_colours() -> None:
+    runs = [sized(10**7 * 2**i, 1e9 * 3**j) for i in range(8) for j in range(3)]
+    chart, _ = scaling._charts(runs, fit_runs(runs)[0], "val/bpb")
+    assert [series.color for series in chart.series] == [i // 2 for i in range(12)]
+    labels = [series.label for series in chart.series if series.label]
+    assert (labels[0], labels[-1]) == ("10M", "1.28B")  # the smallest and the largest
 
 
 def test_losses_that_rise_are_said_to() -> None:

@@ -105,6 +105,14 @@ def test_passes_and_steps_end_a_run(
     assert made.progress_at(step) == pytest.approx(share)
 
 
+def test_the_ranks_do_not_exchange_what_a_run_of_steps_alone_does_not_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = recipe(0.5, 40, None)
+    monkeypatch.delattr(Ranks, "gather")
+    assert made.progress_at(10) == 0.25
+
+
 @pytest.mark.parametrize(
     ("step", "progress", "num_iterations", "expected"),
     [(0, 0.0, None, 0.0), (10, 0.25, None, 0.25), (10, 0.25, 20, 0.5), (10, 0.75, 20, 0.75)],

@@ -160,6 +160,10 @@ def _find_root(folder: Path) -> Path:
     return lists[0].parent
 
 
+def _refuse(problem: str) -> None:
+    raise DataError(f"{problem}, or get the whole bundle again")
+
+
 def load_bundle(directory: Path) -> Bundle:
     """Read the list of tasks and their baselines.
 
@@ -168,7 +172,7 @@ def load_bundle(directory: Path) -> Bundle:
     """
     listing = directory / TASK_LIST
     try:
-        content = yaml.safe_load("".join(line for _, line in iter_lines(listing)))
+        content = yaml.safe_load("".join(line for _, line in iter_lines(listing, _refuse)))
     except yaml.YAMLError as error:
         raise DataError(f"{listing} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("icl_tasks") if isinstance(content, dict) else None
@@ -197,7 +201,7 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
         shots = shots[0]
     root = (directory / DATA).resolve()
     wrong = None
-    if kind not in COLUMNS:
+    if kind not in tuple(COLUMNS):  # a list cannot be looked up in a dict
         wrong = f"is of type {kind!r}, which is none of {', '.join(COLUMNS)}"
     elif not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):
         wrong = f"names the file {uri!r}, which is not one under {DATA}"
@@ -215,7 +219,7 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
 def _read_baselines(path: Path) -> dict[str, float]:
     """Return the accuracy of guessing by label."""
     baselines = {}
-    for where, row in iter_rows(path):
+    for where, row in iter_rows(path, _refuse):
         label, percent = row.get("Eval Task"), row.get("Random baseline")
         if label is None or percent is None:
             raise DataError(f"{path} must have the columns 'Eval Task' and 'Random baseline'")
@@ -235,7 +239,7 @@ def read_examples(task: CoreTask) -> list[Example]:
         DataError: the file cannot be read, a line is broken, or there is none.
     """
     examples = []
-    for where, row in iter_rows(task.path):
+    for where, row in iter_rows(task.path, _refuse):
         try:
             examples.append(_parse_example(row, task.task_type))
         except (ValueError, KeyError, TypeError) as error:
