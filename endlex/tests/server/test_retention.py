@@ -34,6 +34,17 @@ def test_unused_parts_go_after_a_day_and_used_ones_never(run: Any, data_dir: Pat
     assert run.client.get(f"{URL}/kept/files/f").content == b"kept" * 100
 
 
+def test_a_manifest_that_is_sent_again_keeps_no_part_for_longer(run: Any, data_dir: Path) -> None:
+    run.publish("c", FILES)
+    old = time.time() - 2 * blobs.KEPT_SECONDS
+    for path in (data_dir / "parts").glob("*/*"):
+        os.utime(path, (old, old))
+    assert run.put_manifest("c", run.manifest_of("c", FILES)).status_code == 200
+    assert run.client.delete(f"{URL}/c").status_code == 200
+    server = run.client.app.state.server  # type: ignore[attr-defined]
+    assert collect_parts(server.database, server.blobs) == 4502
+
+
 def test_what_was_let_go_of_says_when_and_why_and_may_come_back(run: Any) -> None:
     run.publish("c", FILES, step=1)
     run.publish("d", {"f": b"d"}, step=2)

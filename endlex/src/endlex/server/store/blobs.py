@@ -55,10 +55,10 @@ class Blobs:
         missing, partial = [], {}
         with self.lock:
             for sha256 in dict.fromkeys(asked):
-                if touch(self.path(sha256)) is not None:
+                if _touch(self.path(sha256)) is not None:
                     continue
                 missing.append(sha256)
-                held = touch(self._partial(sha256))
+                held = _touch(self._partial(sha256))
                 if held:
                     partial[sha256] = held
         return missing, partial
@@ -75,7 +75,7 @@ class Blobs:
         Raises:
             ApiError: 400, 409, 413, 429 or 507, as the protocol says. What came stays.
         """
-        if await self._workers.file(touch, self.path(sha256)) is not None:
+        if await self._workers.file(_touch, self.path(sha256)) is not None:
             return False
         if sha256 in self._uploads:  # one that stands still is given up by `bodies.iter_body`
             message = f"part {sha256} is being sent by another connection: ask again"
@@ -114,7 +114,7 @@ class Blobs:
         """Return how many bytes have come; there must be room for the rest."""
         if shutil.disk_usage(self._data.root).free < self._reserve + length:
             raise disk_full()
-        return touch(self._partial(sha256)) or 0
+        return _touch(self._partial(sha256)) or 0
 
     def _publish(self, sha256: str) -> None:
         """Hash a partial file, and move it to its place or drop it."""
@@ -136,6 +136,12 @@ class Blobs:
             fsync(directory)
         finally:
             os.close(directory)
+
+    def size(self, sha256: str) -> int | None:
+        """Return the bytes of a part; None if it is not here."""
+        with suppress(FileNotFoundError):
+            return self.path(sha256).stat().st_size
+        return None
 
     def read(self, sha256: str, start: int, size: int) -> bytes:
         """Return a stretch of a part's content; an `OSError` if it is not here, or shorter."""
@@ -170,7 +176,7 @@ def _append_to(path: Path, piece: bytearray) -> None:
         file.write(piece)
 
 
-def touch(path: Path) -> int | None:
+def _touch(path: Path) -> int | None:
     """Set a file's time to now and return its size; None when there is none."""
     try:
         os.utime(path)

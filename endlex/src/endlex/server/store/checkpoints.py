@@ -21,7 +21,7 @@ import orjson
 from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
-from endlex.server.store.blobs import Blobs, touch
+from endlex.server.store.blobs import Blobs
 from endlex.server.store.database import Database
 from endlex.server.store.queries import dicts, find_run
 from endlex.server.store.retention import remove_replaced
@@ -78,7 +78,7 @@ class Checkpoints:
             raise ApiError(422, f"the manifest is of {manifest['name']!r}, not of {name!r}")
         sizes = {p["sha256"]: p["bytes"] for file in manifest["files"] for p in file["parts"]}
         with self._blobs.lock:  # no part may go between this look and the commit
-            held = {sha256: touch(self._blobs.path(sha256)) for sha256 in sizes}
+            held = {sha256: self._blobs.size(sha256) for sha256 in sizes}
             missing = [sha256 for sha256, size in held.items() if size is None]
             wrong = next((s for s in sizes if held[s] not in (None, sizes[s])), None)
             fault = wrong and (
