@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Request
 
 from endlex.protocol import SCOPES, EndlexError
+from endlex.server.api import auth
 from endlex.server.api.auth import create_token, grant_runs, list_tokens, revoke_token
 from endlex.server.app import serve
+from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import connect
 
@@ -231,6 +234,35 @@ def test_without_a_token_there_is_nothing_but_health(
     wrong = client.get("/api/v1/runs", headers=bearer("wrong"))
     assert (wrong.status_code, "Retry-After" in wrong.headers) == (429, True)
     assert client.get("/api/v1/runs", params={"token": token}).status_code == 401
+
+
+def refuse(client: Any, addresses: list[str]) -> list[int]:
+    """Log in with a wrong token from each address in turn; return the statuses."""
+
+    async def log_in() -> list[int]:
+        statuses = []
+        for address in addresses:
+            request = Request({"type": "http", "client": (address, 1)})
+            with pytest.raises(ApiError) as refused:
+                await client.app.state.server.auth.login(request, "wrong")
+            statuses.append(refused.value.status)
+        return statuses
+
+    return client.portal.call(log_in)  # type: ignore[no-any-return]
+
+
+def test_wrong_tokens_of_other_addresses_hide_none(client: Any) -> None:
+    addresses = [f"10.0.0.{number}" for number in range(100)]
+    statuses = refuse(client, addresses * 12)
+    assert statuses == [401] * 1000 + [429] * 200
+
+
+def test_wrong_tokens_are_remembered_of_the_latest_addresses(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "ADDRESSES_KEPT", 2)
+    assert refuse(client, ["a"] * 10 + ["b", "a"])[-1] == 429
+    assert refuse(client, ["b", "c", "a"])[-1] == 401
 
 
 def test_tokens_are_kept_as_hashes_and_can_be_revoked_while_the_server_runs(

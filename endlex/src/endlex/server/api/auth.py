@@ -16,7 +16,7 @@ import hashlib
 import secrets
 import sqlite3
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ LOGIN_SECONDS = 30 * 86400
 LAST_USED_EVERY = 60.0
 FAILURES = 10
 FAILURE_SECONDS = 300.0
-FAILURES_KEPT = 1000
+ADDRESSES_KEPT = 10_000
 
 
 def create_token(
@@ -146,8 +146,8 @@ class Auth:
     def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
         self._settings, self._database, self._workers = settings, database, workers
         self._used: dict[int, float] = {}
-        self._failures: deque[tuple[str, float]] = deque(maxlen=FAILURES_KEPT)
-        """The latest wrong tokens' addresses and times."""
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+        """When each address sent its latest wrong tokens, the latest address last."""
 
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
         """Let a request pass that has one of `scopes`, for the run that its path names.
@@ -209,10 +209,13 @@ class Auth:
         if not secret:
             return ApiError(401, "a token is needed: set ENDLEX_TOKEN, or log in", headers)
         address = request.client.host if request.client else ""
-        now = time.monotonic()
-        self._failures.append((address, now))
-        lately = [one for one, at in self._failures if now - at < FAILURE_SECONDS]
-        if lately.count(address) > FAILURES:  # right tokens pass: a bad box locks out no other
+        times = self._failures.setdefault(address, deque(maxlen=FAILURES + 1))
+        times.append(time.monotonic())
+        self._failures.move_to_end(address)
+        if len(self._failures) > ADDRESSES_KEPT:
+            self._failures.popitem(last=False)
+        # Right tokens pass: a bad box locks out no other.
+        if len(times) > FAILURES and times[-1] - times[0] < FAILURE_SECONDS:
             wait = {"Retry-After": "60"}
             return ApiError(429, "too many wrong tokens from this address: wait a while", wait)
         message = "the token is not known, or revoked: make one with `endlex token create`"
