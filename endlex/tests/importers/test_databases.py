@@ -94,6 +94,23 @@ def test_each_run_of_a_trackio_database(tmp_path: Path) -> None:
         import_trackio(image, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("kind", "run"), [("TEXT", None), ("INTEGER", 7), ("", 7)])
+def test_a_trackio_run_may_be_named_by_a_number_or_by_nothing(
+    tmp_path: Path, kind: str, run: int | None
+) -> None:
+    time = "2026-11-27T10:00:00+00:00"
+    rows = [(run, time, "a", 0, '{"loss":2.0}'), ("b", time, "b", 0, "damaged")]
+    with sqlite3.connect(tmp_path / "toy.db") as database:
+        columns = f"run_id {kind}, timestamp TEXT, run_name TEXT, step INTEGER, metrics TEXT"
+        database.execute(f"CREATE TABLE metrics (id INTEGER PRIMARY KEY, {columns})")
+        database.executemany("INSERT INTO metrics VALUES (NULL, ?, ?, ?, ?, ?)", rows)
+    whole, damaged = import_trackio(tmp_path / "toy.db", tmp_path / "out")
+    found = summarize(whole.directory)
+    assert (found["name"], found["summary"]) == ("a", {"loss": 2.0})
+    assert summarize(damaged.directory)["name"] == "b"
+    assert (damaged.counts, damaged.skipped) == ({}, {"damaged row": 1})
+
+
 def test_the_parts_of_a_neptune_run(tmp_path: Path) -> None:
     moment = datetime(2026, 1, 1, tzinfo=UTC)
     blank = dict.fromkeys(

@@ -20,6 +20,9 @@ from endlex.importers import run_directory
 from endlex.importers.run_directory import RunWriter, numbers_of, write_row
 from endlex.protocol import SYSTEM, EndlexError
 
+RunKey = str | int | None
+"""What names a run in its column: a text, but some files have numbers or NULL there."""
+
 
 def find_trackio_files(path: Path) -> list[Path]:
     """Return the databases at or below a directory, or the one that is named."""
@@ -32,9 +35,11 @@ def import_trackio(path: Path, root: Path, project: str | None = None) -> list[R
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             database.row_factory = sqlite3.Row
             query = f"SELECT {_run_column(database, 'metrics')}, run_name FROM metrics ORDER BY id"
+            names = dict(map(tuple, database.execute(query)))
+            project = project or path.stem
             return [
-                _import_run(database, path, root, project or path.stem, str(run), str(name))
-                for run, name in dict(map(tuple, database.execute(query))).items()
+                _import_run(database, path, root, project=project, run=run, name=str(name))
+                for run, name in names.items()
             ]
     except (sqlite3.Error, KeyError, IndexError) as error:
         raise EndlexError(f"{path} is no database of trackio's, or damaged: {error}") from error
@@ -47,13 +52,13 @@ def _run_column(database: sqlite3.Connection, table: str) -> str | None:
 
 
 def _of_run(
-    database: sqlite3.Connection, table: str, run: str, skip: Callable[[str], Any] = str
+    database: sqlite3.Connection, table: str, run: RunKey, skip: Callable[[str], Any] = str
 ) -> Iterator[tuple[sqlite3.Row, dict[str, Any]]]:
     """Yield a run's rows with what their JSON says."""
     column = _run_column(database, table)
     if column is None:
         return
-    query = f"SELECT * FROM {table} WHERE {column}=? ORDER BY id"
+    query = f"SELECT * FROM {table} WHERE {column} IS ? ORDER BY id"
     for row in database.execute(query, (run,)):
         try:
             content = json.loads(row["config" if table == "configs" else "metrics"])
@@ -66,10 +71,10 @@ def _of_run(
 
 
 def _import_run(
-    database: sqlite3.Connection, path: Path, root: Path, project: str, run: str, name: str
+    database: sqlite3.Connection, path: Path, root: Path, *, project: str, run: RunKey, name: str
 ) -> RunWriter:
-    config = dict(next((found for _, found in _of_run(database, "configs", run)), {}))
-    created = min(_time(row) for row, _ in _of_run(database, "metrics", run))
+    config = next((found for _, found in _of_run(database, "configs", run)), {})
+    created = min((_time(row) for row, _ in _of_run(database, "metrics", run)), default=0.0)
     source = run_directory.Source(
         tool="trackio",
         identity=f"{project}/{run}",
@@ -78,7 +83,7 @@ def _import_run(
         created=created,
         config={key: value for key, value in config.items() if not key.startswith("_")},
         group=config.get("_Group") or None,
-        run=run,
+        run=str(run),
     )
     with RunWriter(root, source) as writer:
         for row, values in _of_run(database, "metrics", run, writer.skip):
