@@ -12,7 +12,9 @@ import pytest
 
 pytest.importorskip("wandb", reason="the importers need the extra endlex[import]")
 
-from endlex.importers.wandb import find_wandb_files, import_wandb, iter_records
+from wandb.proto import wandb_internal_pb2
+
+from endlex.importers.wandb import FRAGMENT, FULL, find_wandb_files, import_wandb, iter_records
 from endlex.protocol import EndlexError, decode_number
 from endlex.reading import session_files, session_status
 
@@ -80,6 +82,22 @@ def test_a_run_is_imported_once(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (directory / "journal").iterdir()} == before
     again = import_wandb(FILE, tmp_path / "elsewhere").directory
     assert {p.name: p.read_bytes() for p in (again / "journal").iterdir()} == before
+
+
+def test_a_clock_before_1970_ends_a_run_in_1970(tmp_path: Path) -> None:
+    first, logged, last = (wandb_internal_pb2.Record() for _ in range(3))
+    first.run.run_id = "abcdefgh"
+    logged.history.item.add(key="loss", value_json="1.0")
+    logged.history.item.add(key="_timestamp", value_json="-5.0")
+    last.exit.exit_code = 0
+    content = b":W&B\xee\xbe\0"
+    for record in (first, logged, last):
+        body = record.SerializeToString()
+        checksum = zlib.crc32(body, zlib.crc32(bytes([FULL])))
+        content += FRAGMENT.pack(checksum, len(body), FULL) + body
+    (tmp_path / "run.wandb").write_bytes(content)
+    directory = import_wandb(tmp_path / "run.wandb", tmp_path / "out").directory
+    assert [record["time"] for record in records(directory, "finish")] == [0.0]
 
 
 @pytest.mark.parametrize("cut", [8, 100, 4001, 32_768, 32_775, 33_000])

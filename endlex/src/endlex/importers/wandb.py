@@ -125,7 +125,7 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWrite
     with RunWriter(root, source) as writer:
         _write_records(path, writer, created, config)
         if exit_code is not None:  # else it was killed, or is still written
-            writer.finish(max([*times, created]), "failed" if exit_code else "finished")
+            writer.finish(max([0.0, *times, created]), "failed" if exit_code else "finished")
     return writer
 
 
