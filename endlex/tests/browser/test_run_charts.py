@@ -312,6 +312,31 @@ def test_changes_are_saved_in_their_order_and_outlive_their_page(
     assert page.evaluate("() => kept") == {"GET": False, "PUT": True}
 
 
+def test_the_panels_shown_after_two_failures_are_those_that_the_server_has(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    panels = page.locator(".panel-chart .chart-title")
+    with page.expect_response("**/settings?*") as saved:
+        page.locator("figure[data-metric='train/tokens']").last.hover()
+        page.get_by_label("Pin to the panels: train/tokens").click()
+    assert saved.value.ok
+    page.evaluate(
+        "() => { const plain = fetch; window.held = [];"
+        "fetch = (url, how) => how.method === 'PUT'"
+        " ? new Promise((_, reject) => held.push(reject)) : plain(url, how); }"
+    )
+    for metric in ("val/bpb", "train/loss"):
+        page.locator(f"figure[data-metric='{metric}']").last.hover()
+        page.get_by_label(f"Pin to the panels: {metric}").click()
+    expect(panels).to_have_text(["train/tokens", "val/bpb", "train/loss"])
+    for number in range(2):  # the second change is sent when the first has failed
+        page.wait_for_function("(number) => held.length === number + 1", arg=number)
+        page.evaluate("(number) => held[number](new Error('the network is down'))", number)
+    expect(panels).to_have_text(["train/tokens"])
+
+
 def test_a_change_that_waits_for_another_is_saved_when_the_page_is_left(
     page: Any, charts: Any, wait_for_chart: Callable[..., Any]
 ) -> None:

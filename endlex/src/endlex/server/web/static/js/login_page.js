@@ -27,9 +27,8 @@ async function logIn(token, button, error) {
   button.disabled = true;
   error.textContent = "";
   try {
-    const answer = await fetch(`${ROOT}/api/v1/login`, { method: "POST", body: new URLSearchParams({ token: token.trim() }), redirect: "manual" });
-    // A redirect is opaque to scripts, and means that the cookie was set.
-    if (answer.ok || answer.type === "opaqueredirect") {
+    const answer = await fetch(`${ROOT}/api/v1/login`, { method: "POST", body: new URLSearchParams({ token: token.trim() }) });
+    if (answer.ok) {
       remember("loggedIn", true);
       location.assign(destination());
       return;

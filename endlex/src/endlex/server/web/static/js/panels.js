@@ -10,14 +10,14 @@ const NUMBERS = ["smoothing", "xMin", "xMax", "yMin", "yMax"];
 export class Panels {
   // `onchange` is called when the list has changed.
   constructor(source, project, onchange) {
-    Object.assign(this, { source, project, onchange, list: [], saved: Promise.resolve() });
+    Object.assign(this, { source, project, onchange, list: [], stored: [], saved: Promise.resolve() });
     addEventListener("pagehide", () => this.save());
   }
 
   async load() {
     try {
       const { panels } = await this.source.settings(this.project);
-      this.list = panels[NAME]?.list || [];
+      this.list = this.stored = panels[NAME]?.list || [];
     } catch (error) {
       fail(error);
     }
@@ -25,7 +25,6 @@ export class Panels {
   }
 
   async set(list) {
-    const before = this.list;
     this.list = list;
     this.onchange();
     this.unsent = true;
@@ -33,7 +32,7 @@ export class Panels {
     try {
       await this.saved;
     } catch (error) {
-      if (this.list === list) this.list = before;
+      if (this.list === list) this.list = this.stored;
       else this.unsent = true; // with the later change that waits
       this.onchange();
       fail(error);
@@ -41,10 +40,12 @@ export class Panels {
   }
 
   // Sends the latest list unless it is on its way already.
-  save() {
-    if (!this.unsent) return null;
+  async save() {
+    if (!this.unsent) return;
     this.unsent = false;
-    return this.source.save(this.project, "panels", NAME, { list: this.list });
+    const { list } = this;
+    await this.source.save(this.project, "panels", NAME, { list });
+    this.stored = list; // what the server has, for when a later change cannot be saved
   }
 
   pin(metric, own) {
