@@ -91,9 +91,12 @@ def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
     conditions = [search.search_condition(connection, parse_search(query.q))]
     if ids := [one for one in query.ids.split(",") if one]:
         conditions.append((f"run.id IN ({marks(ids)})", ids))
-    for column, chosen in (("deleted", query.deleted), ("archived", query.archived)):
+    for state, chosen in (
+        ("run.deleted IS NOT NULL", query.deleted),
+        ("run.archived", query.archived),
+    ):
         if chosen != "any" and not ids:
-            conditions.append((f"coalesce(run.{column}, 0) > 0 = ?", [chosen == "true"]))
+            conditions.append((f"({state}) = ?", [chosen == "true"]))
     for column, value in (("project", query.project), ("group_name", query.group)):
         if value is not None:
             conditions.append((f"run.{column} = ?", [value]))

@@ -80,13 +80,15 @@ def prune(
     """
     if run is not None:
         find_run(connection, run)
+    column, chosen = ("project", project) if run is None else ("run.id", run)
+    condition = "" if chosen is None else f"AND {column} = :chosen "
     published = dicts(
         connection,
         "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
         "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
-        "WHERE state='published' AND CASE WHEN :run IS NULL THEN coalesce(project = :project, 1) "
-        "ELSE id = :run END ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
-        {"run": run, "project": project},
+        f"WHERE state='published' {condition}"
+        "ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
+        {"chosen": chosen},
     )
     removed: list[Saved] = []
     kept: list[Saved] = []

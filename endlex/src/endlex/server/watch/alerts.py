@@ -219,9 +219,10 @@ class Watch:
             try:
                 ((term,),) = parse_search(rule)
                 seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
-            except (SearchError, TypeError, ValueError):
+            except (SearchError, TypeError, ValueError):  # unreadable, or not one comparison
                 continue
             for name, points in batch.points.items():
+                # A word, and a comparison with a text, say nothing of a metric's numbers.
                 if term.key is None or term.number is None or not term.key.name.matches(name):
                     continue
                 since = self._hold((run, rule, name), term, points)
