@@ -82,6 +82,9 @@ def test_retention_rules_keep_what_they_say(run: Any) -> None:
     assert unknown["removed"] == []
     assert run.client.post("/api/v1/prune", json={**rules, "dry_run": False}).json() == plan
     assert [c["name"] for c in run.client.get(URL).json()] == ["s20", "s40"]
+    for project, number in (("tests", 2), ("another", 0)):
+        looked = {"project": project, "keep_last": 9, "dry_run": True}
+        assert len(run.client.post("/api/v1/prune", json=looked).json()["kept"]) == number
     every = {"run": RUN, "keep_every": 40}
     removed = run.client.post("/api/v1/prune", json=every).json()["removed"]
     assert [c["name"] for c in removed] == ["s20"]
