@@ -31,12 +31,7 @@ CPU_SHAPES: tuple[Shape, ...] = (
     (1024, 1024, 1024),
     (2048, 2048, 2048),
 )
-ACCELERATOR_SHAPES: tuple[Shape, ...] = (
-    (2048, 2048, 2048),
-    (8192, 1024, 4096),
-    (4096, 4096, 4096),
-    (8192, 8192, 8192),
-)
+ACCELERATOR_SHAPES = (8192, 1024, 4096), *((n, n, n) for n in (2048, 4096, 8192))
 ROUNDS = 3
 MEASURE_SECONDS = 1.5
 

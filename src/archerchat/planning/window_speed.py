@@ -28,7 +28,6 @@ def fastest_for_windows(
     """Return the fastest backend for a model's shortest window, and the times of all.
 
     Args:
-        rows: rows per micro-batch.
         cache_dir: holds `window_speed.json`. If it cannot be written, the next run measures again.
     """
     window, length, dim = min(config.windows), config.sequence_length, config.head_dim
