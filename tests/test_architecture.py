@@ -223,7 +223,7 @@ BUDGETS = {
     "exchange": (800, 988),
     "planning": (700, 700),
     "report": (900, 1319),
-    "commands": (1700, 2186),
+    "commands": (1700, 2189),
     "": (17_000, 23_100),
     "../../endlex/src/endlex": (12_000, 13_521),
     "serving/page/*": (900, 955),
