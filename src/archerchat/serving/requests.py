@@ -163,10 +163,11 @@ def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
+
+
 class JSONSchema(BaseModel):
-    content: Annotated[dict[str, Any], AfterValidator(_is_small)] | None = Field(
-        None, alias="schema"
-    )
+    content: Schema | None = Field(None, alias="schema")
 
 
 class AnswerFormat(JSONSchema):
@@ -193,12 +194,9 @@ class ChatRequest(Sampled, ConversationRequest):
     response_format: AnswerFormat | None = None
 
     def params(self) -> SamplingParams:
-        most = self.most_tokens() or CHAT_SAMPLING.max_new_tokens
+        most = self.max_completion_tokens or self.max_tokens or CHAT_SAMPLING.max_new_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most, logprobs=logprobs)
-
-    def most_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     def answer_format(self) -> AnswerFormat | None:
         return self.response_format
@@ -225,10 +223,7 @@ class TextOptions(BaseModel):
 
 
 class ResponsesRequest(ChatRequest):
-    """`POST /v1/responses`: a chat under other names; its `input` may be the user's text alone.
-
-    A chat's names for the number of tokens and the form of the answer have no effect here.
-    """
+    """`POST /v1/responses`: a chat under other names; its `input` may be the user's text alone."""
 
     MESSAGES: ClassVar = "input"
     FORMAT: ClassVar = "text.format"
@@ -240,6 +235,7 @@ class ResponsesRequest(ChatRequest):
     """A system message, put before that of the input."""
     max_output_tokens: Tokens | None = None
     text: TextOptions | None = None
+    """Holds the form of the answer; `response_format` and `max_tokens` have no effect here."""
     previous_response_id: None = None
     n: None = None
     logprobs: None = None
@@ -252,8 +248,9 @@ class ResponsesRequest(ChatRequest):
             found.insert(0, {"role": "system", "content": "\n\n".join([self.instructions, *own])})
         return found
 
-    def most_tokens(self) -> int | None:
-        return self.max_output_tokens
+    def params(self) -> SamplingParams:
+        most = self.max_output_tokens or CHAT_SAMPLING.max_new_tokens
+        return self.sampling(CHAT_SAMPLING, max_new_tokens=most)
 
     def answer_format(self) -> AnswerFormat | None:
         return self.text.format if self.text else None

@@ -15,8 +15,11 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from archerchat.errors import UsageError
-from archerchat.serving import guard
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request
+from archerchat.serving import guard, worker
 from archerchat.serving.config import ServeConfig
+from archerchat.serving.worker import Stream
 from archerchat.tokenizer.bpe import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -283,6 +286,56 @@ def test_an_engine_that_fails_is_reported_and_goes_on(
     assert client.get("/stats").json()["samples_in_work"] == 0
 
 
+@pytest.mark.parametrize("broken", [("advance",), ("admit",), ("add",), ("advance", "cancel")])
+def test_an_engine_that_cannot_even_be_reset_holds_nobody_up(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Any
+) -> None:
+    client = serve(max_loaded=2)
+    body = {"prompt": "a", "max_tokens": 2}
+    other = body | {"model": "tiny:base"}
+    assert client.post(TEXT, json=body).status_code == 200
+    assert client.post(TEXT, json=other).status_code == 200
+    engine = client.app.state.models.loaded["tiny:sft"].engine
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        for name in (*broken, "reset"):
+            patch.setattr(engine, name, fail)
+        assert client.post(TEXT, json=body).status_code == 500
+        assert client.post(TEXT, json=body).status_code == 500
+        assert client.post(TEXT, json=other).status_code == 200
+    assert "the engine could not be reset" in caplog.text
+    assert client.post(TEXT, json=body).status_code == 200
+    assert client.get("/stats").json()["samples_in_work"] == 0
+
+
+def test_a_cancellation_that_fails_is_logged(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = serve()
+    body = {"prompt": "a", "max_tokens": 2}
+    client.post(TEXT, json=body)
+    models = client.app.state.models
+    engine = models.loaded["tiny:sft"].engine
+
+    def fail(number: int) -> None:
+        raise MemoryError
+
+    async def leave() -> None:
+        stream = Stream(models.worker, engine, [Request([1], SamplingParams(50))])
+        models.worker.submit(stream)
+        models.worker.close(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "cancel", fail)
+        client.portal.call(leave)
+        client.portal.call(models.worker.call, time.monotonic)  # after the cancellation
+    assert "the engine failed" in caplog.text
+    assert client.post(TEXT, json=body).status_code == 200
+
+
 def test_a_client_that_never_reads_loses_its_place(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,3 +382,31 @@ def test_other_work_does_not_hold_up_the_steps(serve: Any) -> None:
     held.set()
     asking.join()
     assert len(ran) < 20
+
+
+def test_short_work_shares_a_pause_between_two_steps(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CALL_SECONDS", 60)
+    client = serve()
+    client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
+    models = client.app.state.models
+    engine = models.loaded["tiny:sft"].engine
+    steps, advance = [], engine.advance
+
+    def step() -> Any:
+        steps.append(1)
+        return advance()
+
+    async def work() -> list[int]:
+        stream = Stream(models.worker, engine, [Request([1], SamplingParams(50))])
+        models.worker.submit(stream)
+        while not steps:
+            await asyncio.sleep(0.001)
+        calls = (models.worker.call(lambda: len(steps)) for _ in range(20))
+        found = await asyncio.gather(*calls)
+        models.worker.close(stream)
+        return found
+
+    monkeypatch.setattr(engine, "advance", step)
+    assert len(set(client.portal.call(work))) <= 3  # steps may begin while the calls are queued
