@@ -358,6 +358,39 @@ def test_a_client_that_never_reads_loses_its_place(
     assert client.get("/stats").json()["samples_in_work"] == 0
 
 
+@pytest.mark.parametrize("version", ["2.3", "2.4", "2.5"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_noticed_whatever_the_server_announces(
+    serve: Any, version: str, stream: bool
+) -> None:
+    client = serve()
+    assert client.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    models = client.app.state.models
+    held = threading.Event()
+    models.worker._thread.submit(held.wait)  # no token comes until then
+    body = json.dumps({"prompt": "a", "stream": stream}).encode()
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def leave() -> None:
+        async with asyncio.timeout(10):
+            await client.app(scope, receive, send)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": headers,
+             "query_string": b"", "asgi": {"version": "3.0", "spec_version": version}}  # fmt: skip
+    try:
+        client.portal.call(leave)
+        assert models.worker.samples == 0
+    finally:
+        held.set()
+
+
 def test_models_make_room_for_each_other(serve: Any) -> None:
     client = serve(max_loaded=1)
     for name in ("tiny:base", "tiny:sft", "tiny:base"):
