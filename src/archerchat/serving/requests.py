@@ -305,6 +305,5 @@ class DetokenizeRequest(_Body):
 
 
 def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    size = tokenizer.vocab_size
-    if ids and not 0 <= min(ids) <= max(ids) < size:
-        raise _refused(field, f"has a token id outside 0 to {size - 1}")
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise _refused(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")

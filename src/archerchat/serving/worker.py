@@ -215,8 +215,7 @@ class Worker:
             task(*arguments)
         except Exception as error:  # such as a lack of memory
             logger.exception("the engine failed")
-            failure = APIError(f"the model failed: {type(error).__name__}", status=500)
-            self._post(self._fail, engine, failure)
+            self._post(self._fail, engine, f"the model failed: {type(error).__name__}")
             try:
                 engine.reset()
             except Exception:
@@ -243,9 +242,9 @@ class Worker:
                 stream.put(event, now)
                 self.counts["generated_tokens_total"] += 1
 
-    def _fail(self, engine: Engine, error: APIError) -> None:
+    def _fail(self, engine: Engine, message: str) -> None:
         self.counts["errors_total"] += 1
         for stream in self._streams.values():
             if stream.engine is engine:
-                stream.error = error
+                stream.error = APIError(message, status=500)
                 stream.arrived.set()
