@@ -137,9 +137,11 @@ def parse(argv: Sequence[str]) -> Parsed:
     saved = {}
     if command.stage:
         resume = argparse.ArgumentParser(path, add_help=False, allow_abbrev=False)
-        resume.add_argument("--resume", metavar="TAG", default="auto")
-        found, words = resume.parse_known_args(words)
-        if found.resume != "auto":  # what every stage does by itself
+        resume.add_argument("--resume", metavar="TAG", nargs="?", default="auto")
+        found, others = resume.parse_known_args(words)
+        if found.resume is not None:  # tyro reports a missing tag
+            words = others
+        if found.resume not in (None, "auto"):  # what every stage does by itself
             load_settings = importlib.import_module("archerchat.training.resume").load_settings
             home = Home.from_environment()
             saved["default"] = load_settings(configuration, home, command.stage, found.resume)

@@ -174,6 +174,8 @@ def test_help_does_not_wait_for_torch() -> None:
         ("pretrain --depth 2 --dtype int8", "'int8'"),
         ("pretrain --depth 2 --packing worst-fit", "'worst-fit'"),
         ("sample --temperature warm", "'warm'"),
+        ("pretrain --resume", "Missing value for argument '--resume'"),
+        ("sft --resume --num-iterations 2", "Missing value for argument '--resume'"),
     ],
 )
 def test_what_cannot_be_parsed_is_wrong_usage(

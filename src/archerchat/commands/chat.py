@@ -180,10 +180,10 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
     try:
         for piece in pieces:
             if piece.starts:
-                between = OPENING[piece.type] if part == "text" else f"]{OPENING[piece.type]}"
-                if (part, piece.type) == ("python", "python_output"):
-                    between = " = "
-                console.print(between, end="", style="cyan")
+                is_result = (part, piece.type) == ("python", "python_output")
+                closing = "" if part == "text" or is_result else "]"
+                opening = " = " if is_result else OPENING[piece.type]
+                console.print(closing + opening, end="", style="cyan")
                 part = piece.type
             style = None if part == "text" else "cyan"
             console.print(piece.text.translate(CONTROLS), end="", style=style)

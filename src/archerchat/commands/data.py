@@ -31,7 +31,6 @@ from archerchat.files import explained_writes, remove_leftovers, write_bytes
 from archerchat.home import Home
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
 from archerchat.tasks.layouts import write_lines
-from archerchat.text_files import iter_lines
 
 STDLIB = "stdlib"
 DEFAULT_SHARDS = 8
@@ -261,7 +260,11 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
             raise UsageError(f"--{flag} is empty: give the assistant's {flag}")
     text = default_template()
     if config.template is not None:
-        text = "".join(line for _, line in iter_lines(config.template))
+        try:
+            text = config.template.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeError) as error:
+            message = f"cannot read the template {config.template} ({error}): give a TOML file"
+            raise DataError(message) from error
     template = parse_template(text, values, str(config.template or "the template"))
     conversations = draw_identity(template, config.num_conversations, config.seed)
     with explained_writes(config.output, remedy=WRITABLE):

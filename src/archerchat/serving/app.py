@@ -180,6 +180,8 @@ class Reply(StreamingResponse):
         super().__init__(_show(answer), headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # From 2.4 on, Starlette notices that the client left only when a send fails.
+        scope = {**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -42,10 +42,8 @@ PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
 NUMBERS = {"temperature", "top_p", "min_p"} | PENALTIES
 
 
-def require(fits: object, param: str, problem: str) -> None:
-    """Refuse a request whose field `param` does not fit."""
-    if not fits:
-        raise APIError(f"{param} {problem}", param)
+def _refused(param: str, problem: str) -> APIError:
+    return APIError(f"{param} {problem}", param)
 
 
 class _Body(BaseModel):
@@ -80,8 +78,8 @@ class Sampled(_Body):
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
         for key in self.logit_bias or ():
-            problem = f"has {key[:20]!r} where a token id is due"
-            require(re.fullmatch("[0-9]{1,9}", key), "logit_bias", problem)
+            if not re.fullmatch("[0-9]{1,9}", key):
+                raise _refused("logit_bias", f"has {key[:20]!r} where a token id is due")
         return replace(
             defaults,
             **given,
@@ -121,12 +119,14 @@ class Message(BaseModel):
         parts = [Part(type="text", text=content)] if isinstance(content, str) else content
         allowed = PART_TYPES if is_answer else ("text",)
         for number, part in enumerate(parts):
-            problem = f"is {part.type[:40]!r}, not {' or '.join(allowed)}"
-            require(part.type in allowed, f"{where}[{number}].type", problem)
+            if part.type not in allowed:
+                problem = f"is {part.type[:40]!r}, not {' or '.join(allowed)}"
+                raise _refused(f"{where}[{number}].type", problem)
         text = "".join(part.text for part in parts)
-        fits = len(text) <= MAX_MESSAGE_CHARACTERS
-        require(fits, where, f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
-        require(is_answer or text.strip(), where, "is empty: write something")
+        if len(text) > MAX_MESSAGE_CHARACTERS:
+            raise _refused(where, f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
+        if not (is_answer or text.strip()):
+            raise _refused(where, "is empty: write something")
         plain = all(part.type == "text" for part in parts)
         said = text if plain else [dict(part) for part in parts]
         return {"role": self.role, "content": said}, len(text)
@@ -144,15 +144,16 @@ class ConversationRequest(_Body):
         first = int(self.messages[0].role == "system")
         due = chain(["system"] * first, cycle(["user", "assistant"]))
         for index, (message, role) in enumerate(zip(self.messages, due, strict=False)):
-            where = f"{name}[{index}]"
-            problem = f"is {message.role!r} where {role!r} is due: {TURNS}"
-            require(message.role == role, f"{where}.role", problem)
-            said, size = message.read(f"{where}.content")
+            if message.role != role:
+                problem = f"is {message.role!r} where {role!r} is due: {TURNS}"
+                raise _refused(f"{name}[{index}].role", problem)
+            said, size = message.read(f"{name}[{index}].content")
             found.append(said)
             total += size
-        fits = total <= MAX_CONVERSATION_CHARACTERS
-        require(fits, name, f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
-        require(len(found) > first, name, "hold nothing to answer: add one of the user's")
+        if total > MAX_CONVERSATION_CHARACTERS:
+            raise _refused(name, f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
+        if len(found) == first:
+            raise _refused(name, "hold nothing to answer: add one of the user's")
         return found
 
 
@@ -162,15 +163,18 @@ def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-class AnswerFormat(BaseModel):
-    """The form of an answer. Chats have the schema in `json_schema`, responses all in `format`."""
+Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
+
+
+class JSONSchema(BaseModel):
+    content: Schema | None = Field(None, alias="schema")
+
+
+class AnswerFormat(JSONSchema):
+    """The form of an answer. Chats have its schema in `json_schema`, responses in `schema`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    format: AnswerFormat | None = None
-    json_schema: AnswerFormat | None = None
-    content: Annotated[dict[str, Any], AfterValidator(_is_small)] | None = Field(
-        None, alias="schema"
-    )
+    json_schema: JSONSchema | None = None
 
 
 class ChatRequest(Sampled, ConversationRequest):
@@ -194,20 +198,28 @@ class ChatRequest(Sampled, ConversationRequest):
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most, logprobs=logprobs)
 
+    def answer_format(self) -> AnswerFormat | None:
+        return self.response_format
+
     def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema that the answer must fit; None for text."""
-        form = self.response_format and (self.response_format.format or self.response_format)
-        if form is None:
+        form = self.answer_format()
+        if form is None or form.type == "text":
             return None
-        if form.type != "json_schema":
-            return {"type": "object"} if form.type == "json_object" else None
+        if form.type == "json_object":
+            return {"type": "object"}
         schema = (form.json_schema or form).content
-        require(schema is not None, f"{self.FORMAT}.{self.SCHEMA}", "is missing")
+        if schema is None:
+            raise _refused(f"{self.FORMAT}.{self.SCHEMA}", "is missing")
         return schema
 
 
 def _as_messages(given: Any) -> Any:
     return [{"role": "user", "content": given}] if given and isinstance(given, str) else given
+
+
+class TextOptions(BaseModel):
+    format: AnswerFormat | None = None
 
 
 class ResponsesRequest(ChatRequest):
@@ -221,8 +233,9 @@ class ResponsesRequest(ChatRequest):
     ] = Field(alias="input", min_length=1, max_length=MAX_MESSAGES - 1)
     instructions: str | None = Field(None, max_length=MAX_MESSAGE_CHARACTERS)
     """A system message, put before that of the input."""
-    max_completion_tokens: Tokens | None = Field(None, alias="max_output_tokens")
-    response_format: AnswerFormat | None = Field(None, alias="text")
+    max_output_tokens: Tokens | None = None
+    text: TextOptions | None = None
+    """Holds the form of the answer; `response_format` and `max_tokens` have no effect here."""
     previous_response_id: None = None
     n: None = None
     logprobs: None = None
@@ -234,6 +247,13 @@ class ResponsesRequest(ChatRequest):
             own = [found.pop(0)["content"]] if found[0]["role"] == "system" else []
             found.insert(0, {"role": "system", "content": "\n\n".join([self.instructions, *own])})
         return found
+
+    def params(self) -> SamplingParams:
+        most = self.max_output_tokens or CHAT_SAMPLING.max_new_tokens
+        return self.sampling(CHAT_SAMPLING, max_new_tokens=most)
+
+    def answer_format(self) -> AnswerFormat | None:
+        return self.text.format if self.text else None
 
 
 class CompletionRequest(Sampled):
@@ -285,6 +305,5 @@ class DetokenizeRequest(_Body):
 
 
 def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    size = tokenizer.vocab_size
-    known = not ids or 0 <= min(ids) <= max(ids) < size
-    require(known, field, f"has a token id outside 0 to {size - 1}")
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise _refused(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")

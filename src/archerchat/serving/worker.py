@@ -29,6 +29,8 @@ from archerchat.serving.errors import APIError
 
 logger = logging.getLogger("archerchat")
 T = TypeVar("T")
+CALL_SECONDS = 0.05
+"""How long calls, such as scoring, may hold up the next step; one that has begun is finished."""
 CROSSING_SECONDS = 0.05
 """Least time between crossings that bring neither the first token nor the end of an answer."""
 SWITCH_SECONDS = 0.001
@@ -75,7 +77,7 @@ class Stream:
         return events
 
     def put(self, event: Event, now: float) -> None:
-        """Take an event; called on the loop."""
+        """Take an event; called on the loop. Every request has the same number of samples."""
         if event.first and event.sample == 0:
             self.cached += event.cached
         self.tokens += 1
@@ -113,11 +115,10 @@ class Worker:
     def __init__(self, max_samples: int) -> None:
         self._max_samples = max_samples
         self._thread = ThreadPoolExecutor(1, "engines")
-        self._turn = asyncio.Lock()
         self._streams: dict[int, Stream] = {}  # by the number of each request, on the loop
         self._engines: set[Engine] = set()  # those that are busy, on the thread
         self._events: list[Event] = []  # that have not crossed over, on the thread
-        self._crossed = 0.0
+        self._crossed = self._stepped = 0.0
         self._next_number, self.started = 0, time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.samples = 0
@@ -134,9 +135,14 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Return what `function` returns, run by the thread; one such call between two steps."""
-        async with self._turn:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        """Return what `function` returns, run by the thread between two steps."""
+
+        def run() -> T:
+            if time.monotonic() - self._stepped > CALL_SECONDS:
+                self._step_all()
+            return function()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     def check(self, stream: Stream) -> None:
         """Refuse what the engine cannot serve, or what there is no room for, ever or now."""
@@ -167,7 +173,7 @@ class Worker:
             for number, request in zip(numbers, stream.requests, strict=True):
                 stream.engine.add(number, request)
 
-        self._thread.submit(add)
+        self._thread.submit(self._attempt, stream.engine, add)
 
     def close(self, stream: Stream) -> None:
         """Forget a stream; cancel what is still running of it. May be called twice."""
@@ -185,24 +191,36 @@ class Worker:
 
         if stream.open_samples:
             with suppress(RuntimeError):  # the thread has ended
-                self._thread.submit(cancel)
+                self._thread.submit(self._attempt, stream.engine, cancel)
 
     def _run(self) -> None:
-        for engine in self._engines:
-            self._step(engine)
+        self._step_all()
         self._engines = {engine for engine in self._engines if engine.busy}
         if self._engines:  # after what was submitted meanwhile
-            self._thread.submit(self._run)
+            with suppress(RuntimeError):  # the thread has ended
+                self._thread.submit(self._run)
+
+    def _step_all(self) -> None:
+        for engine in list(self._engines):
+            self._attempt(engine, self._step, engine)
+        self._stepped = time.monotonic()
 
     def _step(self, engine: Engine) -> None:
+        self._cross(engine.admit())
+        self._cross(engine.advance())
+
+    def _attempt(self, engine: Engine, task: Callable[..., None], *arguments: object) -> None:
+        """Run a task. If it fails, so do the engine's requests; the next one may succeed."""
         try:
-            self._cross(engine.admit())
-            self._cross(engine.advance())
-        except Exception as error:  # such as a lack of memory: the next request may be smaller
+            task(*arguments)
+        except Exception as error:  # such as a lack of memory
             logger.exception("the engine failed")
-            engine.reset()
-            message = f"the model failed: {type(error).__name__}"
-            self._post(self._fail, engine, APIError(message, status=500))
+            self._post(self._fail, engine, f"the model failed: {type(error).__name__}")
+            try:
+                engine.reset()
+            except Exception:
+                logger.exception("the engine could not be reset")
+                self._engines.discard(engine)  # its next request tries again
 
     def _cross(self, events: Sequence[Event]) -> None:
         """Hand events to the loop, now or with those of later steps."""
@@ -224,9 +242,9 @@ class Worker:
                 stream.put(event, now)
                 self.counts["generated_tokens_total"] += 1
 
-    def _fail(self, engine: Engine, error: APIError) -> None:
+    def _fail(self, engine: Engine, message: str) -> None:
         self.counts["errors_total"] += 1
         for stream in self._streams.values():
             if stream.engine is engine:
-                stream.error = error
+                stream.error = APIError(message, status=500)
                 stream.arrived.set()

@@ -356,7 +356,8 @@ def test_the_template_is_saved_edited_and_used(capsys: pytest.CaptureFixture[str
         (("--name", " "), 2, "--name is empty"),
         (("--creator", ""), 2, "--creator is empty"),
         (("--num-conversations", "0"), 2, "--num-conversations is 0; it must be at least 1"),
-        (("--template", "none.toml"), 1, "cannot read none.toml (No such file or directory)"),
+        (("--template", "none.toml"), 1, "cannot read the template none.toml ([Errno 2]"),
+        (("--template", "latin.toml"), 1, "cannot read the template latin.toml ('utf-8' codec"),
         (("--output", "home-file/x.jsonl"), 1, "cannot write home-file/x.jsonl"),
     ],
 )
@@ -365,6 +366,7 @@ def test_an_identity_that_cannot_be_is_refused(
     words: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("home-file").write_text("not a folder")
+    Path("latin.toml").write_bytes(b"a = '\xe9'")
     assert identity(*words) == code
     assert message in capsys.readouterr().err
     assert not Path("identity.jsonl").exists()

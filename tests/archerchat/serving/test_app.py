@@ -199,6 +199,23 @@ def test_a_schema_is_kept_to(client: TestClient) -> None:
     assert json.loads(part["text"])["b"] in ("x", "y")
 
 
+def test_fields_of_the_other_chat_api_change_nothing(client: TestClient) -> None:
+    own = {"input": "ab", "temperature": 0, "max_output_tokens": 6}
+    other = {"max_tokens": 1, "max_completion_tokens": 1, "text": {"type": "json_object"},
+             "response_format": {"type": "json_schema"}}  # fmt: skip
+    plain, both = (ask(client, "/v1/responses", **own, **more) for more in ({}, other))
+    assert plain["usage"]["output_tokens"] == 6
+    assert [each["content"] for each in plain["output"]] == [
+        each["content"] for each in both["output"]
+    ]
+    form = {"type": "text", "format": {"type": "json_object"}}
+    plain, both = (
+        ask(client, CHAT, messages=[user("ab")], **GREEDY, **more)
+        for more in ({}, {"response_format": form})
+    )
+    assert plain["choices"] == both["choices"]
+
+
 def test_the_seeds_path_streams_by_itself(client: TestClient) -> None:
     response = client.post("/chat/completions", json={"messages": [user("ab")], "max_tokens": 2})
     assert response.text.rstrip().endswith("data: [DONE]")

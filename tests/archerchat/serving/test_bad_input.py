@@ -15,8 +15,11 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from archerchat.errors import UsageError
-from archerchat.serving import guard
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request
+from archerchat.serving import guard, worker
 from archerchat.serving.config import ServeConfig
+from archerchat.serving.worker import Stream
 from archerchat.tokenizer.bpe import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -78,6 +81,10 @@ REFUSED = [
      {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400,
      "text.format.schema"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
+    ("/v1/responses", {"input": "a", "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ("/v1/responses", {"input": "a", "response_format": {"type": "x"}}, 400,
+     "response_format.type"),
     (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
@@ -279,6 +286,56 @@ def test_an_engine_that_fails_is_reported_and_goes_on(
     assert client.get("/stats").json()["samples_in_work"] == 0
 
 
+@pytest.mark.parametrize("broken", [("advance",), ("admit",), ("add",), ("advance", "cancel")])
+def test_an_engine_that_cannot_even_be_reset_holds_nobody_up(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Any
+) -> None:
+    client = serve(max_loaded=2)
+    body = {"prompt": "a", "max_tokens": 2}
+    other = body | {"model": "tiny:base"}
+    assert client.post(TEXT, json=body).status_code == 200
+    assert client.post(TEXT, json=other).status_code == 200
+    engine = client.app.state.models.loaded["tiny:sft"].engine
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        for name in (*broken, "reset"):
+            patch.setattr(engine, name, fail)
+        assert client.post(TEXT, json=body).status_code == 500
+        assert client.post(TEXT, json=body).status_code == 500
+        assert client.post(TEXT, json=other).status_code == 200
+    assert "the engine could not be reset" in caplog.text
+    assert client.post(TEXT, json=body).status_code == 200
+    assert client.get("/stats").json()["samples_in_work"] == 0
+
+
+def test_a_cancellation_that_fails_is_logged(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = serve()
+    body = {"prompt": "a", "max_tokens": 2}
+    client.post(TEXT, json=body)
+    models = client.app.state.models
+    engine = models.loaded["tiny:sft"].engine
+
+    def fail(number: int) -> None:
+        raise MemoryError
+
+    async def leave() -> None:
+        stream = Stream(models.worker, engine, [Request([1], SamplingParams(50))])
+        models.worker.submit(stream)
+        models.worker.close(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "cancel", fail)
+        client.portal.call(leave)
+        client.portal.call(models.worker.call, time.monotonic)  # after the cancellation
+    assert "the engine failed" in caplog.text
+    assert client.post(TEXT, json=body).status_code == 200
+
+
 def test_a_client_that_never_reads_loses_its_place(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +356,39 @@ def test_a_client_that_never_reads_loses_its_place(
     with pytest.raises(TimeoutError):  # uvicorn closes the connection then
         client.portal.call(client.app, scope, receive, send)
     assert client.get("/stats").json()["samples_in_work"] == 0
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.4", "2.5"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_noticed_whatever_the_server_announces(
+    serve: Any, version: str, stream: bool
+) -> None:
+    client = serve()
+    assert client.post(TEXT, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    models = client.app.state.models
+    held = threading.Event()
+    models.worker._thread.submit(held.wait)  # no token comes until then
+    body = json.dumps({"prompt": "a", "stream": stream}).encode()
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def leave() -> None:
+        async with asyncio.timeout(10):
+            await client.app(scope, receive, send)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": headers,
+             "query_string": b"", "asgi": {"version": "3.0", "spec_version": version}}  # fmt: skip
+    try:
+        client.portal.call(leave)
+        assert models.worker.samples == 0
+    finally:
+        held.set()
 
 
 def test_models_make_room_for_each_other(serve: Any) -> None:
@@ -325,3 +415,31 @@ def test_other_work_does_not_hold_up_the_steps(serve: Any) -> None:
     held.set()
     asking.join()
     assert len(ran) < 20
+
+
+def test_short_work_shares_a_pause_between_two_steps(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CALL_SECONDS", 60)
+    client = serve()
+    client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
+    models = client.app.state.models
+    engine = models.loaded["tiny:sft"].engine
+    steps, advance = [], engine.advance
+
+    def step() -> Any:
+        steps.append(1)
+        return advance()
+
+    async def work() -> list[int]:
+        stream = Stream(models.worker, engine, [Request([1], SamplingParams(50))])
+        models.worker.submit(stream)
+        while not steps:
+            await asyncio.sleep(0.001)
+        calls = (models.worker.call(lambda: len(steps)) for _ in range(20))
+        found = await asyncio.gather(*calls)
+        models.worker.close(stream)
+        return found
+
+    monkeypatch.setattr(engine, "advance", step)
+    assert len(set(client.portal.call(work))) <= 3  # steps may begin while the calls are queued
