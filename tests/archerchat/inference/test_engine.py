@@ -498,12 +498,9 @@ def test_a_prompt_that_is_kept_while_a_request_waits_is_found(
 ) -> None:
     engine = Engine(model, max_batch=1, kept_tokens=300)
     first = prompt(40)
-    engine.add(0, greedy(first, 3))
-    engine.step()
-    engine.add(1, greedy(prompt(8), 3))
-    engine.add(2, greedy([*first, *prompt(5)], 3))
-    assert {event.request: event.cached for _ in range(9) for event in engine.step()}[2] == 40
-    assert engine._scheduler.prefilled_tokens == 40 + 8 + 5
+    requests = [greedy(first, 3), greedy([*first, *prompt(5)], 3)]
+    assert [event.cached for event in engine.stream(requests) if event.first] == [0, 40]
+    assert engine._scheduler.prefilled_tokens == 40 + 5
 
 
 def test_a_prompt_that_is_dropped_while_a_request_waits_runs_again(
