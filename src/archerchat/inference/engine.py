@@ -79,6 +79,7 @@ class Engine:
 
     @property
     def num_running(self) -> int:
+        """Rows in use: a sequence that has finished has none, though its gap may still be open."""
         return sum(not sequence.finished for sequence in self._running)
 
     @property
@@ -97,17 +98,22 @@ class Engine:
         last = self.model.config.vocab_size - 1
         ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
         for name, tokens in ids.items():
-            if unknown := [token for token in tokens if not 0 <= token <= last]:
+            if tokens and (min(tokens) < 0 or max(tokens) > last):
+                unknown = [token for token in tokens if not 0 <= token <= last]
                 raise UsageError(f"{name} has token {unknown[0]}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
-        assert not self._running, "sequences in work were started with the old weights"
+        assert not self.busy, "requests in work were started with the old weights"
         refresh_weights(self.model)
         self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:
-        """Queue a request that `check` accepts; its events carry `number`, which is its own."""
+        """Queue a request; its events carry `number`, which no other request in work may have.
+
+        Raises as `check` does.
+        """
+        self.check(request)
         self._scheduler.add(number, request)
 
     def cancel(self, number: int) -> None:
@@ -132,12 +138,16 @@ class Engine:
         Closing the iterator drops them.
 
         Raises:
-            UsageError: a request cannot be served; nothing has run then.
+            UsageError: a request cannot be served. It is raised by the call, before anything runs.
         """
         assert not self.busy, "the engine has other requests in work"
+        for request in requests:
+            self.check(request)
+        return self._stream(requests)
+
+    def _stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         try:
             for number, request in enumerate(requests):
-                self.check(request)
                 self.add(number, request)
             while self.busy:
                 yield from self.step()
@@ -157,7 +167,10 @@ class Engine:
 
     @torch.no_grad()
     def admit(self) -> list[Event]:
-        """Fill free rows with waiting requests; return what happened, first tokens included."""
+        """Fill free rows with waiting requests; return what happened, first tokens included.
+
+        A server shows first tokens at once, without waiting for the other half of the step.
+        """
         self._compact()
         self._start_waiting()
         if not self.overlap or any(sequence.mask for sequence in self._running):

@@ -130,8 +130,11 @@ class KVCache:
         self._rings = {
             size: torch.zeros(shape, dtype=dtype, device=device) for size, shape in shapes.items()
         }
-        layers = {size: iter(ring.unbind(1)) for size, ring in self._rings.items()}
-        self._layers = [next(layers[size]).unbind() for size in self.sizes]
+        # Views of each layer's keys and values (rows, K, S, D). A ring has its layers in order.
+        self._layers = [
+            self._rings[size][:, self.sizes[:i].count(size)].unbind()
+            for i, size in enumerate(self.sizes)
+        ]
         self.previous = torch.zeros(rows, config.model_dim, dtype=dtype, device=device)
         # A captured step also runs rows that nothing was put in. With a length of 0 they would
         # attend to nothing at all and leave NaN, which no mask hides.
@@ -163,6 +166,7 @@ class KVCache:
         """Start a row with a prefix, whatever it held."""
         for ring, kept in zip(chain(*self._layers), chain(*prefix.layers), strict=True):
             count, size = kept.size(1), ring.size(2)
+            assert count <= size, f"{count} positions for {size} slots"
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
             head = min(count, size - first)
             ring[row, :, first : first + head] = kept[:, :head]

@@ -138,9 +138,10 @@ def iter_batches(lengths: Sequence[int], max_tokens: int = PREFILL_TOKENS) -> It
     A batch of several rows has at most `max_tokens` tokens, padding included.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        longest = lengths[order[0]]
-        fitting = order[: max(1, max_tokens // longest)]
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first]]
+        fitting = order[first : first + max(1, max_tokens // max(1, longest))]
         batch = [i for i in fitting if lengths[i] >= MIN_FILLED * longest]
         yield batch
-        order = order[len(batch) :]
+        first += len(batch)

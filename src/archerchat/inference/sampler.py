@@ -82,17 +82,34 @@ class Sampler:
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        def zeros(dtype: torch.dtype, *columns: int) -> Tensor:
-            return torch.zeros(rows, *columns, dtype=dtype, device=device)
-
+        self._shape, self._device = (rows, vocab_size), device
         self._filters = torch.ones(rows, 3, device=device)  # temperature, top-p, min-p
         self._penalties = torch.ones(rows, 3, device=device)  # repetition, presence, frequency
-        self._top_k, self._seeds = zeros(torch.int64), zeros(torch.int64)
-        self._bias = zeros(torch.float32, vocab_size)
-        # What penalties count: how often each row has said each token, and whether its prompt has.
-        self._counts = zeros(torch.int32, vocab_size)
-        self._prompted = zeros(torch.bool, vocab_size)
-        self.records = zeros(torch.float32, 1 + 2 * min(MAX_LOGPROBS, vocab_size))
+        self._top_k = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.records = torch.zeros(rows, 1 + 2 * min(MAX_LOGPROBS, vocab_size), device=device)
+        # Tables (rows, vocab_size), 9 bytes an entry in all. Few requests need them, so a table is
+        # made for the first that does, before its step is captured: graphs keep its address.
+        self._tables: dict[str, Tensor] = {}
+
+    @property
+    def _bias(self) -> Tensor:
+        return self._table("bias", torch.float32)
+
+    @property
+    def _counts(self) -> Tensor:
+        """How often each row has said each token."""
+        return self._table("counts", torch.int32)
+
+    @property
+    def _prompted(self) -> Tensor:
+        """Whether a row's prompt has each token."""
+        return self._table("prompted", torch.bool)
+
+    def _table(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name not in self._tables:
+            self._tables[name] = torch.zeros(self._shape, dtype=dtype, device=self._device)
+        return self._tables[name]
 
     def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
         """Give a row its parameters; `seed` is the sample's own."""
@@ -105,7 +122,8 @@ class Sampler:
             self._counts[row] = 0
             ids = self._to_device(prompt, torch.int64)
             self._prompted[row].zero_().index_fill_(0, ids, True)
-        self._set_bias(row, params)
+        if params.logit_bias or "bias" in self._tables:
+            self._set_bias(row, params)
 
     def _set_bias(self, row: int, params: SamplingParams) -> Tensor:
         bias = self._bias[row].zero_()
@@ -122,13 +140,13 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Copy everything of a row to another row."""
-        rules = self._filters, self._penalties, self._top_k, self._seeds, self._bias
-        for tensor in (*rules, self._counts, self._prompted):
+        rules = self._filters, self._penalties, self._top_k, self._seeds
+        for tensor in (*rules, *self._tables.values()):
             tensor[target] = tensor[source]
 
     def state(self, rows: int) -> list[Tensor]:
         """Return views of what sampling changes of the first `rows` rows, besides records."""
-        return [self._counts[:rows]]
+        return [self._counts[:rows]] if "counts" in self._tables else []
 
     def sample(
         self,
@@ -193,7 +211,7 @@ class Sampler:
         return torch.where(above, ids, logits.size(-1) - 1).amin(dim=-1)
 
     def _to_device(self, values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(self._bias.device, non_blocking=True)
+        return torch.tensor(list(values), dtype=dtype).to(self._device, non_blocking=True)
 
 
 def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, plan: SamplingPlan) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from operator import eq
 
 from archerchat.inference.kv_cache import Prefix
@@ -31,12 +31,12 @@ class WaitingRequest:
 
     number: int
     request: Request
-    prefix: Prefix | None
-    """What has run of its prompt: nothing, its beginning, or all of it."""
-    cached: int
-    """Tokens of its prompt that an earlier request has run."""
     started: int = 0
     """Samples that have, or had, a place."""
+    prefix: Prefix | None = None
+    """What has run of its prompt: all of it once a sample has started; before, nothing."""
+    cached: int = 0
+    """Tokens of its prompt that an earlier request has run."""
 
 
 class KeptPrompts:
@@ -78,69 +78,78 @@ class Scheduler:
 
     def __init__(self, model: Transformer, kept_tokens: int = 0) -> None:
         self._model = model
-        self._group: deque[WaitingRequest] = deque()  # requests whose turn it is
-        # The others in order, by how they begin, or by number if a kept prompt begins them.
-        self._groups: dict[int | tuple[int, ...], list[WaitingRequest]] = {}
+        self._waiting: dict[int, WaitingRequest] = {}  # by number, the oldest first
+        # Groups of the waiting requests; empty after a new one, which may change all of them.
+        self._groups: deque[tuple[int, list[WaitingRequest]]] = deque()
+        # The group whose turn it is: who waits, how many tokens they share, and those once run.
+        self._group: deque[WaitingRequest] = deque()
+        self._shared = 0
+        self._prefix: Prefix | None = None
         self.kept = KeptPrompts(kept_tokens)
         self.prefilled_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._group) + sum(map(len, self._groups.values()))
+        return len(self._group) + len(self._waiting)
 
     def add(self, number: int, request: Request) -> None:
-        found = self.kept.find(request.prompt)
-        waiting = WaitingRequest(number, request, found, found.length if found else 0)
-        key = number if found else tuple(request.prompt[:MIN_SHARED])
-        self._groups.setdefault(key, []).append(waiting)
+        self._waiting[number] = WaitingRequest(number, request)
+        self._groups.clear()
 
     def remove(self, number: int) -> WaitingRequest | None:
         """Take a request out and return it; None if it does not wait."""
-        for group in (self._group, *self._groups.values()):
-            for waiting in group:
-                if waiting.number == number:
-                    group.remove(waiting)
-                    return waiting
-        return None
+        for waiting in self._group:
+            if waiting.number == number:
+                self._group.remove(waiting)
+                return waiting
+        return self._waiting.pop(number, None)
 
     def clear(self) -> None:
-        self._group.clear()
-        self._groups.clear()
+        for requests in (self._waiting, self._groups, self._group):
+            requests.clear()
+        self._prefix = None
 
     def schedule(self, places: int) -> list[tuple[WaitingRequest, int]]:
         """Start up to `places` samples; return each one's request, its prompt run, and number."""
         started: list[tuple[WaitingRequest, int]] = []
-        while len(started) < places and (self._group or self._groups):
+        while len(started) < places and self:
             if not self._group:
                 self._open_group()
                 continue
             waiting = self._group[0]
+            if not waiting.started:
+                self._find_prefix(waiting)
             started.append((waiting, waiting.started))
             waiting.started += 1
             if waiting.started == waiting.request.params.num_samples:
                 self._group.popleft()
+        if not self._group:
+            self._prefix = None
         self._run(dict.fromkeys(waiting for waiting, _ in started))
         return started
 
     def _open_group(self) -> None:
-        """Take the oldest prompts that begin alike, and run the beginning that is worth sharing."""
-        key = next(iter(self._groups))
-        members = self._groups.pop(key)
-        if not members:  # all were cancelled
-            return
-        # A prompt's own last token always runs: its logits are wanted.
-        bodies = [waiting.request.prompt[:-1] for waiting in members]
-        prompt, shared = bodies[0], [common_length(bodies[0], body) for body in bodies]
-        length = most_saving(shared[1:])
-        group = [waiting for waiting, n in zip(members, shared, strict=True) if n >= length]
-        rest = [waiting for waiting, n in zip(members, shared, strict=True) if n < length]
-        if length:
-            prefix = prefill(self._model, [prompt[:length]]).prefix(0)
-            self.prefilled_tokens += length
-            for waiting in group:
-                waiting.prefix = prefix
-        if rest:
-            self._groups = {key: rest, **self._groups}
-        self._group.extend(group)
+        """Let it be the turn of the group with the oldest prompt."""
+        if not self._groups:
+            requests = list(self._waiting.values())
+            # A prompt's own last token always runs: its logits are wanted.
+            groups = group_by_prefix([list(waiting.request.prompt[:-1]) for waiting in requests])
+            self._groups.extend((g.shared, [requests[i] for i in g.members]) for g in groups)
+        self._shared, members = self._groups.popleft()
+        self._prefix = None
+        # Without those that were cancelled.
+        self._group.extend(w for w in members if self._waiting.pop(w.number, None))
+
+    def _find_prefix(self, waiting: WaitingRequest) -> None:
+        """Set what has run of a prompt: a kept prompt, or what the group shares, run once."""
+        found = self.kept.find(waiting.request.prompt)
+        if found and found.length >= self._shared:
+            waiting.prefix, waiting.cached = found, found.length
+        elif self._shared:
+            if self._prefix is None:
+                shared = waiting.request.prompt[: self._shared]
+                self._prefix = prefill(self._model, [shared]).prefix(0)
+                self.prefilled_tokens += self._shared
+            waiting.prefix = self._prefix
 
     def _run(self, requests: Iterable[WaitingRequest]) -> None:
         """Run what has not run of prompts, in batches with one prefix and similar lengths."""
@@ -165,9 +174,56 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return len(list(takewhile(bool, map(eq, a, b))))
 
 
-def most_saving(lengths: Sequence[int]) -> int:
-    """Return how long a beginning to share with the prompts that have `lengths` in common with
-    this one, 0 if none is worth it: those with at least that length share it."""
-    ordered = sorted((n for n in lengths if n >= MIN_SHARED), reverse=True)
-    saved = {length: others * length for others, length in enumerate(ordered, start=1)}
-    return max(saved, key=saved.__getitem__, default=0)
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Prompts whose first `shared` tokens are the same."""
+
+    shared: int
+    """0 for prompts that share nothing worth it."""
+    members: list[int]
+    """Indices of prompts."""
+
+    @property
+    def saved(self) -> int:
+        """Tokens that need not run."""
+        return self.shared * (len(self.members) - 1)
+
+
+def group_by_prefix(prompts: Sequence[list[int]]) -> list[PrefixGroup]:
+    """Group one prompt or more so that running each group's beginning once saves tokens.
+
+    Sorted, prompts that begin alike are neighbours. From those that share most to those that share
+    least, groups become one where that saves more than they save by themselves.
+
+    The groups are in the order of their first member; every prompt is in one.
+    """
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    common = [common_length(prompts[i], prompts[j]) for i, j in pairwise(order)]
+    done: list[PrefixGroup] = []
+    # Groups to the left that share their first tokens, and how many, with the next prompt.
+    opened: list[tuple[int, list[PrefixGroup]]] = [(0, done)]
+    for index, following in zip(order, [*common, 0], strict=True):
+        groups = [PrefixGroup(0, [index])]
+        following = following if following >= MIN_SHARED else 0
+        while opened[-1][0] > following:
+            shared, left = opened.pop()
+            groups = _join([*left, *groups], shared, done)
+        if opened[-1][0] < following:
+            opened.append((following, []))
+        opened[-1][1].extend(groups)
+    for group in done:
+        group.members.sort()
+    return sorted(done, key=lambda group: group.members[0])
+
+
+def _join(groups: list[PrefixGroup], shared: int, done: list[PrefixGroup]) -> list[PrefixGroup]:
+    """Make one group of those that have `shared` tokens in common, if that saves more.
+
+    A group that saves more by itself moves to `done`: less in common cannot make up for it.
+    """
+    joining: list[PrefixGroup] = []
+    for group in groups:
+        worth_it = shared * len(group.members) > group.saved
+        (joining if worth_it else done).append(group)
+    joined = PrefixGroup(shared, [i for group in joining for i in group.members])
+    return [joined] if joined.saved > sum(group.saved for group in joining) else joining

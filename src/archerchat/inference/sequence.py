@@ -59,6 +59,7 @@ class Event:
     """What happened to a sequence: a token, its end, or both."""
 
     request: int
+    """The request's number: that of `Engine.add`, or its place in the list."""
     sample: int
     token: int | None
     """None if a stop token or a cancellation ended the sequence."""

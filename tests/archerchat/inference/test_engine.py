@@ -290,6 +290,11 @@ def test_nothing_runs_when_one_request_cannot_be_served(model: Transformer, prom
     good = greedy(prompt(5), 5)
     with pytest.raises(UsageError, match="the prompt has 256 tokens and the context 256"):
         engine.generate([good, greedy(prompt(256), 5)])
+    with pytest.raises(UsageError, match="the prompt has token 100"):
+        engine.stream([good, greedy([100], 5)])  # by the call, not by the first event
+    for prompt_ids in ([-1], prompt(256)):
+        with pytest.raises(UsageError):
+            engine.add(0, greedy(prompt_ids, 5))
     assert not engine.busy
     assert engine._scheduler.prefilled_tokens == 0
     short = Engine(model, max_length=20)
@@ -479,6 +484,37 @@ def test_new_weights_are_taken_over(build: Any, prompt: Prompt) -> None:
         engine.refresh_weights()
         new = engine.generate(requests)
         assert new == Engine(other).generate(requests) != old
+
+
+def test_weights_do_not_change_under_a_waiting_request(model: Transformer, prompt: Prompt) -> None:
+    engine = Engine(model, kept_tokens=300)
+    engine.add(0, greedy(prompt(9), 12))
+    with pytest.raises(AssertionError, match="the old weights"):
+        engine.refresh_weights()
+
+
+def test_a_prompt_that_is_kept_while_a_request_waits_is_found(
+    model: Transformer, prompt: Prompt
+) -> None:
+    engine = Engine(model, max_batch=1, kept_tokens=300)
+    first = prompt(40)
+    requests = [greedy(first, 3), greedy([*first, *prompt(5)], 3)]
+    assert [event.cached for event in engine.stream(requests) if event.first] == [0, 40]
+    assert engine._scheduler.prefilled_tokens == 40 + 5
+
+
+def test_a_prompt_that_is_dropped_while_a_request_waits_runs_again(
+    model: Transformer, prompt: Prompt
+) -> None:
+    """A request that waits holds nothing until its turn, when what it continues may be gone."""
+    engine = Engine(model, max_batch=1, kept_tokens=50)
+    first = prompt(40)
+    engine.generate([greedy(first, 3)])
+    engine.add(0, greedy(prompt(30), 3))  # takes the place of the first
+    engine.add(1, greedy([*first, *prompt(5)], 3))
+    while engine.busy:
+        engine.step()
+    assert engine._scheduler.prefilled_tokens == 40 + 30 + 45
 
 
 def test_16_bits_say_nearly_the_same(build: Any, prompt: Prompt) -> None:

@@ -106,6 +106,8 @@ def test_a_row_is_filled_and_moved_without_its_neighbours(
 ) -> None:
     cache = KVCache(model.config, 3, 200, torch.float32, CPU)
     ran = prefill(model, [prompt(150), prompt(40)])
+    with pytest.raises(AssertionError, match="128 positions for 100 slots"):
+        KVCache(model.config, 3, 100, torch.float32, CPU).fill(0, ran.prefix(0))
     for row, prefix in ((0, ran.prefix(0)), (1, ran.prefix(1)), (2, ran.prefix(0))):
         cache.fill(row, prefix)
     before = [tensor.clone() for tensor in cache.state(3)]

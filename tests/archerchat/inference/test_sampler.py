@@ -296,6 +296,26 @@ def test_a_row_counts_its_own_tokens_when_it_moves_and_when_its_place_is_taken()
     assert sampler.sample(logits, at, plan, said=torch.tensor([0, 0])).tolist() == [1, 5]
 
 
+def test_tables_of_the_vocabulary_wait_for_a_request_that_needs_them() -> None:
+    """A table that exists keeps its address, which captured steps have."""
+    sampler, logits, at = Sampler(2, 6, CPU), torch.zeros(2, 6), torch.tensor([1, 1])
+    plain = SamplingParams(top_k=3, top_p=0.5, logprobs=2)
+    for row in range(2):
+        sampler.assign(row, plain, 0, [0])
+    sampler.sample(logits, at, SamplingPlan.covering([plain]), said=at)
+    sampler.move(1, 0)
+    assert not sampler._tables
+    assert not sampler.state(2)
+    asks = SamplingParams(presence_penalty=2.0, logit_bias={5: -100.0})
+    for _ in range(2):
+        sampler.assign(0, asks, 0, [0])
+        tables = {name: table.data_ptr() for name, table in sampler._tables.items()}
+        sampler.sample(logits, at, SamplingPlan.covering([plain, asks]), said=at)
+        sampler.assign(0, plain, 0, [0])
+        assert {name: table.data_ptr() for name, table in sampler._tables.items()} == tables
+    assert tables.keys() == {"bias", "counts", "prompted"}
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     changes = {"logit_bias": {2: 50.0}, "temperature": 0.3, "logprobs": 3}
     rows = [SamplingParams(), SamplingParams(**changes), SamplingParams(logprobs=0)]
