@@ -12,6 +12,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,8 @@ OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0 means: no is
 def own(tmp_path: Path) -> Path:
     """An environment without an index, beside the packages that the tests run with."""
     pytest.importorskip("hatchling")
-    pytest.importorskip("pip")
+    if not list(distributions(name="pip")):  # importing it would switch setuptools' distutils off
+        pytest.skip("pip is not installed")
     venv.create(tmp_path / "own", symlinks=True)
     (packages,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
     (packages / "outer.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
