@@ -77,11 +77,9 @@ def ask(page: Any, text: str) -> None:
 
 def in_list(page: Any, *titles: str) -> None:
     """Wait until these are the conversations of the list, newest first."""
-    page.wait_for_function(
-        """(titles) => titles.join() === [...document.querySelectorAll("#conversations .open")]
-            .map((each) => each.textContent).join()""",
-        arg=titles,
-    )
+    playwright = pytest.importorskip("playwright.sync_api")
+    shown = playwright.expect(page.locator("#conversations .open"))
+    shown.to_have_text(list(titles), timeout=60_000)
 
 
 def delete(page: Any, title: str) -> None:
