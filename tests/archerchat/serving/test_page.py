@@ -34,22 +34,35 @@ needs_libraries = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(name="page")
+def fresh_page(page: Any) -> Any:
+    """The page without conversations and settings: no test depends on those before it."""
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    page.problems.clear()
+    return page
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#prompt", text)
+    page.press("#prompt", "Enter")
+
+
 def answered(page: Any) -> None:
     page.wait_for_selector("#send:not(:text-is('Stop'))")
 
 
 @pytest.mark.browser
 def test_a_conversation_has_branches_and_survives_a_reload(page: Any) -> None:
-    page.fill("#prompt", "ab")
-    page.press("#prompt", "Enter")
+    ask(page, "ab")
     page.wait_for_selector(".message.assistant .tools >> text=tokens/s")
     answered(page)
     page.click(".message.assistant >> text=Again")
     page.wait_for_selector(".message.assistant >> text=2/2")
     answered(page)
     page.click(".message.user >> text=Edit")
-    page.fill("#prompt", "cd")
-    page.press("#prompt", "Enter")
+    ask(page, "cd")
     page.wait_for_selector(".message.user >> text=2/2")
     answered(page)
     page.reload()
@@ -80,6 +93,7 @@ def test_a_token_shows_what_else_was_likely_and_goes_on_from_there(page: Any) ->
     page.click("#settings-button")
     page.select_option("#fields label:has-text('Token view') select", "on")
     page.click("#settings-close")
+    page.select_option("#model", "tiny:base")
     page.fill("#text", "ab")
     page.click("#send")
     page.wait_for_selector("#tokens .token >> nth=3")
@@ -92,8 +106,7 @@ def test_a_token_shows_what_else_was_likely_and_goes_on_from_there(page: Any) ->
     assert page.input_value("#text").startswith(f"ab{chosen}")
     page.select_option("#model", "tiny:sft")
     page.click("[data-mode=chat]")
-    page.fill("#prompt", "ab")
-    page.press("#prompt", "Enter")
+    ask(page, "ab")
     page.wait_for_selector(".message.assistant .tools >> text=tokens/s")
     page.click(".message.assistant .token >> nth=0")
     page.locator("#alternatives button", has_not_text="\ufffd").last.click()
@@ -113,8 +126,7 @@ def test_two_models_answer_side_by_side(page: Any) -> None:
     page.click("#new")
     page.click("[data-mode=chat]")
     for message in ("ab", "cd"):
-        page.fill("#prompt", message)
-        page.press("#prompt", "Enter")
+        ask(page, message)
         page.wait_for_selector(f".column >> nth=1 >> .message.user >> text={message}")
         answered(page)
     for side, model in (("leaf", "tiny:sft"), ("other", "tiny:base")):
@@ -141,12 +153,13 @@ def test_two_models_answer_side_by_side(page: Any) -> None:
 def test_an_answer_is_stopped_and_conversations_are_searched_and_kept(
     page: Any, tmp_path: Any
 ) -> None:
+    ask(page, "ab")
+    page.wait_for_selector(".message.assistant .tools >> text=tokens/s")
+    answered(page)
     page.click("#menu")
     page.click("#new")
-    page.click("[data-mode=chat]")
     page.route("**/v1/chat/completions", lambda route: None)  # no answer comes
-    page.fill("#prompt", "needle in hay")
-    page.press("#prompt", "Enter")
+    ask(page, "needle in hay")
     page.wait_for_selector("#send:text-is('Stop')")
     page.keyboard.press("Escape")
     answered(page)
