@@ -84,7 +84,7 @@ def build_tokenizer(options: argparse.Namespace) -> Tokenizer:
     for size in (options.vocab_size, 512, 288):
         try:
             return train_tokenizer(texts, size)
-        except DataError:  # too little text for so many tokens
+        except DataError:  # too little text for that many tokens
             continue
     raise SystemExit(f"{len(texts)} problems hold too little text to train a tokenizer")
 

@@ -1,4 +1,4 @@
-"""Which waiting requests get a place next, and which prompts share a prefix.
+"""Choose which waiting requests get a place next, and which prompts share a prefix.
 
 A request's prompt runs once, however many samples it has. Prompts that begin alike (few-shot
 examples, a system message) form a group, whose beginning runs once. Groups are served one after

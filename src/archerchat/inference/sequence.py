@@ -72,11 +72,11 @@ class Event:
     text: str = ""
     """What has become certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
-    """Those of the token, or of the stop token; None for forced tokens."""
+    """Log probabilities of the token or the stop token; None for forced tokens."""
     cached: int = 0
     """Tokens of the prompt that an earlier request has run."""
     first: bool = False
-    """Whether it is the sequence's first."""
+    """Whether this is the sequence's first event."""
 
 
 @dataclass

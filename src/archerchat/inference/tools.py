@@ -58,7 +58,7 @@ class Piece:
     type: PartType
     text: str
     starts: bool = False
-    """Whether it is the first of its part."""
+    """Whether this piece is the first of its part."""
 
 
 class AnswerReader:

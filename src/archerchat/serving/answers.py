@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,11 +28,10 @@ FINISH = {"stop": "stop", "max_tokens": "length", "length": "length", "cancelled
 DONE = b"data: [DONE]\n\n"
 
 
-class Choice:
+class Choice(ABC):
     """A sample of an answer, and what happened to it.
 
-    `read` takes the next events and returns the choice of a chunk; `whole` returns that of an
-    answer in one.
+    `read` turns the next events into a chunk's choice; `whole` returns that of a whole answer.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Choice:
 
     def _show(self, events: Sequence[Event], **said: Any) -> dict[str, Any]:
         reason = events[-1].finish_reason if events else None
-        finish, logprobs = reason and FINISH[reason], None
-        if self._params.logprobs is not None:
-            logprobs = self._score(events)
+        finish = reason and FINISH[reason]
+        logprobs = self._score(events) if self._params.logprobs is not None else None
         return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": finish}
 
+    @abstractmethod
     def _score(self, events: Sequence[Event]) -> dict[str, list[Any]]:
-        raise NotImplementedError
+        """Return the log probabilities of events, in the API's form."""
 
     def _text_of(self, token: int) -> str:
         return self._tokenizer.token(token).decode(errors="replace")

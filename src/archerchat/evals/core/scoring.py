@@ -49,7 +49,7 @@ class Outcome:
     all_predicted: bool
     """In language modelling, whether every scored token is the most likely one."""
     margin: float
-    """How far the outcome is from another: between the two lowest losses, or between the logits
+    """Distance to a different outcome: between the two lowest losses, or between the logits
     of a target and of its best rival, at the token where that decides."""
 
     def is_correct(self, gold: int) -> bool:

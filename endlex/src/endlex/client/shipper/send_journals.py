@@ -57,7 +57,7 @@ class SessionShipper:
         self.settled_size = -1
         """Size of the file when nothing whole was left to send."""
         self.alive, self.done = True, False
-        """Whether it is written; whether all is sent, with how it ended."""
+        """Whether a process still writes it; whether all of it is sent, its end included."""
         self.error: str | None = None
         self.retry_at = self.beat_at = 0.0
 

@@ -152,7 +152,7 @@ POINTS_PER_PEAK = BLOCK // 2
 
 
 Shape = tuple[NDArray[Any], NDArray[np.float64], int]
-"""Ascending x and y of points that show the shape of so many; all that is not finite is there."""
+"""Ascending x and y of points that show a curve's shape, and how many points the curve has."""
 
 
 def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> None:
