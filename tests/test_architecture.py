@@ -222,7 +222,7 @@ BUDGETS = {
     "serving": (900, 1762),
     "exchange": (800, 988),
     "planning": (700, 700),
-    "report": (900, 1340),
+    "report": (900, 1312),
     "commands": (1700, 2192),
     "": (17_000, 23_020),
     "../../endlex/src/endlex": (12_000, 13_541),

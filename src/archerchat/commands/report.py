@@ -18,7 +18,8 @@ from archerchat.report.comparison import (
     read_course,
 )
 from archerchat.report.document import CHARTS, HTML, MARKDOWN
-from archerchat.report.report import build_training_report, gather
+from archerchat.report.report import build_training_report
+from archerchat.report.runs import gather
 from archerchat.report.scaling import Parameters, build_scaling_report, fit_runs, gather_sizes
 
 

@@ -11,13 +11,11 @@ from typing import Any
 
 from archerchat.config import STAGES
 from archerchat.evals.statistics import centred
-from archerchat.home import Home
 from archerchat.model.flops import count_parameters
 from archerchat.planning.gpus import Prices, find_gpu
 from archerchat.report.charts import Bars, Lines, Series, compact
-from archerchat.report.document import ABSENT, FOLDER, Document
-from archerchat.report.results import SCORES, Result, latest, load_results
-from archerchat.report.runs import Run, load_family
+from archerchat.report.document import FOLDER, Document
+from archerchat.report.runs import SCORES, Result, Run, latest
 
 ROLLOUTS = {
     "rollout/reward": "mean reward",
@@ -29,17 +27,6 @@ TOKENS = {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"}
 """Metrics that share a chart, with their labels."""
 MAX_LABEL = 32
 """Most characters of a task's name next to its bar."""
-Table = tuple[list[str], list[list[str]]]
-"""Column heads, and rows."""
-
-
-def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
-    """Read the runs of a model, as `load_family` does, and the results of its stages."""
-    runs = load_family(home, tag)
-    places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
-    # After a partial pull an evaluation may exist without the journal of its run.
-    places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
-    return runs, [r for stage, tag in places for r in load_results(home, stage, tag)]
 
 
 def build_training_report(
@@ -53,7 +40,7 @@ def build_training_report(
         runs=runs,
         published=published,
         counts=count_parameters(runs[0].model) if runs[0].model else None,
-        tokens={run.tag: n for run in runs if (n := run.last("train/tokens"))},
+        tokens=sum(run.last("train/tokens") or 0 for run in runs),
         core=latest(results, "core", "base"),
         chat=latest(results, "chat"),
         evaluations=[result for result in evaluations if result and result.tasks],
@@ -67,12 +54,13 @@ def build_training_report(
     )
 
 
-def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]) -> Table:
-    """Return the results of each stage, beside the reference's at the same depth and GPT-2's."""
+def _compare(
+    runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Return the columns, which are stages and others' results, and by row its cells by column."""
     depth = runs[0].model.num_layers if runs[0].model else None
-    reference = published["reference"].get(str(depth), {})
-    order = [*STAGES, f"reference d{depth}", "GPT-2 XL"]
-    cells: dict[str, dict[str, str]] = defaultdict(dict)  # by row, then by column
+    reference = f"reference d{depth}"
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
     for run in runs:
         if (bits := run.last("val/bpb")) is not None:
             text = "text" if run.stage == "base" else "answers"
@@ -85,12 +73,12 @@ def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[
             if kind == "core" and result.is_whole:
                 cells[name]["GPT-2 XL"] = str(published["core"]["GPT-2 XL"])
     cells["tokens"] = {r.stage: compact(n) for r in runs if (n := r.last("train/tokens"))}
-    for name in reference.keys() & cells.keys():
-        cells[name][order[-2]] = str(reference[name])
+    for name, figure in published["reference"].get(str(depth), {}).items():
+        if name in cells:
+            cells[name][reference] = str(figure)
     found = {run.stage for run in runs}.union(*cells.values())
-    columns = [name for name in order if name in found]
-    rows = [[name, *(row.get(c, ABSENT) for c in columns)] for name, row in cells.items() if row]
-    return ["", *columns], rows
+    columns = [name for name in (*STAGES, reference, "GPT-2 XL") if name in found]
+    return columns, {name: row for name, row in cells.items() if row}
 
 
 def _score(result: Result) -> str:
@@ -101,31 +89,31 @@ def _score(result: Result) -> str:
 
 def _spendings(
     runs: Sequence[Run], results: Sequence[Result], prices: Prices
-) -> list[dict[str, Any]]:
-    """Return the time of each run and each evaluation, and its cost in dollars, None if unknown."""
-    rows = []
+) -> list[tuple[str, float, float, float, float | None]]:
+    """Return the name of each run and evaluation, its seconds, and its dollars, None if unknown.
 
-    def add(name: str, run: Run, **seconds: float) -> None:
-        price, _ = prices.per_hour(find_gpu(run.device))
-        hours = sum(seconds.values()) / 3600 * (run.setting("hardware", "world_size") or 1)
-        cost = None if price is None else hours * price
-        rows.append({"name": name, "cost": cost, **seconds})
-
+    The seconds are those of training, of evaluation and of anything else.
+    """
+    parts = []
     for run in runs:
-        training, evals = run.training_seconds, run.eval_seconds
         # A session's first record is written after its model is built.
-        other = max(0.0, run.wall_seconds - training - evals)
-        add(run.tag, run, training_seconds=training, eval_seconds=evals, other_seconds=other)
+        other = max(0.0, run.wall_seconds - run.training_seconds - run.eval_seconds)
+        parts.append((run.tag, run, run.training_seconds, run.eval_seconds, other))
     for result in results:
         own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
         seconds = sum(task.seconds for task in result.tasks)
         name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
-        add(name, (own or runs)[-1], training_seconds=0.0, eval_seconds=seconds, other_seconds=0.0)
+        parts.append((name, (own or runs)[-1], 0.0, seconds, 0.0))
+    rows = []
+    for name, run, *seconds in parts:
+        price, _ = prices.per_hour(find_gpu(run.device))
+        hours = sum(seconds) / 3600 * (run.setting("hardware", "world_size") or 1)
+        rows.append((name, *seconds, None if price is None else hours * price))
     return rows
 
 
-def _environment(runs: Sequence[Run]) -> Table:
-    """Return each run's machine and software."""
+def _environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Return the facts about each run's machine and software: by name, one value per run."""
     columns = [
         {"host": run.host}
         | (run.setting("environment") or {})
@@ -135,11 +123,7 @@ def _environment(runs: Sequence[Run]) -> Table:
         | {"precision": run.setting("identity", "dtype")}
         for run in runs
     ]
-    rows = []
-    for name in dict.fromkeys(name for facts in columns for name in facts):
-        values = [facts.get(name) for facts in columns]
-        rows.append([name, *("not recorded" if v in (None, "") else str(v) for v in values)])
-    return ["", *(run.tag for run in runs)], rows
+    return {name: [facts.get(name) for facts in columns] for facts in columns for name in facts}
 
 
 def run_charts(run: Run) -> list[Lines]:
