@@ -223,7 +223,7 @@ BUDGETS = {
     "exchange": (800, 988),
     "planning": (700, 700),
     "report": (900, 1312),
-    "commands": (1700, 2192),
+    "commands": (1700, 2193),
     "": (17_000, 23_020),
     "../../endlex/src/endlex": (12_000, 13_541),
     "serving/page/*": (900, 943),

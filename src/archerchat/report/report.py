@@ -89,26 +89,26 @@ def _score(result: Result) -> str:
 
 def _spendings(
     runs: Sequence[Run], results: Sequence[Result], prices: Prices
-) -> list[tuple[str, float, float, float, float | None]]:
+) -> list[tuple[str, tuple[float, float, float], float | None]]:
     """Return the name of each run and evaluation, its seconds, and its dollars, None if unknown.
 
     The seconds are those of training, of evaluation and of anything else.
     """
-    parts = []
+    parts: list[tuple[str, Run, tuple[float, float, float]]] = []
     for run in runs:
         # A session's first record is written after its model is built.
         other = max(0.0, run.wall_seconds - run.training_seconds - run.eval_seconds)
-        parts.append((run.tag, run, run.training_seconds, run.eval_seconds, other))
+        parts.append((run.tag, run, (run.training_seconds, run.eval_seconds, other)))
     for result in results:
         own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
         seconds = sum(task.seconds for task in result.tasks)
         name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
-        parts.append((name, (own or runs)[-1], 0.0, seconds, 0.0))
+        parts.append((name, (own or runs)[-1], (0.0, seconds, 0.0)))
     rows = []
-    for name, run, *seconds in parts:
+    for name, run, times in parts:
         price, _ = prices.per_hour(find_gpu(run.device))
-        hours = sum(seconds) / 3600 * (run.setting("hardware", "world_size") or 1)
-        rows.append((name, *seconds, None if price is None else hours * price))
+        hours = sum(times) / 3600 * (run.setting("hardware", "world_size") or 1)
+        rows.append((name, times, None if price is None else hours * price))
     return rows
 
 
