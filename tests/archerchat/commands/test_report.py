@@ -64,6 +64,21 @@ def test_a_directory_with_other_things_is_left_alone(
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_directory_of_the_shell_is_not_replaced(
+    trained_home: TinyHome,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert trained_home.run("report", "--out", out) == 2
+    assert f"--out {out} holds this shell's directory" in capsys.readouterr().err
+    assert not list((tmp_path / "empty").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
