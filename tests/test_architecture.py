@@ -222,7 +222,7 @@ BUDGETS = {
     "serving": (900, 1762),
     "exchange": (800, 988),
     "planning": (700, 700),
-    "report": (900, 1314),
+    "report": (900, 1302),
     "commands": (1700, 2173),
     "": (17_000, 23_020),
     "../../endlex/src/endlex": (12_000, 13_541),

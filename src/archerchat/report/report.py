@@ -128,56 +128,46 @@ def _environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def run_charts(run: Run) -> list[Lines]:
     """Return the charts of a run's metrics; those without a curve are left out."""
+
+    def curve(metric: str, label: str = "", **looks: Any) -> Series:
+        return Series(label, [*run.metrics.get(metric, {}).items()], **looks)
+
+    def curves(labels: Mapping[str, str]) -> list[Series]:
+        known = [name for name in labels if name in run.metrics]
+        return [curve(name, labels[name], color=i) for i, name in enumerate(known)]
+
+    losses = [curve("train/loss", kind="faint"), curve("train/smooth_loss", "training")]
+    if run.stage == "rl":
+        loss = Lines("Policy loss", "step", losses)  # it has no unit
+    else:
+        bits = [curve("val/bpb", "validation", color=1, on_right=True)]
+        losses += bits if "val/bpb" in run.metrics else []
+        positive = all(value > 0 for each in losses for _, value in each.points)
+        right = "bits per byte" if len(losses) > 2 else ""
+        loss = Lines("Loss", "step", losses, "nats per token", right, log_y=positive)
+    # The axis of MFU is on the right, if MFU is proportional to the speed.
+    speeds, shares = (run.metrics.get(f"train/{n}", {}) for n in ("tokens_per_second", "mfu"))
+    ratios = [
+        shares[step] / speed for step, speed in speeds.items() if step in shares and speed > 0
+    ]
+    scale = 100 * median(ratios) if ratios and max(ratios) <= 1.01 * min(ratios) else None
+    mfu, throughput = "MFU in %" if scale else "", curve("train/tokens_per_second")
     rate = "train/matrix_lr" if "train/matrix_lr" in run.metrics else "train/lr_multiplier"
     of_peak = "" if rate == "train/matrix_lr" else "share of the peak"
     low, high = (run.metrics.get(f"core/{end}", {}) for end in ("low", "high"))
-    core = _series(run, "core/score", band=[(x, low[x], high[x]) for x in low if x in high])
+    core = curve("core/score", band=[(x, low[x], high[x]) for x in low if x in high])
     passes = {n: n.replace("val/pass_at_", "pass@") for n in run.metrics if "/pass_at_" in n}
     charts = [
-        _loss_chart(run),
-        _throughput_chart(run),
-        Lines("Learning rate of the matrices", "step", [_series(run, rate)], of_peak),
+        loss,
+        Lines("Throughput", "step", [throughput], "tokens/s", mfu, scale, from_zero=True),
+        Lines("Learning rate of the matrices", "step", [curve(rate)], of_peak),
         Lines("CORE while training, 95% interval", "step", [core]),
-        Lines("Rollouts", "step", _group(run, ROLLOUTS), "share"),
-        Lines("Tokens of a step", "step", _group(run, TOKENS)),
-        Lines("Seconds of the rollouts", "step", [_series(run, "rollout/seconds")]),
-        Lines("Pass rate on the test", "step", _group(run, passes)),
+        Lines("Rollouts", "step", curves(ROLLOUTS), "share"),
+        Lines("Tokens of a step", "step", curves(TOKENS)),
+        Lines("Seconds of the rollouts", "step", [curve("rollout/seconds")]),
+        Lines("Pass rate on the test", "step", curves(passes)),
     ]
     return [chart for chart in charts if any(len(each.points) > 1 for each in chart.series)]
-
-
-def _group(run: Run, labels: Mapping[str, str]) -> list[Series]:
-    names = [name for name in labels if name in run.metrics]
-    return [_series(run, name, labels[name], color=i) for i, name in enumerate(names)]
-
-
-def _series(run: Run, metric: str, label: str = "", **looks: Any) -> Series:
-    return Series(label, [*run.metrics.get(metric, {}).items()], **looks)
-
-
-def _loss_chart(run: Run) -> Lines:
-    """Return the chart of training and validation loss; a policy's loss has no unit."""
-    curves = [
-        _series(run, "train/loss", kind="faint"),
-        _series(run, "train/smooth_loss", "training"),
-    ]
-    if run.stage == "rl":
-        return Lines("Policy loss", "step", curves)
-    if "val/bpb" in run.metrics:
-        curves.append(_series(run, "val/bpb", "validation", color=1, on_right=True))
-    positive = all(value > 0 for series in curves for _, value in series.points)
-    right = "bits per byte" if len(curves) > 2 else ""
-    return Lines("Loss", "step", curves, "nats per token", right, log_y=positive)
-
-
-def _throughput_chart(run: Run) -> Lines:
-    """Return the chart of tokens per second, with MFU on the right if it is proportional."""
-    rates, shares = (run.metrics.get(f"train/{n}", {}) for n in ("tokens_per_second", "mfu"))
-    ratios = [shares[step] / rate for step, rate in rates.items() if step in shares and rate > 0]
-    scale = 100 * median(ratios) if ratios and max(ratios) <= 1.01 * min(ratios) else None
-    curve = _series(run, "train/tokens_per_second")
-    label = "MFU in %" if scale else ""
-    return Lines("Throughput", "step", [curve], "tokens/s", label, scale, from_zero=True)
 
 
 def result_chart(result: Result) -> Bars:
