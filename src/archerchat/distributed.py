@@ -126,6 +126,8 @@ class Ranks(Place):
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Return which of the flags are set on some rank."""
+        if not self.joined:
+            return flags
         return tuple(self.sum(torch.tensor(flags, dtype=torch.int64)).gt(0).tolist())
 
     def mean(self, *values: float) -> tuple[float, ...]:

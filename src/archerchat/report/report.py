@@ -89,26 +89,26 @@ def _score(result: Result) -> str:
 
 def _spendings(
     runs: Sequence[Run], results: Sequence[Result], prices: Prices
-) -> list[tuple[str, tuple[float, float, float], float | None]]:
-    """Return the name of each run and evaluation, its seconds, and its dollars, None if unknown.
+) -> list[dict[str, Any]]:
+    """Return the time of each run and each evaluation, and its cost in dollars, None if unknown."""
+    rows: list[dict[str, Any]] = []
 
-    The seconds are those of training, of evaluation and of anything else.
-    """
-    parts: list[tuple[str, Run, tuple[float, float, float]]] = []
+    def add(name: str, run: Run, **seconds: float) -> None:
+        price, _ = prices.per_hour(find_gpu(run.device))
+        hours = sum(seconds.values()) / 3600 * (run.setting("hardware", "world_size") or 1)
+        cost = None if price is None else hours * price
+        rows.append({"name": name, "seconds": seconds, "cost": cost})
+
     for run in runs:
+        training, evaluation = run.training_seconds, run.eval_seconds
         # A session's first record is written after its model is built.
-        other = max(0.0, run.wall_seconds - run.training_seconds - run.eval_seconds)
-        parts.append((run.tag, run, (run.training_seconds, run.eval_seconds, other)))
+        other = max(0.0, run.wall_seconds - training - evaluation)
+        add(run.tag, run, training=training, evaluation=evaluation, other=other)
     for result in results:
         own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
         seconds = sum(task.seconds for task in result.tasks)
         name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
-        parts.append((name, (own or runs)[-1], (0.0, seconds, 0.0)))
-    rows = []
-    for name, run, times in parts:
-        price, _ = prices.per_hour(find_gpu(run.device))
-        hours = sum(times) / 3600 * (run.setting("hardware", "world_size") or 1)
-        rows.append((name, times, None if price is None else hours * price))
+        add(name, (own or runs)[-1], training=0.0, evaluation=seconds, other=0.0)
     return rows
 
 
@@ -123,7 +123,7 @@ def _environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
         | {"precision": run.setting("identity", "dtype")}
         for run in runs
     ]
-    return {name: [facts.get(name) for facts in columns] for facts in columns for name in facts}
+    return {name: [each.get(name) for each in columns] for facts in columns for name in facts}
 
 
 def run_charts(run: Run) -> list[Lines]:
