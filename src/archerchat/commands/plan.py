@@ -45,23 +45,18 @@ def plan(config: PlanConfig, home: Home) -> None:
     environment.filters["days"] = lambda hours: (
         duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"
     )
-    size = content["memory"]["device_batch_size"]
-    *tables, commands = (
-        environment.get_template("plan.txt")
-        .render(
-            content,
-            config=config,
-            text=text,
-            packing=packing,
-            own=own,
-            free=RESERVED_SHARE,
-            cpu_tokens=CPU_TOKENS,
-            from_own=f" --data {quote(own)}" if own else "",
-            pretrain_flags=" ".join(_pretrain_flags(config, size)),
-        )
-        .strip()
-        .split("\n\n")
+    printed = environment.get_template("plan.txt").render(
+        content,
+        config=config,
+        text=text,
+        packing=packing,
+        own=own,
+        free=RESERVED_SHARE,
+        cpu_tokens=CPU_TOKENS,
+        from_own=f" --data {quote(own)}" if own else "",
+        pretrain_flags=" ".join(_pretrain_flags(config, content["memory"]["device_batch_size"])),
     )
+    *tables, commands = printed.strip().split("\n\n")
     console = Console(markup=False, emoji=False, highlight=False)
     for part in tables:
         title, *rows = part.split("\n")

@@ -58,13 +58,13 @@ def target_directory(out: Path | None, home: Home, name: str) -> Path:
     """Return `out`, or the home's directory for a report of this name.
 
     Raises:
-        UsageError: `out` holds anything but a report, or is where this process runs.
+        UsageError: `out` has no name, or holds anything but a report.
     """
     if out is None:
         return home.root / "reports" / check_name(name, "report name")
     out = out.expanduser()
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise UsageError(f"--out {out} holds this shell's directory: choose one that is inside it")
+    if out.name in ("", ".."):
+        raise UsageError(f"--out {out} cannot be replaced from here: name a directory")
     if out.exists():
         content = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
         if content and not (HTML in content and content <= {HTML, MARKDOWN, CHARTS}):

@@ -65,7 +65,7 @@ def test_a_directory_with_other_things_is_left_alone(
 
 
 @pytest.mark.parametrize("out", [".", ".."])
-def test_the_directory_of_the_shell_is_not_replaced(
+def test_a_directory_without_a_name_is_refused(
     trained_home: TinyHome,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -75,7 +75,7 @@ def test_the_directory_of_the_shell_is_not_replaced(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert trained_home.run("report", "--out", out) == 2
-    assert f"--out {out} holds this shell's directory" in capsys.readouterr().err
+    assert f"--out {out} cannot be replaced from here" in capsys.readouterr().err
     assert not list((tmp_path / "empty").iterdir())
 
 
