@@ -224,7 +224,7 @@ BUDGETS = {
     "planning": (700, 700),
     "report": (900, 1304),
     "commands": (1700, 2168),
-    "": (17_000, 22956),
+    "": (17_000, 23_020),
     "../../endlex/src/endlex": (12_000, 13_541),
     "serving/page/*": (900, 943),
     "../../endlex/src/endlex/server/web/static/js/*.js": (4500, 4500),
