@@ -161,16 +161,10 @@ def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
 
 
 def _keep(answers: list[dict[str, Any]], task: Task, answer: Answer) -> None:
-    values = {
-        "task": task.name,
-        "problem": answer.problem,
-        "sample": answer.sample,
-        "right": answer.right,
-        "lenient": answer.lenient,
-        "finish_reason": answer.completion.finish_reason,
-        "text": answer.text,
-    }
-    answers.append(values)
+    names = ("problem", "sample", "right", "lenient")
+    judged = {"task": task.name, **{name: getattr(answer, name) for name in names}}
+    reason = answer.completion.finish_reason
+    answers.append({**judged, "finish_reason": reason, "text": answer.text})
 
 
 def _sentence(result: ChatTaskResult) -> str:
