@@ -31,9 +31,9 @@ class Buffered(NamedTuple):
     """A document that waits for a row."""
 
     tokens: Document
-    """Its tokens, at most those that a row can take."""
+    """Those that a row can take, if it is longer."""
     length: int
-    """Its number of tokens when it was added, by which best fit chooses."""
+    """Number of tokens before any were cut, by which best fit chooses."""
     start: int = 0
     """Number of its tokens that are in rows already; the rest follows another BOS."""
 
@@ -89,8 +89,7 @@ class BestFitPacker(_OpenRow):
     def add(self, document: Document, length: int | None = None) -> None:
         """Buffer a document of at least one token; a cropped one had `length`."""
         length = length or len(document)
-        fits = self._padding is None or length <= self.row_length
-        assert fits, "no row would ever take it"
+        assert self._padding is None or length <= self.row_length, "no row would ever take it"
         if len(document) > self.row_length:
             document = document[: self.row_length].copy()
         arrival = next(self._arrivals)

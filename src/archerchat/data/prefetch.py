@@ -49,15 +49,13 @@ class State(Generic[ProgressT]):
     """Together with a loader's identity, this decides the batches that follow."""
 
     progress: ProgressT
-    """Position in the documents: a dataclass of JSON values."""
+    """A dataclass of JSON values."""
     documents: tuple[Buffered, ...] = ()
-    """Documents in the packer's buffer, in its order."""
+    """Those in the packer's buffer, in its order."""
 
 
 class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
-    """Iterate over batches that a thread prepares.
-
-    The thread starts at the first `next` and ends with `close`, or when the loader is deleted.
+    """Iterate over batches that a thread prepares, from the first `next` until `close`.
 
     Args:
         identity: JSON that decides which batches are yielded, `batch_size` and `sequence_length`
@@ -87,8 +85,7 @@ class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
         """Read a saved progress; a broken one is a KeyError, TypeError or ValueError."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the last returned batch: the `identity` and the progress as JSON,
-        and `tokens` and `lengths` of the buffered documents."""
+        """Return the identity and the progress as JSON, and the buffered documents as tensors."""
         progress: Any = self._state.progress
         documents = join_documents(self._state.documents, self._dtype)
         return {"identity": dict(self._identity), **asdict(progress), **documents}

@@ -27,7 +27,6 @@ COUNT = "streams"
 
 
 def saved_streams(state: Mapping[str, Any]) -> int:
-    """Return the number of streams in a saved state."""
     return int(state.get(COUNT, 1))
 
 

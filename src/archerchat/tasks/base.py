@@ -197,8 +197,9 @@ class TaskMixture:
         return task, place - (self._ends[task - 1] if task else 0)
 
     def describe(self) -> dict[str, Any]:
-        """Return a JSON value that identifies this mixture."""
-        return {"tasks": [task.describe() for task in self.tasks], "seed": self._seed}
+        """Return a JSON value that identifies this mixture, with each task under its number."""
+        tasks = {str(i): task.describe() for i, task in enumerate(self.tasks)}
+        return {"tasks": tasks, "seed": self._seed}
 
     def __getitem__(self, index: int) -> Conversation:
         task, inner = self.origin(index)
