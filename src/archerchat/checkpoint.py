@@ -148,23 +148,21 @@ def _write_sections(
     files = {}
     for section, entries in state.items():
         file = directory / (check_name(section, "section") + SUFFIX)
-        if any(isinstance(value, Tensor) for value in entries.values()):
-            save_file(_storable(entries), file)
+        if tensors := _storable(entries):
+            save_file(tensors, file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     return files
 
 
 def _storable(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors, copied where safetensors needs it: strided, remote or aliased ones."""
-    stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in entries.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        local = tensor.detach().cpu().contiguous()
-        storage = local.untyped_storage().data_ptr()
-        stored[name] = local.clone() if storage in storages else local
-        storages.add(storage)
+    stored, storages = dict[str, Tensor](), set[int]()
+    for name, value in entries.items():
+        if isinstance(value, Tensor):
+            local = value.detach().cpu().contiguous()
+            storage = local.untyped_storage().data_ptr()
+            stored[name] = local.clone() if storage in storages else local
+            storages.add(storage)
     return stored
 
 
@@ -218,11 +216,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Path:
-    """Return the path of `step` in `directory`, or of the latest step.
-
-    Raises:
-        UsageError: there is no such step, or none at all.
-    """
+    """Return the path of `step` in `directory`, or of the latest step; a UsageError if none."""
     steps = list_checkpoints(directory)
     if not steps:
         raise UsageError(f"no checkpoint in {directory}: train a model first, or check the name")
@@ -244,15 +238,14 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
     Raises:
         UsageError: there is no such model; the message lists the others.
     """
-    stage_dir, models = home.stage_dir(stage), list_models(home, stage)
-    if not models:
+    models = {path.name: path for path in list_models(home, stage)}
+    if models and tag is None:
+        return max(models.values(), key=lambda model: saved_at(find_checkpoint(model)))
+    if tag not in models:
         named = f" {tag!r}" if tag else ""
-        raise UsageError(f"no {stage} model{named} under {stage_dir}: train or import one first")
-    if tag is None:
-        return max(models, key=lambda model: saved_at(find_checkpoint(model)))
-    if tag not in (names := [model.name for model in models]):
-        raise UsageError(f"no {stage} model {tag!r} under {stage_dir}; there is {', '.join(names)}")
-    return stage_dir / tag
+        hint = f"; there is {', '.join(models)}" if models else ": train or import one first"
+        raise UsageError(f"no {stage} model{named} under {home.stage_dir(stage)}{hint}")
+    return models[tag]
 
 
 def saved_at(path: Path) -> int:
@@ -262,10 +255,7 @@ def saved_at(path: Path) -> int:
 
 
 def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkpoint:
-    """Read a step's directory, as `find_checkpoint` returns it, onto the CPU.
-
-    Args:
-        sections: read only these; None reads all.
+    """Read a step's directory, or only some of its `sections`, onto the CPU.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, the format is unknown, or

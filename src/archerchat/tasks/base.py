@@ -65,9 +65,7 @@ class Task(Sequence[Conversation]):
         return conversation
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Return whether `completion` is right by the rule that the reference's figures follow.
-
-        It is the text that the model wrote, or in a categorical task the letter.
+        """Return whether `completion`, a text or a letter, is right by the reference's rule.
 
         Raises:
             UsageError: this task is for training only.

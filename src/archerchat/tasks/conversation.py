@@ -81,7 +81,6 @@ def check_messages(conversation: Any) -> list[dict[str, Any]]:
 
 
 def _check_content(content: Any, role: str, here: str) -> None:
-    """Check that an assistant's content is text or a list of parts, and any other one is text."""
     if role != "assistant" and not isinstance(content, str):
         raise DataError(f"{here} ({role}): only text can be learned, not {_show(content)}")
     if not isinstance(content, str | list):
@@ -110,7 +109,12 @@ def check_conversation(value: Any) -> Conversation:
     Raises:
         DataError: it is not; the message says how.
     """
-    conversation = _read_foreign({"messages": value} if isinstance(value, list) else value)
+    conversation = {"messages": value} if isinstance(value, list) else value
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if isinstance(messages, list):
+        _refuse_tools(conversation, "")
+        own = [_read_message(each, f"message {number}: ") for number, each in enumerate(messages)]
+        conversation = {**conversation, "messages": own}
     messages = check_messages(conversation)
     if all(message["role"] != "assistant" for message in messages):
         raise DataError(
@@ -126,17 +130,8 @@ def check_conversation(value: Any) -> Conversation:
     return dict(conversation)
 
 
-def _read_foreign(conversation: Any) -> Any:
-    """Convert a conversation from OpenAI's format to ours; refuse tool calls and zero weights."""
-    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
-    if not isinstance(messages, list):
-        return conversation
-    _refuse_tools(conversation, "")
-    own = [_read_message(each, f"message {number}: ") for number, each in enumerate(messages)]
-    return {**conversation, "messages": own}
-
-
 def _read_message(message: Any, here: str) -> Any:
+    """Convert a message from OpenAI's format to ours; refuse tool calls and zero weights."""
     if not isinstance(message, Mapping):
         return message
     _refuse_tools(message, here)
@@ -157,10 +152,7 @@ def _refuse_tools(value: Mapping[str, Any], here: str) -> None:
 
 
 def _is_empty(content: str | list[dict[str, str]]) -> bool:
-    """Whether a content has no text, no parts, or an empty program.
-
-    The output of a program may be empty, and the text between two parts may be a space.
-    """
+    """Whether there is no text, no part, or an empty program, whose output may be empty."""
     if isinstance(content, str):
         return not content.strip()
     return not content or any(each["type"] == "python" and not each["text"] for each in content)

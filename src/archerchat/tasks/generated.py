@@ -45,7 +45,7 @@ class GeneratedTask(Task):
 
     def __init__(self, split: str = "train", size: int = 1000) -> None:
         check_split(split)
-        assert size > 0, f"{self.name} cannot have {size} examples"
+        assert size > 0, size
         self.split: str = split
         self.rows = range(size)
 
