@@ -41,6 +41,8 @@ from archerchat.tokenizer.chat_format import render_for_completion
 
 ANSWER_TOKENS = 512
 """Maximum tokens per answer in ChatCORE."""
+LIMIT_SEED = 1337
+"""Seed for the shuffle before a limit: data sets are sorted by subject."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,7 @@ class ChatTaskResult(TaskResult):
     @property
     def lenient_accuracy(self) -> float | None:
         """The share of answers that are right by the lenient rule; None without one."""
-        total = self.examples * self.num_samples
-        return None if self.lenient is None else self.lenient / total
+        return None if self.lenient is None else self.lenient / (self.examples * self.num_samples)
 
     def to_json(self) -> dict[str, Any]:
         figures: dict[str, Any] = {
@@ -187,10 +188,6 @@ def answer_problems(
     return sorted(answers, key=lambda answer: (place[answer.problem], answer.sample))
 
 
-LIMIT_SEED = 1337
-"""Seed for the shuffle before a limit: data sets are sorted by subject."""
-
-
 def limited(task: Task, limit: int | None) -> Task:
     """Return `limit` examples drawn from the whole task, or the task itself for None."""
     return task if limit is None or limit >= len(task) else task.shuffled(LIMIT_SEED)[:limit]
@@ -282,11 +279,7 @@ def choose_letters(
 
 
 def letter_token(tokenizer: Tokenizer, letter: str) -> int:
-    """Return the token of a letter.
-
-    Raises:
-        DataError: the letter takes several tokens.
-    """
+    """Return the token of a letter; a DataError if it takes several."""
     ids = tokenizer.encode(letter)
     if len(ids) != 1:
         raise DataError(

@@ -135,8 +135,7 @@ class CoreEvaluation:
         )
 
     def prepare(self, task: CoreTask) -> tuple[list[int], list[Tree], int]:
-        """Return the right option of every example of a task, this rank's examples as trees, and
-        how many of these were cropped.
+        """Return every example's right option, this rank's trees, and how many were cropped.
 
         Raises:
             DataError: the file is missing or broken, or holds too few examples.
@@ -160,9 +159,6 @@ class CoreEvaluation:
 
         Args:
             windows: the model's, per layer.
-
-        Raises:
-            DataError: a task's file is missing or broken.
         """
         found = {}
         for task in [task for task in self.bundle.tasks if task.label not in done]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from archerchat.config import from_json
 from archerchat.evals.core.bundle import CoreTask
 from archerchat.evals.statistics import Interval, TaskResult, mean_score
 from archerchat.files import write_json
@@ -53,12 +54,6 @@ class CoreTaskResult(TaskResult):
             "centred": self.centred,
             "examples_per_second": self.examples_per_second,
         }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CoreTaskResult:
-        """Read what `to_json` wrote; raises KeyError or TypeError for something else."""
-        given = {field.name: value[field.name] for field in fields(cls) if field.name in value}
-        return cls(**given | {"near_ties": tuple(value["near_ties"])})
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ class PartialResults:
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(path.read_bytes() if path else b"{}")
             if content["key"] == self._key:
-                found = [CoreTaskResult.from_json(value) for value in content["tasks"]]
+                found = [from_json(CoreTaskResult, value) for value in content["tasks"]]
                 self.tasks = {task.label: task for task in found}
 
     def add(self, result: CoreTaskResult) -> None:
@@ -124,7 +119,7 @@ class PartialResults:
 
 
 def is_offline(tasks: Sequence[CoreTask | CoreTaskResult]) -> bool:
-    """Say whether these are the package's own tasks, which are not CORE."""
+    """Whether these are the package's own tasks, which are not CORE."""
     return all(task.label.startswith("offline_") for task in tasks)
 
 
@@ -147,8 +142,8 @@ def describe(result: CoreResult) -> list[str]:
             named = ", ".join(f"{label} {count}" for label, count in counts.items())
             where = f"in {len(counts)} tasks" if len(counts) > MOST_NAMED else named
             notes.append(f"{sum(counts.values())} examples {what}: {where}")
-    if ties := [
-        f"{t.label} {', '.join(map(str, t.near_ties))}" for t in result.tasks if t.near_ties
-    ]:
-        notes.append(f"near-ties (closer than {NEAR_TIE:g}), by example: {'; '.join(ties)}")
+    ties = {t.label: ", ".join(map(str, t.near_ties)) for t in result.tasks if t.near_ties}
+    if ties:
+        named = "; ".join(f"{label} {examples}" for label, examples in ties.items())
+        notes.append(f"near-ties (closer than {NEAR_TIE:g}), by example: {named}")
     return notes
