@@ -18,9 +18,16 @@ from typing import Any, Literal
 from archerchat.errors import DataError, UsageError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
-from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
+from archerchat.tasks.conversation import (
+    NAMES,
+    Conversation,
+    assistant,
+    check_conversation,
+    find_layout,
+    part,
+    user,
+)
 from archerchat.tasks.hub import Row, TableTask, TaskFiles
-from archerchat.tasks.layouts import NAMES, find_layout, parse_layout
 from archerchat.text_files import JSON_KINDS, Refuse, iter_rows, list_folder, refuse
 
 MAX_NAMED = 10
@@ -106,7 +113,7 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
 class JsonlTask(Task):
     """The conversations of a file, or of the JSON files below a folder in the order of their names.
 
-    Each line, or each value of a JSON list, has one of the layouts of `tasks.layouts`.
+    Each line, or each value of a JSON list, has one of the layouts of `tasks.conversation`.
     All are checked when the file is read, so a broken one is found before training begins.
 
     Args:
@@ -134,9 +141,8 @@ class JsonlTask(Task):
         report: Refuse = bad.append if skip_bad else refuse
         for where, value in (row for each in paths for row in iter_rows(each, report)):
             try:
-                layout = find_layout(value)
-                self.rows.append(check_conversation(parse_layout(value, layout)))
-                layouts[NAMES[layout]] += 1
+                self.rows.append(check_conversation(value))
+                layouts[NAMES[find_layout(value)]] += 1
             except DataError as error:
                 report(f"{where}: {error}")
         listed = [f"{len(bad):,} bad lines were left out, the first:", *bad[:MAX_NAMED]]
