@@ -19,7 +19,6 @@ from archerchat.errors import DataError, UsageError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import (
-    NAMES,
     Conversation,
     assistant,
     check_conversation,
@@ -142,7 +141,7 @@ class JsonlTask(Task):
         for where, value in (row for each in paths for row in iter_rows(each, report)):
             try:
                 self.rows.append(check_conversation(value))
-                layouts[NAMES[find_layout(value)]] += 1
+                layouts[find_layout(value)] += 1
             except DataError as error:
                 report(f"{where}: {error}")
         listed = [f"{len(bad):,} bad lines were left out, the first:", *bad[:MAX_NAMED]]

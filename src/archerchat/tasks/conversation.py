@@ -23,8 +23,7 @@ from archerchat.files import write_bytes
 
 Conversation = dict[str, Any]
 Layout = Literal["openai", "sharegpt", "alpaca"]
-NAMES: dict[Layout, str] = {"openai": "OpenAI", "sharegpt": "ShareGPT", "alpaca": "Alpaca"}
-_KEYS: dict[str, Layout] = {"conversations": "sharegpt", "instruction": "alpaca"}
+_KEYS = {"conversations": "ShareGPT", "instruction": "Alpaca"}
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 PART_TYPES = ("text", "python", "python_output")
 UNSUPPORTED = ("tool_calls", "function_call", "tools", "functions")
@@ -171,18 +170,18 @@ def _show(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def find_layout(value: Any) -> Layout:
+def find_layout(value: Any) -> str:
     """Return the layout of a line; an unknown one counts as OpenAI's, whose checks refuse it."""
     known = isinstance(value, Mapping) and "messages" not in value
-    return next((layout for key, layout in _KEYS.items() if known and key in value), "openai")
+    return next((layout for key, layout in _KEYS.items() if known and key in value), "OpenAI")
 
 
 def _parse_layout(value: Any) -> Any:
     """Return a line as `{"messages": [...]}`, which is not checked yet."""
     layout = find_layout(value)
-    if layout == "openai":
+    if layout == "OpenAI":
         return value
-    if layout == "alpaca":
+    if layout == "Alpaca":
         fields = [value.get(name) or "" for name in ("instruction", "input", "output", "system")]
         history = value.get("history") or []
         pairs = isinstance(history, list) and all(map(_is_pair, history))

@@ -26,7 +26,7 @@ from archerchat.data.conversation_loader import (
     Used,
     render_whole,
 )
-from archerchat.data.streams import Streams
+from archerchat.data.prefetch import Streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
