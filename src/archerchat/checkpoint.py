@@ -48,7 +48,7 @@ SUFFIX = ".safetensors"
 STEP_NAME = re.compile(rf"(?:step_(\d{{6,}})|\.step_(\d{{6,}}){re.escape(STALE)})")
 
 
-class _Damaged(Exception):
+class _Damaged(CheckpointError):
     """A problem with a checkpoint, without a remedy yet."""
 
 
@@ -59,11 +59,7 @@ class Stateful(Protocol):
         """Return the whole state: tensors and JSON values by name."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
-
-        Raises:
-            CheckpointError, KeyError, ValueError: it does not fit this object.
-        """
+        """Continue from it; a CheckpointError, KeyError or ValueError if it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def save_checkpoint(
         step: replaced if it exists.
         state: each section's state dict: "model", "optimizer", "loader", ...
         meta: JSON values, and non-finite floats; tuples become lists.
-        keep_last: number of complete checkpoints to keep, this one included; None keeps all.
+        keep_last: number of complete checkpoints to keep; None keeps all.
 
     Raises:
         CheckpointError: the disk is full or cannot be written. Nothing half-written remains, and
@@ -105,7 +101,6 @@ def save_checkpoint(
     """
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
-    assert state, "a checkpoint has at least one section"
     values = {
         section: {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
         for section, entries in state.items()
@@ -128,11 +123,7 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace a saved section's values other than tensors, atomically.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or cannot be written; it is then as it was.
-    """
+    """Replace a saved section's values other than tensors, atomically or not at all."""
     try:
         content = _read_meta(path)
         content["state"][section] = json.loads(json.dumps(encode_json(values)))
@@ -198,7 +189,7 @@ def _intact(path: Path, verify: bool) -> bool:
     try:
         for name, entry in _read_meta(path)["files"].items():
             _check_file(path / name, entry, verify)
-    except (_Damaged, CheckpointError):
+    except CheckpointError:
         return False
     return True
 
@@ -228,8 +219,8 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
 def list_models(home: Home, stage: str) -> list[Path]:
     """Return the directories of a stage's models, by name."""
     directory = home.stage_dir(stage)
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    return [entry for entry in entries if list_checkpoints(entry)]
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return [entry for entry in sorted(entries) if list_checkpoints(entry)]
 
 
 def find_model(home: Home, stage: str, tag: str | None) -> Path:

@@ -85,7 +85,7 @@ def _opened(entry: Path) -> Iterator[int]:
 def exclusive(directory: Path) -> Iterator[None]:
     """Reserve `directory` for this process; a UsageError if another process has it.
 
-    The directory is created if missing, and removed if the block leaves it empty.
+    It is created if missing, and removed if the block leaves it empty.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 
 Refuse = Callable[[str], None]
 """Receives a problem with a file or a line, which is left out if the function returns."""
@@ -85,8 +85,11 @@ class Folder:
 def list_folder(source: Path, kinds: Collection[str]) -> Folder:
     """Sort the files of some `kinds` below `source` into splits by name, without hidden files.
 
-    A `source` that is a file is always read.
+    A `source` that is a file is always read. It is a UsageError if there is none.
     """
+    if not source.exists():
+        remedy = f"give a file or a folder of {', '.join(kinds)}"
+        raise UsageError(f"{source} does not exist: {remedy}")
     if not source.is_dir():
         return Folder([source], [], [])
     found = sorted(

@@ -126,8 +126,7 @@ class BestFitPacker(_OpenRow):
         return len(self._sorted)
 
     def _pop(self, index: int) -> Buffered:
-        _, arrival = self._sorted.pop(index)
-        return self._by_arrival.pop(arrival)
+        return self._by_arrival.pop(self._sorted.pop(index)[1])
 
 
 class ConcatPacker(_OpenRow):
@@ -135,7 +134,7 @@ class ConcatPacker(_OpenRow):
 
     A document `BOS a b c` that meets two free tokens leaves `BOS a` at the end of this row and
     starts the next with `BOS b c`. Nothing is dropped, and every token after a document's BOS is a
-    target exactly once. It has the methods of `BestFitPacker`.
+    target exactly once.
     """
 
     def __init__(self, row_length: int) -> None:

@@ -28,9 +28,6 @@ def data_directory(data: str, home: Home) -> Path:
     """Return the directory of `data`: a path, or the name of a source under the home.
 
     `./climbmix`, `~/climbmix`, `..` and `/x/climbmix` are paths; `climbmix` is always a name.
-
-    Raises:
-        UsageError: there is no such directory; the message lists the known names.
     """
     if "/" in data or data.startswith((".", "~")):
         with contextlib.suppress(RuntimeError):  # ~ and a user that does not exist
@@ -73,11 +70,8 @@ def split_shards(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 class Shard(contextlib.AbstractContextManager["Shard"]):
     """Read one Parquet file, a row group at a time; a context manager that closes it.
 
-    Args:
-        column: the column of documents, of any of Arrow's types for text or UTF-8.
-
     Raises:
-        DataError: the file is missing, cut short, corrupt, or has no such column of text.
+        DataError: the file is missing, cut short, corrupt, or has no such column of text or UTF-8.
     """
 
     def __init__(self, path: Path, column: str = TEXT_COLUMN) -> None:

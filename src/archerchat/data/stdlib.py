@@ -36,16 +36,11 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def stdlib_directory() -> Path:
-    """Return the directory of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def list_stdlib(root: Path) -> list[Path]:
-    """Return the corpus's source files below `root`, in order.
-
-    Raises:
-        DataError: this Python has only compiled files.
-    """
+    """Return the corpus's source files below `root`, in order; a DataError if there are none."""
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     files = [found[name] for name in sorted(found) if not _EXCLUDED.fullmatch(name)]
     if not files:

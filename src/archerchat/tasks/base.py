@@ -169,10 +169,7 @@ def find_number_leniently(text: str) -> Decimal | None:
 class TaskMixture:
     """Tasks shuffled together; listing one several times oversamples it.
 
-    The order depends on the tasks' lengths and `seed` alone.
-
-    Raises:
-        DataError: the tasks are empty.
+    The order depends on the tasks' lengths and `seed` alone. Empty tasks are a DataError.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.errors import DataError, UsageError
+from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import (
@@ -37,11 +37,7 @@ _MARK = re.compile(r"<<([^<>]*)>>")
 def build_question(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **more: Any
 ) -> Conversation:
-    """Return a multiple-choice question whose right answer is the letter `answer`.
-
-    Raises:
-        DataError: `answer` is not one of the letters, or there are not as many letters as choices.
-    """
+    """Return a multiple-choice question; a DataError if its letters and answer do not fit it."""
     if len(letters) != len(choices):
         raise DataError(f"{len(letters)} letters for {len(choices)} choices of {question[:60]!r}")
     if answer not in letters:
@@ -120,7 +116,6 @@ class JsonlTask(Task):
         skip_bad: leave out malformed lines, and list the first of them in `left_out`.
 
     Raises:
-        UsageError: there is no such file or folder.
         DataError: there are no conversations, or one is malformed; the message names the line.
     """
 
@@ -130,8 +125,6 @@ class JsonlTask(Task):
         split: Literal["train", "validation"] | None = None,
         skip_bad: bool = False,
     ) -> None:
-        if not path.exists():
-            raise UsageError(f"{path} does not exist: give a file or a folder of conversations")
         folder = list_folder(path, JSON_KINDS)
         splits = {"train": folder.train, "validation": folder.held_out}
         paths = splits[split] if split else sorted([*folder.train, *folder.held_out])

@@ -37,11 +37,7 @@ QUOTES = ("", "", "'", '"')
 
 
 class GeneratedTask(Task):
-    """A task whose examples each have their own random generator.
-
-    Raises:
-        UsageError: the split is neither `train` nor `test`.
-    """
+    """A task whose examples each have their own random generator; splits are train and test."""
 
     def __init__(self, split: str = "train", size: int = 1000) -> None:
         check_split(split)

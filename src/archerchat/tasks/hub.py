@@ -69,7 +69,6 @@ class TaskFiles:
         """Read the rows of a split.
 
         Raises:
-            UsageError: the table has no such split.
             DataError: a file is missing, cannot be downloaded, or is broken.
         """
         names = table.files(split)

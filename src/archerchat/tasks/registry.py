@@ -60,7 +60,6 @@ def build_task(name: str, split: str, files: TaskFiles) -> Task:
 
     Raises:
         UsageError: there is no such task or split; the message lists the known ones.
-        DataError: its files are missing or broken.
     """
     known = {each.lower(): build for each, build in TASKS.items()}
     if name.lower() not in known:
@@ -74,14 +73,10 @@ def _size(split: str, train: int) -> int:
 
 
 def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice]:
-    """Read a list of tasks such as `GSM8K*4,Arithmetic:20000`, in upper or lower case.
-
-    Args:
-        flag: the flag of the list, for errors.
-        names: the tasks that may be in the list.
+    """Read a list of some of the tasks `names`, in upper or lower case.
 
     Raises:
-        UsageError: an entry cannot be read, or there is no such task.
+        UsageError: an entry cannot be read, or there is no such task; the message names `flag`.
     """
     known = {name.lower(): name for name in names}
     choices = []

@@ -150,7 +150,6 @@ class Prompter:
         self._bos = [tokenizer.bos_id]
 
     def tree(self, index: int) -> Tree:
-        """Return an example's prompts as a tree; raises as `prompts` does."""
         return build_tree(index, self.prompts(index))
 
     def prompts(self, index: int) -> list[Prompt]:
