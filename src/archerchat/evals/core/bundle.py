@@ -85,10 +85,8 @@ class Bundle:
 
     def fingerprint(self) -> str:
         """Return a hexadecimal SHA-256 of everything that decides the outcomes."""
-        settings = [
-            [t.label, t.task_type, t.num_fewshot, t.delimiter, t.random_baseline]
-            for t in self.tasks
-        ]
+        names = ("label", "task_type", "num_fewshot", "delimiter", "random_baseline")
+        settings = [[getattr(task, name) for name in names] for task in self.tasks]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for path in sorted({task.path for task in self.tasks}):
             digest.update(f"{path.relative_to(self.directory)} {sha256_file(path)}\n".encode())
@@ -161,11 +159,7 @@ def _refuse(problem: str) -> None:
 
 
 def load_bundle(directory: Path) -> Bundle:
-    """Read the list of tasks and their baselines.
-
-    Raises:
-        DataError: a file is missing or broken, or a task's type is unknown; the message names it.
-    """
+    """Read the list of tasks and their baselines; a DataError names what is missing or broken."""
     listing = directory / TASK_LIST
     try:
         content = yaml.safe_load("".join(line for _, line in iter_lines(listing, _refuse)))

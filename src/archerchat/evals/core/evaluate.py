@@ -42,9 +42,9 @@ class Estimate:
     """How much work a task is."""
 
     examples: int
-    """Examples over all ranks."""
+    """Over all ranks."""
     tokens: float
-    """Prompt tokens that this rank has to run."""
+    """Those of prompts that this rank has to run."""
 
 
 Progress = Callable[[str, float], None]
@@ -84,9 +84,6 @@ class CoreEvaluation:
             model: best in the form for inference (`build_inference_model`).
             kept: finished tasks; each that is done here is added. Rank 0's count.
             on_task: called with each result, kept ones included.
-
-        Raises:
-            DataError: a task's file is missing or broken.
         """
         kept = kept or PartialResults(None, {})
         known, results = self.ranks.gather(list(kept.tasks))[0], []

@@ -55,7 +55,6 @@ class Layout:
     sources: Index
     """For each scored token, the one that predicts it, among those that the last layer keeps."""
     targets: Index
-    """The scored tokens."""
     options: Index
     """For each scored token its option, numbered over the batch."""
 

@@ -87,17 +87,15 @@ class CoreResult:
 
 
 class PartialResults:
-    """The finished tasks of an evaluation that is still running.
+    """The finished tasks of a running evaluation, kept in a file if a `path` is given.
 
     Args:
-        path: file to keep them in; None keeps nothing.
         key: JSON of everything that the figures depend on.
     """
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, json.loads(json.dumps(key))
-        self.tasks: dict[str, CoreTaskResult] = {}
-        """By label."""
+        self.tasks: dict[str, CoreTaskResult] = {}  # by label
         # A missing, broken or foreign file is replaced.
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(path.read_bytes() if path else b"{}")
