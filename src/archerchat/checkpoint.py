@@ -93,7 +93,7 @@ def save_checkpoint(
         step: replaced if it exists.
         state: each section's state dict: "model", "optimizer", "loader", ...
         meta: JSON values, and non-finite floats; tuples become lists.
-        keep_last: number of complete checkpoints to keep; None keeps all.
+        keep_last: number of complete checkpoints to keep, this one included; None keeps all.
 
     Raises:
         CheckpointError: the disk is full or cannot be written. Nothing half-written remains, and

@@ -31,7 +31,7 @@ class Buffered(NamedTuple):
     """A document that waits for a row."""
 
     tokens: Document
-    """Those that a row can take, if it is longer."""
+    """At most those that a row can take."""
     length: int
     """Number of tokens before any were cut, by which best fit chooses."""
     start: int = 0
