@@ -88,7 +88,7 @@ def list_folder(source: Path, kinds: Collection[str]) -> Folder:
     A `source` that is a file is always read. It is a UsageError if there is none.
     """
     if not source.exists():
-        remedy = f"give a file or a folder of {', '.join(kinds)}"
+        remedy = f"give a file or a folder of {', '.join(kinds)} files"
         raise UsageError(f"{source} does not exist: {remedy}")
     if not source.is_dir():
         return Folder([source], [], [])
