@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from archerchat.evals.chat import ANSWER_TOKENS
-from archerchat.evals.core.results import FULL_TASKS
+from archerchat.evals.core.evaluate import FULL_TASKS
 from archerchat.evals.statistics import TaskResult
 from archerchat.home import Home
 

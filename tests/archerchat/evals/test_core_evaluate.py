@@ -18,14 +18,15 @@ from archerchat.config import from_json
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.core.bundle import load_bundle, read_examples
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
-from archerchat.evals.core.prompts import Prompter, choose_examples
-from archerchat.evals.core.results import (
+from archerchat.evals.core.evaluate import (
+    CoreEvaluation,
+    CoreOptions,
     CoreResult,
     CoreTaskResult,
     PartialResults,
     describe,
 )
+from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
