@@ -130,7 +130,7 @@ def _ranges(kept: Index, start: Index, end: Index, depth: Index, window: int) ->
     Args:
         kept: each query's own place among the keys.
         start, end: the places where its trunk starts and ends.
-        depth: its distance from the trunk's end, as above.
+        depth: its distance from the trunk's end, as in `build_layout`.
     """
     place = end - depth  # if no other branch stood between its own and the trunk
     skipped = kept - place
