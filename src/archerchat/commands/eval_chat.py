@@ -34,8 +34,8 @@ from archerchat.inference.loading import ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import write_lines
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.layouts import write_lines
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
 
 SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=50)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from archerchat.config import STAGES
 from archerchat.errors import UsageError
 from archerchat.evals.chat import ANSWER_TOKENS
-from archerchat.evals.core.results import FULL_TASKS
+from archerchat.evals.core.evaluate import FULL_TASKS
 from archerchat.evals.statistics import TaskResult
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig

@@ -10,7 +10,7 @@ import math
 import torch
 
 from archerchat.checkpoint import Checkpoint, load_checkpoint
-from archerchat.data.streams import saved_streams
+from archerchat.data.prefetch import saved_streams
 from archerchat.errors import UsageError
 from archerchat.model.attention import Backend, choose_backend, runs_varlen
 from archerchat.model.fp8 import MULTIPLE

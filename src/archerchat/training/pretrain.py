@@ -20,9 +20,8 @@ from archerchat.checkpoint import Checkpoint
 from archerchat.config import PositiveInt, Seed, StateDtypeName, as_json
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
-from archerchat.data.prefetch import Batch
+from archerchat.data.prefetch import Batch, Streams
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
-from archerchat.data.streams import Streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters

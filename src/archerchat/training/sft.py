@@ -24,10 +24,9 @@ from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.conversation_loader import (
     ConversationLoader,
     Used,
-    describe_mixture,
     render_whole,
 )
-from archerchat.data.streams import Streams
+from archerchat.data.prefetch import Streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
@@ -139,7 +138,7 @@ class Finetuning(Tuning):
         return ({} if config.passes == 1 else {"num_epochs": config.num_epochs}) | {
             "base": self.describe_base(),
             "tokenizer": self.tokenizer.fingerprint,
-            "mixture": describe_mixture(self.train),
+            "mixture": self.train.describe(),
             "device_batch_size": self.rows,
             "total_batch_size": self.total_batch_tokens,
             "num_iterations": config.num_iterations,
@@ -149,7 +148,7 @@ class Finetuning(Tuning):
         }
 
     def facts(self) -> dict[str, Any]:
-        return super().facts() | {"validation": describe_mixture(self.validation)}
+        return super().facts() | {"validation": self.validation.describe()}
 
     def open_data(self, start: Checkpoint | None) -> None:
         if start is None and self.config.warm_start and "optimizer" in self.base.hashes:

@@ -21,8 +21,7 @@ from rich.console import Console
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import AttentionName, Config, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
-from archerchat.data.prefetch import Batch, PrefetchingLoader
-from archerchat.data.streams import LoaderT, Streams, saved_streams
+from archerchat.data.prefetch import Batch, LoaderT, PrefetchingLoader, Streams, saved_streams
 from archerchat.dial import LearningRates, grad_accum_steps
 from archerchat.distributed import joined_ranks
 from archerchat.home import Home

@@ -34,7 +34,6 @@ from archerchat.training.resume import find_start
 from archerchat.training.stage import CheckpointOptions
 from archerchat.training.telemetry import MetricsLog
 
-
 IMPORTED_STEP = 27
 """Step of 30 at which the golden run is imported from the reference's files: late saves time."""
 

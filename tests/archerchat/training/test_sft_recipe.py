@@ -57,7 +57,7 @@ def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
 def recipe(progress: float, num_iterations: int | None, num_epochs: int | None = 1) -> Finetuning:
     """A stage of nothing but a position in its data, whose pass takes about 70 steps."""
     made = object.__new__(Finetuning)
-    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
+    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
     made.ranks, made.pass_tokens, made.total_batch_tokens = Ranks(), 70.0, 1
     made.config = cast(
