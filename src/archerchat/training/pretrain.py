@@ -8,12 +8,14 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint
@@ -34,12 +36,11 @@ from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import build_inference_model
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.model.fp8 import supports_fp8
+from archerchat.model.fp8 import MULTIPLE, supports_fp8
 from archerchat.optim.schedule import build_schedule
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.fitting import choose_precision, fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
 from archerchat.training.run import run_stage
 from archerchat.training.stage import Stage, StageConfig
@@ -116,7 +117,7 @@ class Pretraining(Stage):
         self.model_config, self.rates = hp.model, hp.learning_rates
         self.total_batch_tokens = hp.total_batch_tokens
         self.state_dtype = DTYPES[config.optimizer_state]
-        fit_to_device(self)
+        self.fit_to_device()
         self.files = list_shards(data_directory(config.data, home))
         self.shards, self.validation_shards = split_shards(self.files)
         self.packing, self.packing_reason = self._choose_packing()
@@ -162,10 +163,10 @@ class Pretraining(Stage):
             "final_lr_frac": dial.final_lr_frac,
         }
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         name, fingerprint = self.config.tokenizer, self.tokenizer.fingerprint
         resolved = {"data": self._data_name(), "packing": self.packing}
-        return {
+        return super().describe() | {
             "model_config": asdict(self.model_config),
             "tokenizer": {"name": name, "fingerprint": fingerprint},
             "schedule": asdict(self.schedule),
@@ -180,8 +181,7 @@ class Pretraining(Stage):
     def open_data(self, start: Checkpoint | None) -> None:
         config = self.config
         if config.fp8:
-            saved = start.meta.get("fp8") if start else None
-            self.uses_fp8, self.fp8_speed = choose_precision(self, saved)
+            self.choose_precision(start.meta.get("fp8") if start else None)
         self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
         # Not before the first step: the first losses are worth more than waiting for its score.
         tokens = min(config.eval_tokens, self.validation_bytes // BYTES_PER_TOKEN)
@@ -211,6 +211,42 @@ class Pretraining(Stage):
             packing=self.packing,
             extend=self.config.extend,
         )
+
+    def choose_precision(self, saved: bool | None) -> None:
+        """Train in 8 bits if that makes a forward and a backward pass faster.
+
+        Args:
+            saved: whether a resumed run trains in 8 bits; None measures.
+
+        Raises:
+            UsageError: the kernels do not take micro-batches of this size.
+        """
+        model, shape = self.model, (self.rows, self.sequence_length)
+        if math.prod(shape) % MULTIPLE:
+            raise UsageError(
+                f"--fp8 needs micro-batches of a multiple of {MULTIPLE} tokens: choose another "
+                "--device-batch-size or --max-seq-len"
+            )
+        if saved is not None:
+            self.uses_fp8 = saved
+            model.use_fp8(saved)
+            return
+        tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
+
+        def work() -> None:
+            self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad()
+
+        plain = self.runtime.median_seconds(work)
+        model.use_fp8(True)
+        try:
+            in_8_bits = self.runtime.median_seconds(work)
+        except torch.OutOfMemoryError:
+            in_8_bits = math.inf
+            self.optimizer.zero_grad()
+        plain, in_8_bits = self.ranks.mean(plain, in_8_bits)
+        self.uses_fp8, self.fp8_speed = plain > in_8_bits, plain / in_8_bits
+        model.use_fp8(self.uses_fp8)
 
     def step_metrics(self) -> Mapping[str, float]:
         usage = self.loader.first.usage

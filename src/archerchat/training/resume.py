@@ -142,12 +142,6 @@ def _tag_flag(meta: Mapping[str, Any]) -> str:
     return "--model-tag" if meta.get("stage", "base") == "base" else "--output-tag"
 
 
-def saved_rows(meta: Mapping[str, Any]) -> int:
-    """Return the rows per micro-batch of a saved run; 0 where it has none, as an imported one."""
-    identity = meta.get("identity", {})
-    return int(identity.get("rollouts", identity).get("device_batch_size", 0))
-
-
 def find_start(stage: Stage) -> Checkpoint | None:
     """Load the checkpoint to resume from, the same on all ranks; return None for a new run.
 

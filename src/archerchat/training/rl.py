@@ -35,7 +35,6 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.fitting import fit_to_device
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.rollouts import RolloutLoader
 from archerchat.training.run import run_stage
@@ -128,7 +127,7 @@ class Reinforcement(Tuning):
             )
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
-        fit_to_device(self, reserved_bytes=cache_bytes * config.rollout_batch_size)
+        self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
 
     def _build_tasks(self) -> tuple[Task, Task]:
         """Return the training questions, and the test questions to validate with."""
@@ -167,8 +166,8 @@ class Reinforcement(Tuning):
             "learning_rates": asdict(self.rates),
         }
 
-    def facts(self) -> dict[str, Any]:
-        return super().facts() | {"validation": self.test.describe()}
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"validation": self.test.describe()}
 
     def open_data(self, start: Checkpoint | None) -> None:
         config, on_cuda = self.config, self.model.device.type == "cuda"

@@ -183,7 +183,7 @@ def run_loop(stage: Stage, loop: Loop, start: Checkpoint | None) -> bool:
 def summarize(stage: Stage, loop: Loop) -> dict[str, Any]:
     """Return a finished run's figures for `summary.json`; None where nothing was measured."""
     state, metric = loop.state, stage.metric
-    key = metric.name.replace("/", "_")
+    key = metric.key
     figures = {
         "steps": state.step,
         "tokens": state.tokens,

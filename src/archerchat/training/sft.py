@@ -36,9 +36,7 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import HELD_BACK, MixtureConfig, build_mixtures
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.fitting import fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
-from archerchat.training.resume import saved_rows
 from archerchat.training.run import run_stage
 
 RATE_SCALE = 0.8
@@ -129,8 +127,8 @@ class Finetuning(Tuning):
             self.base, self.model_config, config.lr_scale, config.total_batch_size
         )
         # Micro-batches count alike, however much of each is learned: more rows change the loss.
-        rows = saved_rows(self.saved.meta) if self.saved else rows
-        fit_to_device(self, usual_rows=rows, document_masking=config.document_masking)
+        rows = self.saved_rows or rows
+        self.fit_to_device(usual_rows=rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
 
     def identity(self) -> dict[str, Any]:
@@ -148,8 +146,8 @@ class Finetuning(Tuning):
             "document_masking": config.document_masking,
         }
 
-    def facts(self) -> dict[str, Any]:
-        return super().facts() | {"validation": describe_mixture(self.validation)}
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"validation": describe_mixture(self.validation)}
 
     def open_data(self, start: Checkpoint | None) -> None:
         if start is None and self.config.warm_start and "optimizer" in self.base.hashes:

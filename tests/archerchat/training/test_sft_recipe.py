@@ -18,8 +18,8 @@ from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 from archerchat.runtime import Runtime
 from archerchat.training.base_model import inherit
-from archerchat.training.fitting import choose_attention
 from archerchat.training.sft import Finetuning, lr_multiplier, muon_momentum
+from archerchat.training.stage import Stage
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
 DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=512)
@@ -154,7 +154,7 @@ def choose(runtime: Runtime, forced: str | None, masks: bool, compile: bool = Tr
     stage: Any = SimpleNamespace(
         runtime=runtime, config=config, compile=compile, model_config=HP.model
     )
-    return choose_attention(stage, masks)
+    return Stage.choose_attention(stage, masks)
 
 
 def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.Monk
     assert choose(cuda, "flex", masks=True)[0] == "flex"
     old = Runtime(torch.device("cuda"), torch.float32, "a T4", "forced")
     assert choose(old, None, masks=False)[0] == "flex"  # torch's kernel needs 16 bits
-    monkeypatch.setattr("archerchat.training.fitting.runs_varlen", lambda device, dtype: True)
+    monkeypatch.setattr("archerchat.training.stage.runs_varlen", lambda device, dtype: True)
     assert choose(cuda, None, masks=True, compile=False) == ("varlen", "not compiled")
     with pytest.raises(UsageError, match="'flahs' is not one of"):
         choose(CPU, "flahs", masks=False)
