@@ -20,7 +20,7 @@ from archerchat.config import STAGES
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
-from archerchat.training.loop import OVERFIT_SHARE
+from archerchat.training.state import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
 STEP_METRIC = "train/loss"

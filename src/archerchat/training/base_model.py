@@ -71,7 +71,7 @@ def inherit(
 class Tuning(Stage):
     """A stage that starts from a saved model."""
 
-    decays = False
+    adam_decay = 0.0
 
     config: TuneConfig
     base: Checkpoint

@@ -11,10 +11,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from rich.console import Console
@@ -31,7 +31,7 @@ from archerchat.home import Home
 from archerchat.model.attention import Backend, choose_backend, runs_varlen
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
+from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.planning.memory import RESERVED_SHARE, fit_micro_batch
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
 from archerchat.planning.window_speed import fastest_for_windows
@@ -93,8 +93,8 @@ class Stage(Recipe):
     command: ClassVar[str]
     done: ClassVar[str]
     """Past participle for messages: trained, fine-tuned, reinforced."""
-    decays: ClassVar[bool] = True
-    """Whether AdamW's groups have weight decay."""
+    adam_decay: ClassVar[float] = 1.0
+    """Factor on the weight decay of AdamW's groups."""
 
     tag: str
     seed: int
@@ -260,15 +260,14 @@ class Stage(Recipe):
         runtime, saved, per_step, streams = self.runtime, self.saved, self.count_micro_batches(1), 1
         if saved and "loader" in saved.hashes:
             streams = saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
+        # A step takes whole micro-batches from each stream of data.
+        divided = math.gcd(per_step, per_step * runtime.world_size // streams)
         memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
+        device = runtime.compute_dtype, runtime.device, runtime.world_size, memory
         estimate, fitting, recomputes = fit_micro_batch(
             self.model_config,
-            runtime.compute_dtype,
-            runtime.device,
-            runtime.world_size,
-            memory,
-            # A step takes whole micro-batches from each stream of data.
-            math.gcd(per_step, per_step * runtime.world_size // streams),
+            *device,
+            divided,
             recomputes=self.recomputes,
             state_dtype=self.state_dtype,
         )
@@ -299,38 +298,23 @@ class Stage(Recipe):
             backend, reason = "flex", "keeps the conversations of a row apart"
         if forced is not None or backend != "flex":
             return backend, reason
-        whole = min(model.windows) == model.sequence_length
-        if self.compile and (document_masking or whole):
-            return backend, reason
-        varlen = runs_varlen(runtime.device, runtime.compute_dtype)
         if not self.compile:  # flex has to be compiled
+            varlen = runs_varlen(runtime.device, runtime.compute_dtype)
             return "varlen" if varlen else "sdpa", "not compiled"
-        if not varlen:
+        whole = min(model.windows) == model.sequence_length
+        if document_masking or whole or not runs_varlen(runtime.device, runtime.compute_dtype):
             return backend, reason
         timed = fastest_for_windows(runtime, model, self.rows, self.home.cache_dir)
-        first: tuple[Backend, str] = self.ranks.gather(timed)[0]
-        return first
+        return cast("tuple[Backend, str]", self.ranks.gather(timed)[0])
 
     def build(self, start: Checkpoint | None) -> None:
         """Build model, optimizer and data, for the state of `start` to be loaded into."""
-        runtime = self.runtime
-        self.model = Transformer(self.model_config, runtime.compute_dtype, self.attention[0])
+        dtype, compile = self.runtime.compute_dtype, self.config.compile
+        self.model = Transformer(self.model_config, dtype, self.attention[0])
         self.set_weights(start)
-        self.model.to(runtime.device).recomputes = self.recomputes
-        groups = build_groups(self.model, self.rates)
-        if not self.decays:
-            groups = [
-                replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
-                for group in groups
-            ]
-        self.optimizer = Optimizer(
-            self.model,
-            groups,
-            runtime.compute_dtype,
-            self.config.compile,
-            self.ranks,
-            self.state_dtype,
-        )
+        self.model.to(self.runtime.device).recomputes = self.recomputes
+        groups = build_groups(self.model, self.rates, self.adam_decay)
+        self.optimizer = Optimizer(self.model, groups, dtype, compile, self.ranks, self.state_dtype)
         self.open_data(start)
         self.meta = self.describe()
 
