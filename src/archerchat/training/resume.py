@@ -60,7 +60,7 @@ class CheckpointWriter:
         self._writing: Future[Path] | None = None
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
-        """Wait for the previous checkpoint, as `wait` does, and start saving a step's state."""
+        """Wait for the previous checkpoint and start saving a step's state; raises as `wait`."""
         self.wait()
         staged = {
             section: {
@@ -150,22 +150,26 @@ def find_start(stage: Stage) -> Checkpoint | None:
             each other or what is saved.
         CheckpointError: the checkpoint is damaged, or holds a model without training state.
     """
-    asked, identity = stage.config.checkpoint, stage.meta["identity"]
     stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
-    saved, goes_back = stage.saved, asked.resume_from_step is not None
+    asked, saved = stage.config.checkpoint, stage.saved
+    goes_back, start = asked.resume_from_step is not None, None
     if asked.overwrite and (asked.resume or stage.extend or goes_back):
         raise UsageError(
             "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
             "one or the other"
         )
-    if saved is None:
-        if stage.extend or goes_back:
-            flag = "--resume-from-step" if goes_back else "--extend"
-            raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
-        _require_same_run(stage, 0)
-        return None
-    imported = "identity" not in saved.meta
-    if imported and stage.extend:
+    if saved is not None:
+        start = _load_start(stage, saved)
+    elif stage.extend or goes_back:
+        flag = "--resume-from-step" if goes_back else "--extend"
+        raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
+    _require_same_run(stage, start.step if start else 0)
+    return start
+
+
+def _load_start(stage: Stage, saved: Checkpoint) -> Checkpoint:
+    identity, is_imported = stage.meta["identity"], "identity" not in saved.meta
+    if is_imported and stage.extend:
         _require_same_model(saved, stage.meta)
     else:
         _require_same_settings(saved, stage)
@@ -175,23 +179,20 @@ def find_start(stage: Stage) -> Checkpoint | None:
             f"{saved.path} is past the horizon of {horizon} steps: give more steps, "
             "or an earlier checkpoint by --resume-from-step"
         )
-    if imported:
+    if is_imported:
         tokens = start.step * identity["total_batch_size"]
         start.state["loop"] = {"step": start.step, "first_smoothed": start.step, "tokens": tokens}
-    _require_same_run(stage, start.step)
     return start
 
 
 def _require_same_model(saved: Checkpoint, current: Mapping[str, Any]) -> None:
-    """Refuse another trainer's checkpoint that a run of this model cannot continue from."""
-    before, now = (
-        {
-            "model_config": meta["model_config"],
-            "tokenizer": {"fingerprint": (meta["tokenizer"] or {}).get("fingerprint")},
-        }
-        for meta in (saved.meta, current)
-    )
-    if differences := compare_configs(before, now):
+    """Refuse another trainer's checkpoint if a run of this model cannot continue from it."""
+
+    def shape(meta: Mapping[str, Any]) -> dict[str, Any]:
+        fingerprint = (meta["tokenizer"] or {}).get("fingerprint")
+        return {"model_config": meta["model_config"], "tokenizer": {"fingerprint": fingerprint}}
+
+    if differences := compare_configs(shape(saved.meta), shape(current)):
         raise UsageError(f"{saved.path} is another model than this run's: {'; '.join(differences)}")
     if "optimizer" not in saved.hashes:
         raise UsageError(
@@ -211,9 +212,9 @@ def _require_same_settings(saved: Checkpoint, stage: Stage) -> None:
     refused = [line for line in differences if not re.match(f"({free}): ", line)]
     if not refused:
         return
-    base = stage.name == "base"  # the only stage that has --extend
-    would_do = base and not extend and all(re.match(f"({EXTENDABLE}): ", d) for d in refused)
-    remedy = "continue with the new settings by --extend, or " if would_do else ""
+    extends = stage.name == "base" and not extend  # no other stage has --extend
+    extends = extends and all(re.match(f"({EXTENDABLE}): ", line) for line in refused)
+    remedy = "continue with the new settings by --extend, or " if extends else ""
     shown = _changed_flags(meta, stage.meta, extend) or refused
     raise UsageError(
         f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
@@ -265,13 +266,10 @@ def prepare_extension(stage: Stage, start: Checkpoint) -> list[str]:
         return ["continuing an imported run: its text begins again with the first shard"]
     before, after = (Schedule(**meta["schedule"]) for meta in (start.meta, stage.meta))
     peaks, new_peaks = (m["identity"]["learning_rates"] for m in (start.meta, stage.meta))
-    return [
-        describe_extension(before, after, start.step, peaks, new_peaks),
-        *(
-            f"moved {path.name} of the earlier run to {path.parent}"
-            for path in set_aside_later(start.path)
-        ),
+    moved = [
+        f"moved {path.name} of the earlier run to {path.parent}" for path in set_aside(start.path)
     ]
+    return [describe_extension(before, after, start.step, peaks, new_peaks), *moved]
 
 
 def describe_extension(
@@ -304,7 +302,7 @@ def describe_extension(
     return text
 
 
-def set_aside_later(path: Path) -> list[Path]:
+def set_aside(path: Path) -> list[Path]:
     """Move checkpoints later than `path` aside, so that no run resumes from them.
 
     They go to a directory `<tag>.before-step-<step>` next to the model's. Return their new paths.
