@@ -200,17 +200,10 @@ class Pretraining(Stage):
                 Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
             )
 
-    def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
-        return TextLoader(
-            shards,
-            self.tokenizer,
-            batch_size=self.rows,
-            sequence_length=self.sequence_length,
-            rank=stream,
-            world_size=count,
-            packing=self.packing,
-            extend=self.config.extend,
-        )
+    def _open_loader(self, shards: list[Path], **place: int) -> TextLoader:
+        size = {"batch_size": self.rows, "sequence_length": self.sequence_length, **place}
+        packing, extend = self.packing, self.config.extend
+        return TextLoader(shards, self.tokenizer, packing=packing, extend=extend, **size)
 
     def choose_precision(self, saved: bool | None) -> None:
         """Train in 8 bits if that makes a forward and a backward pass faster.
@@ -273,7 +266,7 @@ class Pretraining(Stage):
             seen_bytes += int(sizes[batch.targets].sum())
             return seen_bytes / max(1, self.validation_bytes)
 
-        loader = self._open_loader(self.validation_shards, 0, 1)
+        loader = self._open_loader(self.validation_shards)
         return self.measure_bits(loader, self.config.eval_tokens, seen)
 
     def measure_core(self) -> Mapping[str, float]:

@@ -84,27 +84,14 @@ class FinetuneConfig(TuneConfig):
         return self.num_epochs or (math.inf if self.num_iterations else 1)
 
 
-def lr_multiplier(progress: float) -> float:
-    """Return the factor on every group's rate at `progress` from 0 to 1."""
-    if progress <= WARMDOWN_START:
-        return 1.0
-    return max(0.0, (1 - progress) / (1 - WARMDOWN_START))
-
-
-def muon_momentum(step: int) -> float:
-    done = min(1.0, step / MOMENTUM_WARMUP_STEPS)
-    return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
-
-
 def iter_held_back(validation: TaskMixture) -> Iterator[str]:
     """Say which of the user's conversations validate only because nothing else was given."""
     for task in validation.tasks:
         if isinstance(task, JsonlTask) and task.picked is not None:
             size, numbers = len(task.rows), [str(index + 1) for index in sorted(task.picked)]
-            listed = ", ".join(numbers[:MAX_NAMED]) + (", ..." if len(numbers) > MAX_NAMED else "")
-            use = "held back from training"
-            if size < HELD_BACK:
-                use = f"trained on too because there are fewer than {HELD_BACK}"
+            listed = ", ".join(numbers[:MAX_NAMED] + ["..."] * (len(numbers) > MAX_NAMED))
+            few = f"trained on too because there are fewer than {HELD_BACK}"
+            use = few if size < HELD_BACK else "held back from training"
             yield f"number {listed} of {size} in {task.name}, {use}; --val-jsonl chooses others"
 
 
@@ -156,18 +143,9 @@ class Finetuning(Tuning):
         self.loader = self.open_streams(partial(self._open_loader, self.train, True), start)
         self.evaluations = [Evaluation(self.validate, self.config.eval_every)]
 
-    def _open_loader(
-        self, mixture: TaskMixture, repeat: bool, stream: int, count: int
-    ) -> ConversationLoader:
-        return ConversationLoader(
-            mixture,
-            self.tokenizer,
-            batch_size=self.rows,
-            sequence_length=self.sequence_length,
-            rank=stream,
-            world_size=count,
-            repeat=repeat,
-        )
+    def _open_loader(self, mixture: TaskMixture, repeat: bool, **place: int) -> ConversationLoader:
+        size = {"batch_size": self.rows, "sequence_length": self.sequence_length, **place}
+        return ConversationLoader(mixture, self.tokenizer, repeat=repeat, **size)
 
     def used(self) -> Used:
         """Return how the conversations of all ranks were used; every rank calls this."""
@@ -221,11 +199,14 @@ class Finetuning(Tuning):
         return max(step / most if most else 0.0, self.data_progress)
 
     def settings(self, step: int) -> StepSettings:
-        return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
+        left = (1 - self.progress_at(step)) / (1 - WARMDOWN_START)
+        warm = min(1.0, step / MOMENTUM_WARMUP_STEPS)
+        momentum = (1 - warm) * MOMENTUM_START + warm * MOMENTUM_PEAK
+        return StepSettings(min(1.0, max(0.0, left)), momentum)
 
     def validate(self) -> Mapping[str, float]:
         """Measure bits per byte of the validation mixture."""
-        loader = self._open_loader(self.validation, False, 0, 1)
+        loader = self._open_loader(self.validation, False)
         return self.measure_bits(loader, self.config.eval_tokens, lambda _: loader.used.progress)
 
     def sample(self) -> Mapping[str, str]:

@@ -319,11 +319,19 @@ class Stage(Recipe):
         self.meta = self.describe()
 
     def open_streams(
-        self, open_stream: Callable[[int, int], LoaderT], start: Checkpoint | None
+        self, open_loader: Callable[..., LoaderT], start: Checkpoint | None
     ) -> Streams[LoaderT]:
-        """Open the streams of data that this rank reads, of as many as the run began with."""
+        """Open the streams of data that this rank reads, of as many as the run began with.
+
+        Args:
+            open_loader: takes the number of a stream, `rank`, and of how many, `world_size`.
+        """
         saved = start.state.get("loader") if start else None
         count = saved_streams(saved) if saved else self.ranks.world_size
+
+        def open_stream(stream: int, count: int) -> LoaderT:
+            return open_loader(rank=stream, world_size=count)
+
         return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
 
     def measure_bits(
