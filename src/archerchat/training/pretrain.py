@@ -105,10 +105,8 @@ class Pretraining(Stage):
     def decide(self) -> None:
         config, home, dial = self.config, self.home, self.config.dial
         if config.fp8 and not supports_fp8(self.runtime.device):
-            raise UsageError(
-                f"--fp8 needs an NVIDIA card of sm89 or newer, and this is {self.runtime.device}: "
-                "leave it out"
-            )
+            needed = f"an NVIDIA card of sm89 or newer, and this is {self.runtime.device}"
+            raise UsageError(f"--fp8 needs {needed}: leave it out")
         self.tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
         self.hp = hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, hp)
@@ -189,16 +187,14 @@ class Pretraining(Stage):
         self.evaluations = [bits]
         if (every := config.core_metric_every) is not None:
             cache, notify = self.home.cache_dir, self.console.print
-            bundle = self.ranks.first_alone(
-                lambda: find_bundle(config.core_bundle, cache, notify=notify)
-            )
+            find = partial(find_bundle, config.core_bundle, cache, notify=notify)
+            bundle = load_bundle(self.ranks.first_alone(find))
             options = CoreOptions(max_per_task=config.core_metric_max_per_task)
             self.core = CoreEvaluation(
-                load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
+                bundle, self.tokenizer, options, self.ranks, keep_prompts=True
             )
-            self.evaluations.append(
-                Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
-            )
+            core = Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
+            self.evaluations.append(core)
 
     def _open_loader(self, shards: list[Path], **place: int) -> TextLoader:
         size = {"batch_size": self.rows, "sequence_length": self.sequence_length, **place}
@@ -248,9 +244,8 @@ class Pretraining(Stage):
     def settings(self, step: int) -> StepSettings:
         """Read the dial's schedules (SPEC section 3)."""
         at = self.schedule
-        return StepSettings(
-            at.lr_multiplier(step), at.muon_momentum(step), at.muon_weight_decay(step)
-        )
+        rate, momentum = at.lr_multiplier(step), at.muon_momentum(step)
+        return StepSettings(rate, momentum, at.muon_weight_decay(step))
 
     @cached_property
     def validation_bytes(self) -> int:
@@ -290,18 +285,10 @@ class Pretraining(Stage):
         return {prompt: prompt + text for prompt, text in zip(shown, texts, strict=True)}
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        hp = self.hp
-        yield (
-            "model",
-            f"depth {hp.model.num_layers}, width {hp.model.model_dim}, "
-            f"{hp.parameters.total:,} parameters ({hp.parameters.scaling:,} scaling)",
-        )
-        yield (
-            "training",
-            f"{hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens "
-            f"({self.grad_accum_steps} x {self.rows} rows of {self.sequence_length}), "
-            f"{hp.total_flops:.3g} FLOPs",
-        )
+        hp, counts = self.hp, self.hp.parameters
+        size = f"depth {hp.model.num_layers}, width {hp.model.model_dim}"
+        yield "model", f"{size}, {counts.total:,} parameters ({counts.scaling:,} scaling)"
+        yield "training", f"{self.describe_steps(hp.num_iterations)}, {hp.total_flops:.3g} FLOPs"
         if self.config.fp8:
             speed = f"; fp8 ran at {self.fp8_speed:.2f} times its speed" if self.fp8_speed else ""
             dtype = dtype_name(self.runtime.compute_dtype)

@@ -115,10 +115,8 @@ class Reinforcement(Tuning):
         fine_tuned = float((self.base.meta.get("config") or {}).get("lr_scale") or 1.0)
         self.rates = inherit(self.base, self.model_config, config.lr_scale / fine_tuned)[2]
         if (asked := config.examples_per_step) % (size := self.ranks.world_size):
-            raise UsageError(
-                f"--examples-per-step is {asked}, which {size} ranks cannot share: make it a "
-                "multiple"
-            )
+            problem = f"--examples-per-step is {asked}, which {size} ranks cannot share"
+            raise UsageError(f"{problem}: make it a multiple")
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
         self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
@@ -167,11 +165,11 @@ class Reinforcement(Tuning):
             engine,
             self.tokenizer,
             self.train,
+            self.ranks,
+            config.sampling,
             questions=config.examples_per_step,
-            sampling=config.sampling,
             rows=self.rows,
             batches=self.grad_accum_steps,
-            ranks=self.ranks,
         )
         self.evaluations = [Evaluation(self.measure_pass, config.eval_every)]
 
@@ -212,15 +210,14 @@ class Reinforcement(Tuning):
 
     def measure_pass(self) -> Mapping[str, float]:
         """Measure pass@k on the test."""
-        self.loader.engine.refresh_weights()
-        result = evaluate_task(
-            self.loader.engine,
-            self.tokenizer,
-            self.test,
-            replace(self.config.sampling, num_samples=self.config.eval_samples),
-            self.ranks,
-            lambda done, total: self.show_progress("evaluating", done / total),
-        )
+        engine, tokenizer = self.loader.engine, self.tokenizer
+        engine.refresh_weights()
+        params = replace(self.config.sampling, num_samples=self.config.eval_samples)
+
+        def report(done: int, total: int) -> None:
+            self.show_progress("evaluating", done / total)
+
+        result = evaluate_task(engine, tokenizer, self.test, params, self.ranks, report)
         self.figures = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
         return self.figures
 
@@ -237,12 +234,9 @@ class Reinforcement(Tuning):
         used = f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with"
         yield "questions", used
         sampling, steps = config.sampling, f"{self.num_iterations:,} steps"
-        yield (
-            "training",
-            f"{steps} of {config.examples_per_step} questions, {sampling.num_samples} answers "
-            f"each, of up to {sampling.max_new_tokens} tokens ({self.grad_accum_steps} x "
-            f"{self.rows} rows)",
-        )
+        answers = f"{sampling.num_samples} answers each, of up to {sampling.max_new_tokens} tokens"
+        batch = f"{self.grad_accum_steps} x {self.rows} rows"
+        yield "training", f"{steps} of {config.examples_per_step} questions, {answers} ({batch})"
         yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from statistics import fmean
 from typing import Any
@@ -106,35 +106,32 @@ def _pad(rows: Sequence[Rollout], padding: int) -> RolloutBatch:
     return RolloutBatch(torch.stack([inputs, targets]).numpy(), advantages)
 
 
+@dataclass
 class RolloutLoader:
-    """Yield micro-batches; the first one of each step rolls out with the model's current weights.
+    """Yield micro-batches; the first of each step rolls out with the model's current weights."""
 
-    Args:
-        questions: questions per step, shared by the ranks.
-        rows: rows per micro-batch.
-        batches: micro-batches per step of this rank.
-    """
+    engine: Engine
+    tokenizer: Tokenizer
+    task: Task
+    ranks: Ranks
+    sampling: SamplingParams
+    questions: int
+    """Questions per step, shared by the ranks."""
+    rows: int
+    """Rows per micro-batch."""
+    batches: int
+    """Micro-batches per step of this rank."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        task: Task,
-        *,
-        questions: int,
-        sampling: SamplingParams,
-        rows: int,
-        batches: int,
-        ranks: Ranks,
-    ) -> None:
-        self.engine, self.tokenizer, self.task, self.ranks = engine, tokenizer, task, ranks
-        self.questions, self.sampling, self.rows, self.batches = questions, sampling, rows, batches
-        self.tokens = self.learned_tokens = self.chosen_tokens = 0
-        """Those of the last step over all ranks: in all rows, in rows with a gradient, and those
-        that the model chose."""
-        self.metrics: dict[str, float] = {}
-        """The figures of the last step over all ranks."""
-        self._steps, self._waiting = 0, deque[RolloutBatch]()
+    # The last step's figures over all ranks.
+    tokens: int = 0
+    learned_tokens: int = 0
+    """Tokens in rows with a gradient."""
+    chosen_tokens: int = 0
+    """Tokens that the model chose."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    _steps: int = 0
+    _waiting: deque[RolloutBatch] = field(default_factory=deque)
 
     @property
     def rolls_out_next(self) -> bool:

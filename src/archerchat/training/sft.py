@@ -218,10 +218,10 @@ class Finetuning(Tuning):
 
     def announce(self) -> Iterator[tuple[str, str]]:
         estimate, moments = self.first_estimate, "from zero"
-        if self.config.warm_start:
+        if self.config.warm_start and "optimizer" in self.base.hashes:
             moments = f"from the base model's step {self.base.step}"
-            if "optimizer" not in self.base.hashes:
-                moments = "from zero: the base checkpoint has no optimizer state"
+        elif self.config.warm_start:
+            moments += ": the base checkpoint has no optimizer state"
         yield "base", f"{self.base_tag}, step {self.base.step}; optimizer moments {moments}"
         for label, mixture in (("mixture", self.train), ("validation", self.validation)):
             counts = Counter(task.name for task in mixture.tasks).items()
@@ -232,11 +232,7 @@ class Finetuning(Tuning):
             notes = (note for task in self.train.tasks for note in getattr(task, label))
             yield from ((label.replace("_", " "), note) for note in dict.fromkeys(notes))
         about = "" if self.config.num_iterations else "about "
-        yield (
-            "training",
-            f"{about}{estimate:,} steps of {self.total_batch_tokens:,} tokens "
-            f"({self.grad_accum_steps} x {self.rows} rows of {self.sequence_length})",
-        )
+        yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:
             yield "warning", self._describe_short_run(estimate)
 

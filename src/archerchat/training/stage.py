@@ -1,8 +1,7 @@
-"""What the three training commands share: options, what is decided first, what is built then.
+"""What the three training commands share: their options, what they decide, what they build.
 
-A stage's own file (`pretrain.py`, `sft.py`, `rl.py`) derives `Stage`. Creating one decides
-everything about the run; `build` then makes the model, its optimizer and its data. `run.py` trains
-it.
+Each stage's own file (`pretrain.py`, `sft.py`, `rl.py`) derives `Stage`. Creating one decides
+everything about the run, `build` makes the model, the optimizer and the data, and `run.py` trains.
 """
 
 from __future__ import annotations
@@ -171,6 +170,10 @@ class Stage(Recipe):
             "attention": "{} ({})".format(*self.attention),
         }
 
+    def describe_steps(self, count: int) -> str:
+        batch = f"{self.grad_accum_steps} x {self.rows} rows of {self.sequence_length}"
+        return f"{count:,} steps of {self.total_batch_tokens:,} tokens ({batch})"
+
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Describe the stage's metric as a finished run's summary has it."""
         key = self.metric.key
@@ -228,8 +231,8 @@ class Stage(Recipe):
 
     def count_micro_batches(self, rows: int) -> int:
         """Return how many micro-batches of `rows` rows one rank adds up per step."""
-        tokens, length = self.total_batch_tokens, self.sequence_length
-        return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
+        size, length = self.runtime.world_size, self.sequence_length
+        return grad_accum_steps(self.total_batch_tokens, rows, length, size)
 
     def fit_to_device(
         self, usual_rows: int = 0, reserved_bytes: int = 0, document_masking: bool = False
@@ -240,9 +243,6 @@ class Stage(Recipe):
             usual_rows: rows to use if they fit; 0 uses as many as fit.
             reserved_bytes: memory of the device that is needed for other things.
             document_masking: whether attention must keep the conversations of a row apart.
-
-        Raises:
-            UsageError: the forced attention cannot run here, or cannot keep conversations apart.
         """
         given, self.recomputes = self.config.device_batch_size, self.config.activation_checkpointing
         if isinstance(given, int):
@@ -264,12 +264,9 @@ class Stage(Recipe):
         divided = math.gcd(per_step, per_step * runtime.world_size // streams)
         memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
         device = runtime.compute_dtype, runtime.device, runtime.world_size, memory
+        model, again, dtype = self.model_config, self.recomputes, self.state_dtype
         estimate, fitting, recomputes = fit_micro_batch(
-            self.model_config,
-            *device,
-            divided,
-            recomputes=self.recomputes,
-            state_dtype=self.state_dtype,
+            model, *device, divided, recomputes=again, state_dtype=dtype
         )
         rows, began_with = fitting or 1, self.saved_rows
         if usual and per_step % usual == 0:
@@ -283,7 +280,11 @@ class Stage(Recipe):
         self.rows, self.recomputes = min(every_rows), any(every_recomputes)
 
     def choose_attention(self, document_masking: bool = False) -> tuple[Backend, str]:
-        """Return the attention backend, and the reason for it; raises as `fit_to_device` does."""
+        """Return the attention backend, and the reason for it.
+
+        Raises:
+            UsageError: the forced one cannot run here, or cannot keep conversations apart.
+        """
         runtime, model, forced = self.runtime, self.model_config, self.config.attention
         try:
             backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
@@ -321,18 +322,18 @@ class Stage(Recipe):
     def open_streams(
         self, open_loader: Callable[..., LoaderT], start: Checkpoint | None
     ) -> Streams[LoaderT]:
-        """Open the streams of data that this rank reads, of as many as the run began with.
+        """Open this rank's streams of data; a resumed run has as many as it began with.
 
-        Args:
-            open_loader: takes the number of a stream, `rank`, and of how many, `world_size`.
+        `open_loader` takes `rank` and `world_size`: the stream's number, and how many there are.
         """
         saved = start.state.get("loader") if start else None
         count = saved_streams(saved) if saved else self.ranks.world_size
-
-        def open_stream(stream: int, count: int) -> LoaderT:
-            return open_loader(rank=stream, world_size=count)
-
-        return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
+        return Streams(
+            lambda rank, size: open_loader(rank=rank, world_size=size),
+            count,
+            self.grad_accum_steps,
+            self.ranks,
+        )
 
     def measure_bits(
         self, loader: PrefetchingLoader[Any], num_tokens: int, seen: Callable[[Batch], float]
