@@ -143,7 +143,7 @@ class Pretraining(Stage):
         return self.config.data if named else str(directory.resolve())
 
     def identity(self) -> dict[str, Any]:
-        config, hp, dial = self.config, self.hp, self.config.dial
+        config = self.config
         return {
             "model": asdict(self.model_config),
             "tokenizer": self.tokenizer.fingerprint,
@@ -152,13 +152,9 @@ class Pretraining(Stage):
             "fp8": config.fp8,
             "optimizer_state": config.optimizer_state,
             "device_batch_size": self.rows,
-            "total_batch_size": hp.total_batch_tokens,
-            "num_iterations": hp.num_iterations,
-            "learning_rates": asdict(hp.learning_rates),
-            "weight_decay": hp.weight_decay,
-            "warmup_steps": dial.warmup_steps,
-            "warmdown_ratio": dial.warmdown_ratio,
-            "final_lr_frac": dial.final_lr_frac,
+            "total_batch_size": self.total_batch_tokens,
+            "learning_rates": asdict(self.rates),
+            **asdict(self.schedule),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -181,6 +177,8 @@ class Pretraining(Stage):
         if config.fp8:
             self.choose_precision(start.meta.get("fp8") if start else None)
         self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
+        with Shard(self.validation_shards[0]) as shard:
+            self.validation_bytes = shard.text_bytes
         # Not before the first step: the first losses are worth more than waiting for its score.
         tokens = min(config.eval_tokens, self.validation_bytes // BYTES_PER_TOKEN)
         bits = Evaluation(self.validate, config.eval_every, at_start=False, tokens=tokens)
@@ -202,14 +200,7 @@ class Pretraining(Stage):
         return TextLoader(shards, self.tokenizer, packing=packing, extend=extend, **size)
 
     def choose_precision(self, saved: bool | None) -> None:
-        """Train in 8 bits if that makes a forward and a backward pass faster.
-
-        Args:
-            saved: whether a resumed run trains in 8 bits; None measures.
-
-        Raises:
-            UsageError: the kernels do not take micro-batches of this size.
-        """
+        """Use the precision of a resumed run, `saved`, or the one whose measured pass is faster."""
         model, shape = self.model, (self.rows, self.sequence_length)
         if math.prod(shape) % MULTIPLE:
             raise UsageError(
@@ -247,11 +238,6 @@ class Pretraining(Stage):
         rate, momentum = at.lr_multiplier(step), at.muon_momentum(step)
         return StepSettings(rate, momentum, at.muon_weight_decay(step))
 
-    @cached_property
-    def validation_bytes(self) -> int:
-        with Shard(self.validation_shards[0]) as shard:
-            return shard.text_bytes
-
     def validate(self) -> Mapping[str, float]:
         """Measure bits per byte of the validation text."""
         sizes, seen_bytes = self.tokenizer.token_bytes, 0
@@ -266,9 +252,9 @@ class Pretraining(Stage):
 
     def measure_core(self) -> Mapping[str, float]:
         """Measure CORE on part of each task."""
+        model = build_inference_model(self.model)
         result = self.core.run(
-            build_inference_model(self.model),
-            on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
+            model, on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share)
         )
         low, high = result.interval
         figures = {"core/score": result.core, "core/low": low, "core/high": high}

@@ -114,8 +114,8 @@ class Finetuning(Tuning):
             self.base, self.model_config, config.lr_scale, config.total_batch_size
         )
         # Micro-batches count alike, however much of each is learned: more rows change the loss.
-        rows = self.saved_rows or rows
-        self.fit_to_device(usual_rows=rows, document_masking=config.document_masking)
+        usual = self.saved_rows or rows
+        self.fit_to_device(usual_rows=usual, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
 
     def identity(self) -> dict[str, Any]:
@@ -234,18 +234,13 @@ class Finetuning(Tuning):
         about = "" if self.config.num_iterations else "about "
         yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:
-            yield "warning", self._describe_short_run(estimate)
-
-    def _describe_short_run(self, steps: int) -> str:
-        """Return a warning with the flags that would give the run enough steps."""
-        batch, smallest = self.total_batch_tokens, self.rows * self.sequence_length
-        while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
-            batch //= 2
-        passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
-        return (
-            f"{steps} step(s) are too few to learn from; --num-epochs {passes} "
-            f"--total-batch-size {batch} would be about {ENOUGH_STEPS}"
-        )
+            batch, smallest = self.total_batch_tokens, self.rows * self.sequence_length
+            while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
+                batch //= 2
+            passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
+            flags = f"--num-epochs {passes} --total-batch-size {batch}"
+            few = f"{estimate} step(s) are too few to learn from"
+            yield "warning", f"{few}; {flags} would be about {ENOUGH_STEPS}"
 
     def closing_lines(self, finished: bool) -> list[str]:
         used = self.used()
