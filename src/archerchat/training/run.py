@@ -155,6 +155,7 @@ def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
 def run_loop(stage: Stage, loop: Loop, start: Checkpoint | None) -> bool:
     """Run the loop and record what it does; return whether it is finished."""
     config, step, home = stage.config, loop.state.step, stage.home
+    steps = stage.total_steps(step)
     stage.runtime.reset_peak_memory()
     session = open_run(
         home,
@@ -165,8 +166,7 @@ def run_loop(stage: Stage, loop: Loop, start: Checkpoint | None) -> bool:
         resumed_from=start.path if start else None,
         rank=stage.ranks.rank,
     )
-    line = ProgressLine(stage.console, stage.total_steps(step), step)
-    with session as metrics, line as progress:
+    with session as metrics, ProgressLine(stage.console, steps, step) as progress:
         tokenizer = home.tokenizer_dir(stage.meta["tokenizer"]["name"])
         if problem := metrics.push_tokenizer(tokenizer):
             progress.note(f"the tokenizer is not pushed: {problem}")

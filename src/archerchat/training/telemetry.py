@@ -74,8 +74,10 @@ class MetricsLog:
         keeps_all, name = self.push_checkpoints == "all", path.name + self.name_suffix
         if occasion != ("last" if keeps_all else self.push_checkpoints):
             return None
-        given = {"step": step, "aliases": (occasion,), "metadata": metadata}
-        return self._save(path, name, replaces=None if keeps_all else occasion, **given)
+        replaces = None if keeps_all else occasion
+        return self._save(
+            path, name, step=step, aliases=(occasion,), metadata=metadata, replaces=replaces
+        )
 
     def push_tokenizer(self, directory: Path) -> str | None:
         """Hand the tokenizer to Endlex once per run, if checkpoints are pushed; return as above."""
@@ -89,9 +91,8 @@ class MetricsLog:
 
     def _save(self, path: Path, name: str, **options: Any) -> str | None:
         try:
-            self.run.save(
-                path, name=name, link=True, **options
-            )  # renamed into place, never rewritten
+            # A checkpoint's files are renamed into place and never rewritten.
+            self.run.save(path, name=name, link=True, **options)
         except (endlex.EndlexError, OSError) as error:
             return str(error)
         return None
