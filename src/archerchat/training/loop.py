@@ -55,9 +55,8 @@ class Loop(Stateful):
         self.ranks, self.speed = recipe.optimizer.ranks, Speed(peak)
         self.save_every, self.sample_every = save_every, sample_every
         self.state = LoopState()
-        self.scaler = torch.amp.GradScaler(
-            self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
-        )
+        is_float16 = self.runtime.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=is_float16)
         self._stop = StopRequest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,9 +223,7 @@ class Loop(Stateful):
         self.metrics.log({**values, evaluation.seconds_name: seconds}, step)
         if self.recipe.metric.name in values:
             self._note_metric(values[self.recipe.metric.name])
-        shown = ", ".join(
-            f"{name} {value:.4f}" for name, value in values.items() if name.count("/") == 1
-        )
+        shown = ", ".join(f"{k} {value:.4f}" for k, value in values.items() if k.count("/") == 1)
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
     def _note_metric(self, value: float) -> None:

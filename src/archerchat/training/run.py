@@ -157,20 +157,16 @@ def run_loop(stage: Stage, loop: Loop, start: Checkpoint | None) -> bool:
     config, step, home = stage.config, loop.state.step, stage.home
     steps = stage.total_steps(step)
     stage.runtime.reset_peak_memory()
+    name, meta, rank = stage.run_name, stage.meta, stage.ranks.rank
+    origin = start.path if start else None
     session = open_run(
-        home,
-        stage.run_name,
-        stage.meta,
-        config.telemetry,
-        group=stage.command,
-        resumed_from=start.path if start else None,
-        rank=stage.ranks.rank,
+        home, name, meta, config.telemetry, group=stage.command, resumed_from=origin, rank=rank
     )
     with session as metrics, ProgressLine(stage.console, steps, step) as progress:
-        tokenizer = home.tokenizer_dir(stage.meta["tokenizer"]["name"])
+        tokenizer = home.tokenizer_dir(meta["tokenizer"]["name"])
         if problem := metrics.push_tokenizer(tokenizer):
             progress.note(f"the tokenizer is not pushed: {problem}")
-        checkpoints = CheckpointWriter(stage.directory, stage.meta, config.checkpoint.keep_last)
+        checkpoints = CheckpointWriter(stage.directory, meta, config.checkpoint.keep_last)
         return loop.run(checkpoints, metrics, progress)
 
 

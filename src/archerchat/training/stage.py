@@ -326,13 +326,10 @@ class Stage(Recipe):
 
         `open_loader` takes `rank` and `world_size`: the stream's number, and how many there are.
         """
-        saved = start.state.get("loader") if start else None
+        saved, accum = start.state.get("loader") if start else None, self.grad_accum_steps
         count = saved_streams(saved) if saved else self.ranks.world_size
         return Streams(
-            lambda rank, size: open_loader(rank=rank, world_size=size),
-            count,
-            self.grad_accum_steps,
-            self.ranks,
+            lambda rank, size: open_loader(rank=rank, world_size=size), count, accum, self.ranks
         )
 
     def measure_bits(
