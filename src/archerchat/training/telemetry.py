@@ -91,7 +91,7 @@ class MetricsLog:
 
     def _save(self, path: Path, name: str, **options: Any) -> str | None:
         try:
-            # A checkpoint's files are renamed into place and never rewritten.
+            # Linked: such files are renamed into place and never rewritten.
             self.run.save(path, name=name, link=True, **options)
         except (endlex.EndlexError, OSError) as error:
             return str(error)
