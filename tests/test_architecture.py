@@ -214,7 +214,7 @@ BUDGETS = {
     "optim": (700, 700),
     "tokenizer": (550, 550),
     "data": (1600, 1801),
-    "training": (2100, 2952),
+    "training": (2100, 2797),
     "inference": (1700, 2251),
     "evals": (2000, 2000),
     "tasks": (1300, 1344),

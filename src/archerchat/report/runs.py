@@ -27,7 +27,7 @@ from archerchat.evals.core.evaluate import FULL_TASKS
 from archerchat.evals.statistics import TaskResult
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
-from archerchat.training.loop import OVERFIT_SHARE
+from archerchat.training.state import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
 STEP_METRIC = "train/loss"
