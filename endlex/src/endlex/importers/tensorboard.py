@@ -10,17 +10,17 @@ kept. Each directory that holds event files is one run, as TensorBoard itself ha
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.log import HISTOGRAM
-from endlex.importers.run_directory import RunWriter, Source, load
-from endlex.protocol import EndlexError
+from endlex.importers.run_directory import Found, RunWriter, load
+from endlex.protocol import EndlexError, UsageError
 
 HEAD = struct.Struct("<QI")
 LARGEST_CHECKED = 2**20
@@ -29,18 +29,19 @@ FAILED = 2
 """The hparams plugin's word for a run that failed."""
 
 
-def find_event_directories(path: Path) -> list[Path]:
-    """Return the directories with event files at or below `path`; an `EndlexError` if none has."""
-    found = {file.parent for file in path.rglob("*tfevents*") if file.is_file()}
-    if not found:
+def find_runs(path: Path, root: Path, project: str | None) -> Found:
+    """Find the directories with event files; each is a run, named by its path below `path`."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file: give the directory that holds the event files")
+    places = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
+    if not places:
         raise EndlexError(f"{path} holds no event files (events.out.tfevents...)")
-    return sorted(found)
-
-
-def run_name(top: Path, directory: Path) -> str:
-    """Name a directory's run as TensorBoard does: its path below the directory that was given."""
-    relative = os.path.relpath(directory, top)
-    return directory.resolve().name if relative == "." else relative.replace(os.sep, "/")
+    project = project or path.resolve().name
+    names = ("/".join(place.relative_to(path).parts) for place in places)
+    return [
+        (place, partial(import_tensorboard, place, root, project, name))
+        for place, name in zip(places, names, strict=True)
+    ]
 
 
 def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
@@ -98,22 +99,22 @@ def import_tensorboard(
     for event in chain.from_iterable(map(iter_events, files)):
         times = [min(times[0] or event.wall_time, event.wall_time), max(times[-1], event.wall_time)]
         for data in _hyperparameters(event):
-            for key, value in data.session_start_info.hparams.items():
+            for key, value in sorted(data.session_start_info.hparams.items()):  # else in any order
                 kind = value.WhichOneof("kind")
                 config[key] = None if kind in (None, "null_value") else getattr(value, kind)
             has_failed |= data.session_end_info.status == FAILED
     place = directory.resolve()
     project = tidy_name(project or place.parent.name, "tensorboard")
     name = tidy_name(name or place.name, "run")
-    source = Source(
+    with RunWriter(
+        root,
         tool="tensorboard",
         identity=f"{project}/{name}/{times[0]!r}",
         project=project,
         name=name,
         created=times[0],
         config=config,
-    )
-    with RunWriter(root, source) as writer:
+    ) as writer:
         for file in files:
             _write_file(file, writer)
         if has_failed:
@@ -161,27 +162,29 @@ def _scalar(value: Any) -> float | None:
 
 def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
     """Write a text, a histogram, an image or a sound, in its old form or as a tensor."""
-    plugin, name = value.metadata.plugin_data.plugin_name, value.tag
-    array = _array(value.tensor) if value.HasField("tensor") else None
-    if value.HasField("histo"):
-        limits, counts = list(value.histo.bucket_limit), list(value.histo.bucket)
-        lows = [min(value.histo.min, limits[0] if limits else 0.0), *limits]
-        rows = [list(row) for row in zip(lows, limits, counts, strict=False) if row[2]]
-        writer.table(step, time, name, HISTOGRAM, rows)
-    elif plugin == "histograms" and array is not None and array.ndim == 2:
-        writer.table(step, time, name, HISTOGRAM, array.tolist())
-    elif value.HasField("image"):
-        writer.media(step, time, name, value.image.encoded_image_string, "image/png", None)
-    elif value.HasField("audio"):
-        writer.media(step, time, name, value.audio.encoded_audio_string, "audio/wav", None)
-    elif plugin == "text" and array is not None:
-        parts = [part.decode("utf-8", "replace") for part in array.ravel().tolist()]
-        writer.text(step, time, name.removesuffix("/text_summary"), "\n".join(parts))
-    elif plugin == "images" and array is not None:
-        for item in array.ravel().tolist()[2:]:  # after width and height
-            writer.media(step, time, name, item, "image/png", None)
-    elif plugin == "audio" and array is not None:
-        for item in array.ravel().tolist()[::2]:  # each is followed by its label
-            writer.media(step, time, name, item, "audio/wav", None)
-    elif plugin != "hparams" and (array is not None or plugin):
-        writer.skip(plugin or "tensor")
+    name, kind = value.tag, value.WhichOneof("value")
+    array: Any = _array(value.tensor) if kind == "tensor" else None
+    items = [] if array is None else array.ravel().tolist()
+    match kind, value.metadata.plugin_data.plugin_name:
+        case "histo", _:
+            limits, counts = list(value.histo.bucket_limit), list(value.histo.bucket)
+            lows = [min(value.histo.min, limits[0] if limits else 0.0), *limits]
+            rows = [list(row) for row in zip(lows, limits, counts, strict=False) if row[2]]
+            writer.table(step, time, name, HISTOGRAM, rows)
+        case "image", _:
+            writer.media(step, time, name, value.image.encoded_image_string, "image/png", None)
+        case "audio", _:
+            writer.media(step, time, name, value.audio.encoded_audio_string, "audio/wav", None)
+        case "tensor", "histograms" if array.ndim == 2:
+            writer.table(step, time, name, HISTOGRAM, array.tolist())
+        case "tensor", "text":
+            text = "\n".join(part.decode("utf-8", "replace") for part in items)
+            writer.text(step, time, name.removesuffix("/text_summary"), text)
+        case "tensor", "images":
+            for item in items[2:]:  # after width and height
+                writer.media(step, time, name, item, "image/png", None)
+        case "tensor", "audio":
+            for item in items[::2]:  # each is followed by its label
+                writer.media(step, time, name, item, "audio/wav", None)
+        case _, plugin if plugin != "hparams" and (plugin or kind == "tensor"):
+            writer.skip(plugin or "tensor")

@@ -14,13 +14,20 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.importers import run_directory
-from endlex.importers.run_directory import RunWriter, find_files
-from endlex.protocol import CONSOLE, SYSTEM, EndlexError
+from endlex.importers.run_directory import (
+    Found,
+    RunWriter,
+    find_files,
+    load,
+    numbers_of,
+    write_row,
+)
+from endlex.protocol import CONFIG, CONSOLE, SYSTEM, EndlexError
 
 MAGIC = b":W&B"
 HEADER_BYTES = 7
@@ -32,9 +39,11 @@ CONSOLE_LINES = 200
 """Most lines of the console per text."""
 
 
-def find_wandb_files(path: Path) -> list[Path]:
-    """Return the `.wandb` files below a directory, or the one that is named."""
-    return find_files(path, ".wandb", "give an offline run's directory (wandb/offline-run-...)")
+def find_runs(path: Path, root: Path, project: str | None) -> Found:
+    """Find the `.wandb` files below a directory, or the one that is named."""
+    remedy = "give an offline run's directory (wandb/offline-run-...)"
+    files = find_files(path, ".wandb", remedy)
+    return [(file, partial(import_wandb, file, root, project)) for file in files]
 
 
 def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[bytes]:
@@ -82,7 +91,7 @@ def _fragment(content: bytes, position: int) -> tuple[bytes | None, int]:
 
 
 def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
-    messages = run_directory.load("wandb.proto.wandb_internal_pb2")
+    messages = load("wandb.proto.wandb_internal_pb2")
     for content in iter_records(path, skip):
         try:
             yield messages.Record.FromString(content)
@@ -108,7 +117,8 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWrite
     if run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
     created = _seconds(run.start_time) or next(filter(None, times), path.stat().st_mtime)
-    source = run_directory.Source(
+    with RunWriter(
+        root,
         tool="wandb",
         identity=f"{run.project}/{run.run_id}",
         project=project or run.project or "uncategorized",
@@ -121,8 +131,7 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWrite
         host=run.host,
         run=run.run_id,
         ended="interrupted",
-    )
-    with RunWriter(root, source) as writer:
+    ) as writer:
         _write_records(path, writer, created, config)
         if exit_code is not None:  # else it was killed, or is still written
             writer.finish(max([0.0, *times, created]), "failed" if exit_code else "finished")
@@ -149,24 +158,24 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             time = float(values.get("_timestamp", created))
             row = {k: v for k, v in values.items() if k not in INTERNAL}
             logged |= row.keys()
-            run_directory.write_row(writer, last_step, time, row, path.parent / "files")
+            write_row(writer, last_step, time, row, path.parent / "files")
         elif kind == "config" and last_step >= 0:
             _update_config(config, record.config)
             keys = _items(record.config.update).keys() - {"_wandb"}
             if keys:
-                writer.config(time, {key: config[key] for key in sorted(keys)})
+                writer.append(CONFIG, time, {"config": {key: config[key] for key in sorted(keys)}})
         elif kind == "summary":
             summary |= _items(record.summary.update)
         elif kind == "stats":
             moment = _seconds(record.stats.timestamp) or created
-            numbers = run_directory.numbers_of(_items(record.stats.item), "system/")
+            numbers = numbers_of(_items(record.stats.item), "system/")
             writer.metrics(max(0, round(moment - created)), moment, numbers, SYSTEM)
         elif kind in ("output", "output_raw"):
             console.append(getattr(record, kind).line)
         elif kind == "artifact":
             writer.skip("artifact")
     own = {k: v for k, v in summary.items() if k not in logged and k not in INTERNAL}
-    run_directory.write_row(writer, max(last_step, 0), time, own, path.parent / "files")
+    write_row(writer, max(last_step, 0), time, own, path.parent / "files")
     lines = "".join(console).splitlines()
     for start in range(0, len(lines), CONSOLE_LINES):
         writer.text(start, time, CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))
