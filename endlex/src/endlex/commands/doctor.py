@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import endlex
 from endlex.api import Api
 from endlex.client.directories import runs_folder, server_token, server_url
 from endlex.client.process import describe
@@ -29,7 +29,7 @@ from endlex.reading import summarize
 
 LITTLE_SPACE = 2 * 2**30
 CLOCK_SECONDS = 5.0
-LIBRARIES: dict[str, tuple[str, str]] = {
+LIBRARIES = {
     "system": ("psutil pynvml", "some figures of this machine are not recorded"),
     "watch": ("plotext", "`endlex watch` prints lines only"),
     "import": ("wandb tensorboard pyarrow", "not every tool's runs can be imported"),
@@ -39,8 +39,6 @@ LIBRARIES: dict[str, tuple[str, str]] = {
     ),
 }
 """By extra: its modules, and what is missing without them."""
-PACKAGES = {"pynvml": "nvidia-ml-py"}
-"""Packages whose modules have other names."""
 
 
 class Finding(NamedTuple):
@@ -56,7 +54,7 @@ ok, note, fault = (partial(Finding, state) for state in ("ok", "note", "fault"))
 
 def doctor(directories: Sequence[str], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
-    findings = [_versions(), *_libraries(), *_server(url), _disk(), *_journals(directories, url)]
+    findings = [*_installation(), *_server(url), _disk(), *_journals(directories, url)]
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -65,20 +63,13 @@ def doctor(directories: Sequence[str], url: str | None, as_json: bool) -> int:
     return 1 if any(finding.state == "fault" for finding in findings) else 0
 
 
-def _versions() -> Finding:
-    try:
-        version = metadata.version("endlex")
-    except metadata.PackageNotFoundError:
-        version = "not installed as a package"
+def _installation() -> Iterator[Finding]:
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    return ok("version", f"endlex {version}, protocol {PROTOCOL}; {python}")
-
-
-def _libraries() -> Iterator[Finding]:
+    yield ok("version", f"endlex {endlex.__version__}, protocol {PROTOCOL}; {python}")
     for extra, (modules, without) in LIBRARIES.items():
         absent = [name for name in modules.split() if importlib.util.find_spec(name) is None]
         if absent:
-            lacking = ", ".join(PACKAGES.get(name, name) for name in absent)
+            lacking = ", ".join(absent).replace("pynvml", "nvidia-ml-py")
             yield note(extra, f"no {lacking}: {without}; pip install 'endlex[{extra}]'")
             continue
         yield ok(extra, "its packages are here")
@@ -104,7 +95,7 @@ def _server(url: str | None) -> Iterator[Finding]:
         yield fault("server", str(error))
         return
     health = answer.content if isinstance(answer.content, dict) else {}
-    theirs = health.get("protocol")
+    theirs, free = health.get("protocol"), health.get("disk_free_bytes", 0)
     if theirs is None:
         yield fault("server", f"{server.url} answers, but not as an Endlex server")
     elif theirs != PROTOCOL:
@@ -112,13 +103,14 @@ def _server(url: str | None) -> Iterator[Finding]:
         yield fault("server", f"{said}: upgrade the older side")
     else:
         yield ok("server", f"{server.url}, endlex {health.get('version')}")
-        said = f"{format_bytes(health.get('disk_free_bytes', 0))} free on the server's disk"
-        if health.get("disk_free_bytes", 0) > LITTLE_SPACE:
-            yield ok("server", said)
-        else:
-            yield fault("server", f"{said}: free some with `endlex prune`")
+        yield _space("server", free, "on the server's disk", "free some with `endlex prune`")
         yield _clock(answer.date, before, after)
         yield _scopes(server)
+
+
+def _space(check: str, free: int, where: str, remedy: str) -> Finding:
+    said = f"{format_bytes(free)} free {where}"
+    return ok(check, said) if free >= LITTLE_SPACE else fault(check, f"{said}: {remedy}")
 
 
 def _clock(date: str | None, before: float, after: float) -> Finding:
@@ -129,11 +121,8 @@ def _clock(date: str | None, before: float, after: float) -> Finding:
     apart = max(0.0, said - after, before - said - 1)
     if apart <= CLOCK_SECONDS:
         return ok("clock", "equal to the server's")
-    return note(
-        "clock",
-        f"this machine's and the server's are {apart:,.0f} s apart: "
-        "times on charts are this machine's; nothing else depends on them",
-    )
+    where = "times on charts are this machine's; nothing else depends on them"
+    return note("clock", f"this machine's and the server's are {apart:,.0f} s apart: {where}")
 
 
 def _scopes(server: Api) -> Finding:
@@ -171,38 +160,29 @@ def _disk() -> Finding:
     folder = runs_folder().absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    said = f"{format_bytes(free)} free in {folder}"
-    if free >= LITTLE_SPACE:
-        return ok("disk", said)
     remedy = "journals and checkpoints need more; free some, or set ENDLEX_DIR"
-    return fault("disk", f"{said}: {remedy}")
+    return _space("disk", shutil.disk_usage(folder).free, f"in {folder}", remedy)
 
 
 def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
     known = local_runs(directories)
     for directory in known.found:
         try:
-            yield from _damage(directory)
+            for session in summarize(directory)["sessions"]:
+                if session["damaged_lines"]:
+                    lines = count(session["damaged_lines"], "damaged line")
+                    what = f"session {session['session']} of {directory} has {lines}"
+                    remedy = "the disk may be failing; the rest is sent all the same"
+                    yield fault("journals", f"{what}: {remedy}")
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:
             yield fault("journals", str(error))
     yield (fault if known.unreadable else ok)("journals", "; ".join(str(known).splitlines()))
 
 
-def _damage(directory: Path) -> Iterator[Finding]:
-    for session in summarize(directory)["sessions"]:
-        if session["damaged_lines"]:
-            lines = count(session["damaged_lines"], "damaged line")
-            what = f"session {session['session']} of {directory} has {lines}"
-            remedy = "the disk may be failing; the rest is sent all the same"
-            yield fault("journals", f"{what}: {remedy}")
-
-
 def _sending(directory: Path, url: str | None) -> Finding:
     """Say whether one run's directory is sent, and who sends it."""
-    shipper = shipper_process(directory)
-    if shipper is not None:
+    if shipper := shipper_process(directory):
         said = f"{directory}: its shipper, {describe(shipper.name)}, sends it"
         error = read_state(directory).get("error")
         return fault("journals", f"{said}: it says: {error}") if error else ok("journals", said)

@@ -71,15 +71,13 @@ def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
 
 
 def alert(
-    action: str,
-    rule: str | None,
-    project: str | None,
-    minutes: float,
-    level: str,
-    url: str | None,
-    as_json: bool,
+    action: str, rule: str | None, project: str | None, url: str | None, as_json: bool, **how: Any
 ) -> int:
-    """List, add or remove the rules by which a project's runs raise alerts."""
+    """List, add or remove the rules by which a project's runs raise alerts.
+
+    Args:
+        how: minutes and level of a new rule.
+    """
     server, where = find_server(url), {"project": project or ""}
     if action == "ls":
         rules = server.get("/settings", where).get(RULES, {})
@@ -98,7 +96,7 @@ def alert(
         server.send("DELETE", "/settings", query=where)
     else:
         _check_rule(rule)
-        server.send("PUT", "/settings", {"minutes": minutes, "level": level}, query=where)
+        server.send("PUT", "/settings", how, query=where)
     print(f"rule {printable(rule)}: {'removed' if action == 'remove' else 'added'}")
     return 0
 
@@ -112,18 +110,19 @@ def _check_rule(rule: str) -> None:
 def prune(
     run: str | None,
     project: str | None,
-    keep_last: int | None,
-    keep_best: str | None,
     mode: str,
-    keep_every: int | None,
     deleted: bool,
     dry_run: bool,
     yes: bool,
     url: str | None,
     as_json: bool,
+    **rules: Any,
 ) -> int:
-    """Ask the server what the rules remove, ask the user, then remove it."""
-    rules = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+    """Ask the server what the rules remove, ask the user, then remove it.
+
+    Args:
+        rules: keep_last, keep_best and keep_every.
+    """
     if run and project:
         raise UsageError(f"--run {run} and --project {project}: give one of them")
     if not deleted and not any(rules.values()):
@@ -134,12 +133,8 @@ def prune(
     if not (run or project or deleted):
         raise UsageError("give --run or --project: pruning everything at once is not offered")
     server = find_server(url)
-    asked = rules | {
-        "mode": mode if keep_best else None,
-        "deleted": deleted or None,
-        "run": server.run(run).id if run else None,
-        "project": project,
-    }
+    asked = {**rules, "mode": mode if rules["keep_best"] else None, "deleted": deleted or None}
+    asked |= {"run": server.run(run).id if run else None, "project": project}
     request = {key: value for key, value in asked.items() if value is not None}
     plan = server.send("POST", "/prune", request | {"dry_run": True})
     if dry_run or not plan["removed"]:
@@ -161,6 +156,5 @@ def _print_outcome(outcome: dict[str, Any], verb: str, as_json: bool) -> None:
     for item in outcome["removed"]:
         what = f"{item['run']} {item.get('name') or '(the whole run)'}"
         print(f"  {printable(what)}  {format_bytes(item['bytes'])}")
-    removed, kept = len(outcome["removed"]), len(outcome["kept"])
-    freed = format_bytes(outcome["freed_bytes"])
-    print(f"{count(removed, 'checkpoint')} {verb}, {freed} freed; {kept:,} kept")
+    removed, freed = count(len(outcome["removed"]), "checkpoint"), outcome["freed_bytes"]
+    print(f"{removed} {verb}, {format_bytes(freed)} freed; {len(outcome['kept']):,} kept")

@@ -27,28 +27,25 @@ CELL = 40
 
 def ls(
     query: Sequence[str],
-    project: str | None,
-    group: str | None,
-    sort: str | None,
-    archived: bool,
     limit: int,
     ids: bool,
     local: bool,
     url: str | None,
     as_json: bool,
+    **rest: Any,
 ) -> int:
-    """Print a table of runs, of the server or of this machine's run directories."""
+    """Print a table of runs, of the server or of this machine's run directories.
+
+    Args:
+        rest: project, group, sort and archived, as the server takes them.
+    """
     words = " ".join(query)
     if local:
-        if sort or archived:
-            raise UsageError("--local lists what is here: it takes no --sort or --archived")
-        found = _local_runs(words, project, group)
-        runs, total = found[:limit], len(found)
+        found = _local_runs(words, **rest)
+        page: dict[str, Any] = {"runs": found[:limit], "total": len(found)}
     else:
-        asked: dict[str, Any] = {"q": words or None, "project": project, "group": group}
-        asked |= {"sort": sort, "archived": "true" if archived else None, "limit": limit}
-        page = find_server(url).get("/runs", asked)
-        runs, total = page["runs"], page["total"]
+        page = find_server(url).get("/runs", {"q": words or None, "limit": limit, **rest})
+    runs = page["runs"]
     if as_json:
         print_json(runs if local else page)
     elif ids:
@@ -56,13 +53,15 @@ def ls(
             print(run["run"])
     else:
         print(_run_table(runs) if runs else "no runs")
-        if total > len(runs):
-            print(f"{len(runs):,} of {count(total, 'run')}: --limit shows more")
+        if page["total"] > len(runs):
+            print(f"{len(runs):,} of {count(page['total'], 'run')}: --limit shows more")
     return 0
 
 
-def _local_runs(query: str, project: str | None, group: str | None) -> list[dict[str, Any]]:
+def _local_runs(query: str, project: str | None, group: str | None, **other: Any) -> list[Any]:
     """Return the runs on this machine that a search finds, newest first."""
+    if any(other.values()):
+        raise UsageError("--local lists what is here: it takes no --sort or --archived")
     known, runs, terms = local_runs(), [], parse_search(query)
     for directory in known.found:
         run = summarize(directory) | {"directory": str(directory)}
@@ -76,14 +75,13 @@ def _local_runs(query: str, project: str | None, group: str | None) -> list[dict
 
 def _run_table(runs: Sequence[dict[str, Any]]) -> str:
     """Return the runs with the first of the usual metrics that any of them has."""
-    metric = next((m for m in SHOWN_METRICS if any(m in run["summary"] for run in runs)), None)
-    headers = ["ID", "PROJECT", "NAME", "STATUS", "UPDATED", "TAGS"] + ([metric] if metric else [])
+    metric = next((m for m in SHOWN_METRICS if any(m in run["summary"] for run in runs)), "")
     rows = []
     for run in runs:
-        tags = ",".join(run["tags"])[:CELL]
-        row = [run["run"], run["project"][:CELL], run["name"][:CELL], run["status"]]
-        row += [format_age(run["updated"]), tags]
-        rows.append(row + ([format_number(run["summary"].get(metric))] if metric else []))
+        words = (run["project"], run["name"], run["status"], format_age(run["updated"]))
+        cells = [word[:CELL] for word in (*words, ",".join(run["tags"]))]
+        rows.append([run["run"], *cells, format_number(run["summary"].get(metric))])
+    headers = ["ID", "PROJECT", "NAME", "STATUS", "UPDATED", "TAGS", metric]
     return render_table(headers, rows, right=(6,))
 
 
@@ -100,8 +98,7 @@ def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
     host = f" on {printable(found['host'])}" if found.get("host") else ""
     print(f"{found['status']}{host}, updated {format_age(found['updated'])}")
     for key in ("tags", "group", "notes"):
-        value = found.get(key)
-        if value:
+        if value := found.get(key):
             print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
     _print_sections(found)
     return 0
@@ -116,25 +113,20 @@ def _console(run: str, url: str | None) -> str:
 
 def _print_sections(found: dict[str, Any]) -> None:
     if found["metrics"]:
-        headers = ["METRIC", "LAST", "MIN", "MAX", "STEP", "VALUES"]
         keys = ("last", "min", "max", "last_step", "count")
         rows = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
+        headers = ["METRIC", "LAST", "MIN", "MAX", "STEP", "VALUES"]
         print("\n" + render_table(headers, rows, right=range(1, 6)))
     if found["checkpoints"]:
+        rows = []
+        for c in found["checkpoints"]:
+            row = [c["name"], format_number(c["step"]), format_bytes(c["bytes"]), c["state"]]
+            rows.append([*row, ",".join(c.get("aliases") or []), format_age(c["created"])])
         headers = ["CHECKPOINT", "STEP", "SIZE", "STATE", "ALIASES", "SAVED"]
-        rows = [
-            [
-                *(c["name"], format_number(c["step"]), format_bytes(c["bytes"]), c["state"]),
-                *(",".join(c.get("aliases") or []), format_age(c["created"])),
-            ]
-            for c in found["checkpoints"]
-        ]
         print("\n" + render_table(headers, rows, right=(1, 2)))
-    flat = flatten(found["config"])
-    if flat:
+    if flat := flatten(found["config"]):
         print("\n" + render_table(["CONFIG", ""], [[k, str(v)[:80]] for k, v in flat.items()]))
-    names = [*found.get("texts", []), *found.get("tables", [])]
-    if names:
+    if names := [*found.get("texts", []), *found.get("tables", [])]:
         print("\ntexts and tables: " + ", ".join(map(printable, names)))
 
 
@@ -144,26 +136,18 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
         raise UsageError(f"{runs[0]!r} alone cannot be compared: give two runs or more")
     loaded = [load_run(text, url) for text in runs]
     configs = [flatten(run["config"]) for run in loaded]
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    differing: dict[str, list[Any]] = {}
-    for key in keys:
-        values = [config.get(key) for config in configs]
-        if any(value != values[0] for value in values):
-            differing[key] = values
-    names = dict.fromkeys(m["name"] for run in loaded for m in run["metrics"])
-    wanted = list(metric) or [name for name in names if not name.startswith("system/")]
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise UsageError(f"none of the runs has {', '.join(unknown)}; there is {', '.join(names)}")
+    keys = dict.fromkeys(key for config in configs for key in config)
+    whole = {key: [config.get(key) for config in configs] for key in keys}
+    differing = {k: values for k, values in whole.items() if any(v != values[0] for v in values)}
     by_name = [{m["name"]: m for m in run["metrics"]} for run in loaded]
+    names = dict.fromkeys(name for found in by_name for name in found)
+    wanted = metric or [name for name in names if not name.startswith("system/")]
+    if unknown := [name for name in wanted if name not in names]:
+        raise UsageError(f"none of the runs has {', '.join(unknown)}; there is {', '.join(names)}")
     if as_json:
-        print_json(
-            {
-                "runs": [{k: run[k] for k in ("run", "project", "name")} for run in loaded],
-                "config": differing,
-                "metrics": {name: [found.get(name) for found in by_name] for name in wanted},
-            }
-        )
+        about = [{k: run[k] for k in ("run", "project", "name")} for run in loaded]
+        metrics = {name: [found.get(name) for found in by_name] for name in wanted}
+        print_json({"runs": about, "config": differing, "metrics": metrics})
         return 0
     heads = [f"{run['name'][:CELL]} ({run['run']})" for run in loaded]
     columns = range(1, len(loaded) + 1)

@@ -34,23 +34,13 @@ def print_json(value: Any) -> None:
 def render_table(
     headers: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()
 ) -> str:
-    """Return rows below headers, columns two spaces apart.
-
-    Args:
-        headers: one per column.
-        rows: one text per column in each.
-        right: columns that hold numbers, aligned at their right end.
-    """
+    """Return rows below headers, columns two spaces apart; those in `right` are aligned there."""
     texts = [[printable(cell) for cell in row] for row in [headers, *rows]]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(headers))]
-    lines = []
-    for row in texts:
-        cells = [
-            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
-            for i, cell in enumerate(row)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    for number, column in enumerate(zip(*texts, strict=True)):
+        align, width = str.rjust if number in right else str.ljust, max(map(len, column))
+        for row in texts:
+            row[number] = align(row[number], width)
+    return "\n".join("  ".join(row).rstrip() for row in texts)
 
 
 def format_bytes(count: int) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from endlex.api import LAST, choose_checkpoint
 from endlex.client.directories import claim_directory, require_run_file
@@ -33,8 +32,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
         print(known)
     server = find_server(url)
     server.get("/health")  # a wrong address fails at once; later faults are waited out
-    transport, line = server.transport, ProgressLine()
-    failed = 0
+    transport, line, failed = server.transport, ProgressLine(), 0
     for number, directory in enumerate(todo, 1):
         place = f"[{number}/{len(todo)}] {directory}" if len(todo) > 1 else str(directory)
         line.prefix = f"{place}: "
@@ -45,7 +43,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
                 )
                 require_all_sent(directory, transport, sent)
         except KeyboardInterrupt:
-            again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
+            again = shlex.join(map(str, todo[number - 1 :]))
             print(f"stopped; what was sent stays sent. To resume: endlex sync {again}")
             return 130
         except (EndlexError, OSError) as error:
@@ -73,39 +71,29 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         raise UsageError(f"{directory} is a file: give a directory")
     server = find_server(url)
     try:
-        found = server.run(word).whole
+        found = server.run(word)
     except EndlexError as error:
         if "@" in run and "has no run" in str(error) and not which.isdecimal():
             raise EndlexError(f"{error} (for the run named {run!r} give {run}@last)") from error
         raise
-    checkpoint = choose_checkpoint(found["checkpoints"], which, word)
+    checkpoint = choose_checkpoint(found.checkpoints, which, word)
     name, size = checkpoint["name"], format_bytes(checkpoint["bytes"])
     with _progress() as line:
         show = partial(line.show, name)
-        pull_checkpoint(found["run"], name, directory, server.transport, show)
-    print(
-        f"{directory}: checkpoint {name} (step {checkpoint['step']:,}, {size}) of "
-        f"run {found['run']}, every hash verified"
-    )
-    print(_join_run(directory, found))
-    return 0
-
-
-def _join_run(directory: Path, found: dict[str, Any]) -> str:
-    """Write run.json unless the place is taken, and say how a resumed run joins the old one."""
-    identity = found["run"]
-    resume = f"ENDLEX_RUN_ID={identity} makes a run on another machine join it"
-    path = directory / RUN_FILE
+        pull_checkpoint(found.id, name, directory, server.transport, show)
+    about = f"{name} (step {checkpoint['step']:,}, {size}) of run {found.id}"
+    print(f"{directory}: checkpoint {about}, every hash verified")
+    path, resume = directory / RUN_FILE, f"ENDLEX_RUN_ID={found.id} makes a run on another machine"
     try:
-        owner = claim_directory(directory, identity, found["project"], found["name"])
+        owner = claim_directory(directory, found.id, found.project, found.name)["run"]
     except EndlexError:  # a run.json, but not of Endlex
-        owner = None
-    if owner is None or owner["run"] != identity:
-        return f"{path} belongs to something else and is left as it is; {resume}"
-    return (
-        f"{path} is written: endlex.init with directory={str(directory)!r} resumes run "
-        f"{identity}; {resume}"
-    )
+        owner = ""
+    if owner == found.id:
+        said = f"is written: endlex.init with directory={str(directory)!r} resumes run {owner}"
+    else:
+        said = "belongs to something else and is left as it is"
+    print(f"{path} {said}; {resume} join it")
+    return 0
 
 
 def push(
@@ -122,9 +110,10 @@ def push(
         raise UsageError(f"{path} does not exist")
     if run and project:
         raise UsageError(f"--run {run} has a project already: leave --project {project} out")
-    if not (checkpoint := name or _checkpoint_name(path)):
+    tidy = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).lstrip(".")[:120]
+    if not name and not CHECKPOINT_NAME.fullmatch(tidy):
         raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
-    server = find_server(url)
+    checkpoint, server = name or tidy, find_server(url)
     with _progress() as line:
         if run is None:
             directory = _save(path, project, checkpoint, step, alias)
@@ -136,19 +125,11 @@ def push(
             show = partial(line.show, checkpoint)
             send = partial(push_checkpoint, identity, path, checkpoint, server.transport)
             send(step=step, aliases=alias, progress=show)
-    published = server.get(quoted("runs", identity, "checkpoints", checkpoint))
-    files = published["files"]
-    size = sum(file["bytes"] for file in files)
-    print(
-        f"checkpoint {checkpoint} of run {identity}: {count(len(files), 'file')}, "
-        f"{format_bytes(size)}, published on {server.url}"
-    )
+    files = server.get(quoted("runs", identity, "checkpoints", checkpoint))["files"]
+    size = format_bytes(sum(file["bytes"] for file in files))
+    about = f"{checkpoint} of run {identity}: {count(len(files), 'file')}, {size}"
+    print(f"checkpoint {about}, published on {server.url}")
     return 0
-
-
-def _checkpoint_name(path: Path) -> str:
-    tidy = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).lstrip(".")[:120]
-    return tidy if CHECKPOINT_NAME.fullmatch(tidy) else ""
 
 
 def _save(path: Path, project: str | None, name: str, step: int, alias: Sequence[str]) -> Path:
