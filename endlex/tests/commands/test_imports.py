@@ -63,7 +63,7 @@ def test_several_files_of_one_run_are_sessions_of_it(
         begun = 1.7e9 + int(file.stem)
         with RunWriter(root, "wandb", "p/resumed01", "p", "r", begun, run="resumed001") as writer:
             for step in range(int(file.stem) * 20, int(file.stem) * 20 + 20):
-                writer.metrics(step, 1.7e9 + step, {"loss": 1.0})
+                writer.metrics((step, 1.7e9 + step), {"loss": 1.0})
         return writer
 
     monkeypatch.setattr("endlex.importers.wandb.import_wandb", import_part)

@@ -23,7 +23,7 @@ from endlex.client.shipper.control import read_state, shipper_process, sync_comm
 from endlex.client.transport import Refused, TransportError
 from endlex.client.verify import compare_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.targets import find_server, local_runs
+from endlex.commands.targets import local_runs
 from endlex.protocol import PROTOCOL, EndlexError
 from endlex.reading import summarize
 
@@ -87,7 +87,7 @@ def _server(url: str | None) -> Iterator[Finding]:
         yield note("server", said)
         return
     try:
-        server = find_server(url)
+        server = Api(url, read_only=False)
         before = time.time()
         answer = server.transport.request("GET", "/health")
         after = time.time()
@@ -187,7 +187,7 @@ def _sending(directory: Path, url: str | None) -> Finding:
         error = read_state(directory).get("error")
         return fault("journals", f"{said}: it says: {error}") if error else ok("journals", said)
     try:
-        missing = compare_directory(directory, find_server(url).transport).missing
+        missing = compare_directory(directory, Api(url, read_only=False).transport).missing
     except TransportError:
         return note("journals", f"{directory}: cannot be compared with the server now")
     except EndlexError as reason:

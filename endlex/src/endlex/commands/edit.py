@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from endlex.api import Api
 from endlex.commands.rendering import (
     confirm,
     count,
@@ -18,7 +19,6 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.targets import find_server
 from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
@@ -26,7 +26,7 @@ RULES = "rules"
 
 
 def _change(runs: Sequence[str], changes: dict[str, Any], url: str | None, done: str) -> int:
-    server = find_server(url)
+    server = Api(url, read_only=False)
     ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
     print(f"{count(len(ids), 'run')} {done}")
@@ -78,7 +78,7 @@ def alert(
     Args:
         how: minutes and level of a new rule.
     """
-    server, where = find_server(url), {"project": project or ""}
+    server, where = Api(url, read_only=False), {"project": project or ""}
     if action == "ls":
         rules = server.get("/settings", where).get(RULES, {})
         if as_json:
@@ -132,7 +132,7 @@ def prune(
         )
     if not (run or project or deleted):
         raise UsageError("give --run or --project: pruning everything at once is not offered")
-    server = find_server(url)
+    server = Api(url, read_only=False)
     asked = {**rules, "mode": mode if rules["keep_best"] else None, "deleted": deleted or None}
     asked |= {"run": server.run(run).id if run else None, "project": project}
     request = {key: value for key, value in asked.items() if value is not None}

@@ -16,11 +16,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+from endlex.api import Api
 from endlex.client.directories import runs_folder
 from endlex.client.process import replacing
 from endlex.client.transport import quoted
 from endlex.commands.rendering import count, format_bytes, printable
-from endlex.commands.targets import find_server, is_run_directory
+from endlex.commands.targets import is_run_directory
 from endlex.formats import write_run
 from endlex.importers.run_directory import Found, RunWriter
 from endlex.protocol import TABLE, TEXT, EndlexError, UsageError
@@ -66,7 +67,7 @@ def export(run: str, format: str | None, output: Path | None, url: str | None) -
     kind = format or (SUFFIXES.get(output.suffix.lower()) if output else None) or "csv"
     write: Callable[[IO[bytes]], None]
     if not is_run_directory(Path(run)):
-        server = find_server(url)
+        server = Api(url)
         path = f"{quoted('runs', server.run(run).id, 'export')}?format={kind}"
         write = partial(server.download, path)
     elif kind == "html":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from endlex.api import Api
 from endlex.commands.rendering import (
     count,
     format_age,
@@ -16,7 +17,7 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.targets import find_server, is_run_directory, load_run, local_runs
+from endlex.commands.targets import is_run_directory, load_run, local_runs
 from endlex.protocol import CONSOLE, TEXT, UsageError
 from endlex.reading import iter_session, session_files, summarize
 from endlex.search import flatten, matches, parse_search
@@ -44,7 +45,7 @@ def ls(
         found = _local_runs(words, **rest)
         page: dict[str, Any] = {"runs": found[:limit], "total": len(found)}
     else:
-        page = find_server(url).get("/runs", {"q": words or None, "limit": limit, **rest})
+        page = Api(url).get("/runs", {"q": words or None, "limit": limit, **rest})
     runs = page["runs"]
     if as_json:
         print_json(runs if local else page)
@@ -106,7 +107,7 @@ def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
 
 def _console(run: str, url: str | None) -> str:
     if not is_run_directory(Path(run)):
-        return find_server(url).run(run).console()
+        return Api(url).run(run).console()
     records = (record for path in session_files(Path(run)) for record in iter_session(path))
     return "\n".join(r["text"] for r in records if r["type"] == TEXT and r["name"] == CONSOLE)
 

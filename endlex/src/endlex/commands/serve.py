@@ -15,7 +15,6 @@ from typing import Any
 from endlex.commands.rendering import count, format_age, print_json, render_table
 from endlex.protocol import EndlexError
 
-SERVER_PACKAGES = {"fastapi", "uvicorn", "starlette", "sse_starlette", "orjson", "numpy", "pyarrow"}
 GB = 10**9
 
 
@@ -24,14 +23,10 @@ def import_server(module: str) -> Any:
     try:
         return importlib.import_module(f"endlex.server.{module}")
     except ModuleNotFoundError as error:
-        lacking = error.name or ""
-        if lacking != "endlex.server" and lacking.partition(".")[0] not in SERVER_PACKAGES:
-            raise
-        what = (
-            "only the client is installed here, and this is the server's"
-            if lacking == "endlex.server"
-            else f"the server needs {lacking}, which is not installed here"
-        )
+        if error.name == "endlex.server":
+            what = "only the client is installed here, and this is the server's"
+        else:
+            what = f"the server needs {error.name}, which is not installed here"
         remedy = "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
         raise EndlexError(f"{what}: {remedy}") from error
 
@@ -55,11 +50,9 @@ def serve(
     Args:
         given: the other arguments, which `Settings` takes as they are.
     """
-    server = import_server("app")
-    settings = import_server("settings")
+    server, settings = import_server("app"), import_server("settings")
     alerts = [*alerts, *os.environ.get("ENDLEX_ALERTS", "").split()]
-    alerts += [f"json+{alert_webhook}"] if alert_webhook else []
-    alerts += [f"ntfy+{ntfy}"] if ntfy else []
+    alerts += [f"{kind}+{to}" for kind, to in (("json", alert_webhook), ("ntfy", ntfy)) if to]
     for target in alerts:
         import_server("watch.notify").check_target(target)
     chosen = settings.Settings(
@@ -92,30 +85,26 @@ def list_tokens(data: Path | None, as_json: bool) -> int:
     tokens: list[dict[str, Any]] = import_server("api.auth").list_tokens(data_directory(data))
     if as_json:
         print_json(tokens)
-    elif tokens:
-        heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
-        rows = []
-        for t in tokens:
-            row = [t["id"], t["name"], ",".join(t["scopes"]), _own_runs(t)]
-            ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
-            rows.append([*row, ages[0], ages[1] or "never", ages[2]])
-        print(render_table(heads, rows))
-        if any(t["older_runs"] for t in tokens):
-            print(
-                "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "
-                "which now only add: none of them deletes, prunes, renames, tags or archives."
-            )
-    else:
+        return 0
+    if not tokens:
         print("no tokens: `endlex token create --name BOX --scope write,checkpoint` makes one")
+        return 0
+    rows = []
+    for t in tokens:
+        own = "all" if "manage" in t["scopes"] else f"{len(t['runs'])}"
+        own += " and older ones" if t["older_runs"] and own != "all" else ""
+        adds = {"write", "checkpoint"} & {*t["scopes"]}
+        ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
+        named = [t["id"], t["name"], ",".join(t["scopes"]), own if adds else ""]
+        rows.append([*named, ages[0], ages[1] or "never", ages[2]])
+    heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
+    print(render_table(heads, rows))
+    if any(t["older_runs"] for t in tokens):
+        print(
+            "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "
+            "which now only add: none of them deletes, prunes, renames, tags or archives."
+        )
     return 0
-
-
-def _own_runs(token: dict[str, Any]) -> str:
-    if not {"write", "checkpoint"} & {*token["scopes"]}:
-        return ""
-    if "manage" in token["scopes"]:
-        return "all"
-    return f"{len(token['runs'])}{' and older ones' if token['older_runs'] else ''}"
 
 
 def revoke_token(token: str, data: Path | None) -> int:

@@ -97,13 +97,8 @@ def _find_places(word: str) -> list[Path]:
     return found
 
 
-def find_server(url: str | None) -> Api:
-    """Return the server named on the command line or in the environment."""
-    return Api(url, read_only=False)
-
-
 def load_run(text: str, url: str | None) -> dict[str, Any]:
     """Return what there is to know of a run: from its directory here, else from the server."""
     if is_run_directory(Path(text)):
         return summarize(Path(text))
-    return find_server(url).run(text).whole
+    return Api(url).run(text).whole

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from endlex.api import LAST, choose_checkpoint
+from endlex.api import LAST, Api, choose_checkpoint
 from endlex.client.directories import claim_directory, require_run_file
 from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
 from endlex.client.transport import Retry, quoted
 from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes
-from endlex.commands.targets import find_server, is_run_directory, local_runs
+from endlex.commands.targets import is_run_directory, local_runs
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError
 
 
@@ -30,7 +30,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
     todo = list(known.found)
     if not directories:
         print(known)
-    server = find_server(url)
+    server = Api(url)
     server.get("/health")  # a wrong address fails at once; later faults are waited out
     transport, line, failed = server.transport, ProgressLine(), 0
     for number, directory in enumerate(todo, 1):
@@ -69,7 +69,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
     word, _, which = run.rpartition("@") if "@" in run else (run, "", LAST)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file: give a directory")
-    server = find_server(url)
+    server = Api(url)
     try:
         found = server.run(word)
     except EndlexError as error:
@@ -113,7 +113,7 @@ def push(
     tidy = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).lstrip(".")[:120]
     if not name and not CHECKPOINT_NAME.fullmatch(tidy):
         raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
-    checkpoint, server = name or tidy, find_server(url)
+    checkpoint, server = name or tidy, Api(url)
     with _progress() as line:
         if run is None:
             directory = _save(path, project, checkpoint, step, alias)

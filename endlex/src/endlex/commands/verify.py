@@ -17,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from endlex.api import Api
 from endlex.client.directories import RunFile, runs_folder
 from endlex.client.shipper.control import BACKGROUND, read_state, shipper_process
 from endlex.client.transport import Transport
 from endlex.client.verify import Comparison, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
-from endlex.commands.targets import find_server, local_runs
+from endlex.commands.targets import local_runs
 from endlex.protocol import SYSTEM, EndlexError, UsageError
 from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
@@ -54,7 +55,7 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
         )
     transport, no_server = None, None
     try:
-        transport = find_server(url).transport
+        transport = Api(url).transport
     except EndlexError as error:
         no_server = str(error)
     verdicts = [_judge(*run, transport, no_server) for run in known.found.items()]

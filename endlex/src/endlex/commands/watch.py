@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from endlex.api import Api
 from endlex.client.transport import Unreachable, quoted
 from endlex.commands.rendering import format_age, format_number, printable
-from endlex.commands.targets import find_server, is_run_directory, load_run
+from endlex.commands.targets import is_run_directory, load_run
 from endlex.protocol import EndlexError, UsageError
 from endlex.reading import read_points
 
@@ -36,7 +37,7 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
     plotext = _import_plotext() if sys.stdout.isatty() else None
     is_here = is_run_directory(Path(run))
     if not is_here:
-        run = find_server(url).run(run).id
+        run = Api(url).run(run).id
     printed = None
     with suppress(KeyboardInterrupt):
         while True:
@@ -123,7 +124,7 @@ def _series(run: str, url: str | None, name: str, width: int) -> tuple[list[floa
         kept = steps[:: -max(1, len(steps) // max(1, width))][::-1]
         return [float(step) for step in kept], [points[step][1] for step in kept]
     query = {"metric": name, "x": "step", "points": width}
-    found = find_server(url).get(quoted("runs", run, "series"), query)["series"]
+    found = Api(url).get(quoted("runs", run, "series"), query)["series"]
     found = found.get(name, {"x": [], "y": []})
     known = [pair for pair in zip(found["x"], found["y"], strict=True) if None not in pair]
     return [x for x, _ in known], [y for _, y in known]

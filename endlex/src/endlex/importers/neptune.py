@@ -86,16 +86,16 @@ def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) ->
     at = int(step), row["timestamp"].timestamp() if row.get("timestamp") else began
     if kind == "float_series":
         value = row["float_value"]
-        writer.metrics(*at, {name: math.nan if value is None else value})
+        writer.metrics(at, {name: math.nan if value is None else value})
     elif kind == "string_series":
-        writer.text(*at, name, str(row["string_value"]))
+        writer.text(at, name, str(row["string_value"]))
     elif kind == "histogram_series":
         histogram = row["histogram_value"]
-        writer.histogram(*at, name, histogram["edges"], histogram["values"])
+        writer.histogram(at, name, histogram["edges"], histogram["values"])
     elif kind in ("file", "file_series"):
         path = (row.get("file_value") or {}).get("path")
         if files and path and (place := inside(files, path)):
-            writer.media(*at, name, *read_file(place), None)
+            writer.media(at, name, *read_file(place))
         else:
             writer.skip("file that is not here")
     else:

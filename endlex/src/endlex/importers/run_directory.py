@@ -32,6 +32,9 @@ from endlex.reading import session_files
 
 LARGEST_FILE = 64 * 2**20
 
+Moment = tuple[int, float]
+"""A step, and its time in Unix seconds."""
+
 
 @dataclass
 class RunWriter:
@@ -126,40 +129,71 @@ class RunWriter:
         except EndlexError:
             self.skip("record that is too large to be sent")
 
-    def metrics(
-        self, step: int, time: float, values: Mapping[str, float], kind: str = TRAINER
-    ) -> None:
+    def metrics(self, at: Moment, values: Mapping[str, float], kind: str = TRAINER) -> None:
         encoded = {tidy_name(n, "metric"): encode_number(_number(v)) for n, v in values.items()}
         if encoded:
-            self.append(protocol.METRICS, time, {"step": step, "values": encoded}, kind)
+            self.append(protocol.METRICS, at[1], {"step": at[0], "values": encoded}, kind)
 
-    def _named(self, record: str, step: int, time: float, name: str, **content: Any) -> None:
+    def _named(self, record: str, at: Moment, name: str, **content: Any) -> None:
+        step, time = at
         self.append(record, time, {"step": step, "name": tidy_name(name, record), **content})
 
-    def text(self, step: int, time: float, name: str, text: str) -> None:
+    def text(self, at: Moment, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
         if len(text) > protocol.MAX_TEXT_CHARS:
             self.skip("end of a text that is too long")
-        self._named(protocol.TEXT, step, time, name, text=text[: protocol.MAX_TEXT_CHARS])
+        self._named(protocol.TEXT, at, name, text=text[: protocol.MAX_TEXT_CHARS])
 
-    def table(
-        self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
-    ) -> None:
-        self._named(protocol.TABLE, step, time, name, columns=columns, rows=rows)
+    def table(self, at: Moment, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self._named(protocol.TABLE, at, name, columns=columns, rows=rows)
 
     def histogram(
-        self, step: int, time: float, name: str, edges: Sequence[float], counts: Sequence[float]
+        self, at: Moment, name: str, edges: Sequence[float], counts: Sequence[float]
     ) -> None:
         """Record a histogram by the edges of its bins and the counts between them."""
-        bins = [list(row) for row in zip(edges, edges[1:], counts, strict=False)]
-        self.table(step, time, name, HISTOGRAM, bins)
+        bins = zip(edges, edges[1:], counts, strict=False)
+        self.table(at, name, HISTOGRAM, list(map(list, bins)))
 
     def media(
-        self, step: int, time: float, name: str, content: bytes, mime: str, caption: str | None
+        self, at: Moment, name: str, content: bytes, mime: str, caption: str | None = None
     ) -> None:
         """Record a picture, a sound or another file."""
         kept = keep_media(self._building, content, mime, caption)
-        self._named(protocol.MEDIA, step, time, name, **kept)
+        self._named(protocol.MEDIA, at, name, **kept)
+
+    def log(self, at: Moment, row: Mapping[str, Any], files: Path) -> None:
+        """Record one call of another tool's `log`; the paths of files are below `files`.
+
+        Numbers are recorded together; texts, tables, histograms and media one by one.
+        """
+        self.metrics(at, numbers_of(row))
+        for name, value in flatten(row).items():
+            if isinstance(value, Mapping):
+                self._log_typed(at, name, value, files)
+            elif value is None or is_number(value):
+                continue
+            elif isinstance(value, str):
+                self.text(at, name, value)
+            else:
+                self.skip(f"value of type {type(value).__name__}")
+
+    def _log_typed(self, at: Moment, name: str, value: Mapping[str, Any], files: Path) -> None:
+        kind = str(value["_type"]).removeprefix("trackio.")
+        path = str(value.get("path") or value.get("file_path") or "")
+        if kind == "histogram" and isinstance(value.get("bins"), list):
+            self.histogram(at, name, value["bins"], value.get("values") or [])
+        elif "table" in kind:
+            if table := _table_of(value, inside(files, path)):
+                self.table(at, name, *table)
+            else:
+                self.skip(kind)
+        else:
+            caption = str(value.get("caption") or "") or None
+            for one in value.get("filenames") or [path]:
+                if found := inside(files, str(one)):
+                    self.media(at, name, *read_file(found), caption)
+                else:
+                    self.skip(kind)
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
@@ -251,46 +285,6 @@ def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def is_number(value: Any) -> bool:
     """Whether `value` is a number, or the word for one that JSON lacks."""
     return value in NON_FINITE if isinstance(value, str) else isinstance(value, int | float)
-
-
-def write_row(
-    writer: RunWriter, step: int, time: float, row: Mapping[str, Any], files: Path
-) -> None:
-    """Write one call of `log`: numbers together; texts, tables, histograms and media one by one.
-
-    The paths of files are below `files`.
-    """
-    writer.metrics(step, time, numbers_of(row))
-    for name, value in flatten(row).items():
-        if isinstance(value, Mapping):
-            _write_typed(writer, step, time, name, value, files)
-        elif value is None or is_number(value):
-            continue
-        elif isinstance(value, str):
-            writer.text(step, time, name, value)
-        else:
-            writer.skip(f"value of type {type(value).__name__}")
-
-
-def _write_typed(
-    writer: RunWriter, step: int, time: float, name: str, value: Mapping[str, Any], files: Path
-) -> None:
-    kind = str(value["_type"]).removeprefix("trackio.")
-    path = str(value.get("path") or value.get("file_path") or "")
-    if kind == "histogram" and isinstance(value.get("bins"), list):
-        writer.histogram(step, time, name, value["bins"], value.get("values") or [])
-    elif "table" in kind:
-        if table := _table_of(value, inside(files, path)):
-            writer.table(step, time, name, *table)
-        else:
-            writer.skip(kind)
-    else:
-        caption = str(value.get("caption") or "") or None
-        for one in value.get("filenames") or [path]:
-            if found := inside(files, str(one)):
-                writer.media(step, time, name, *read_file(found), caption)
-            else:
-                writer.skip(kind)
 
 
 def inside(files: Path, relative: str) -> Path | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.log import HISTOGRAM
-from endlex.importers.run_directory import Found, RunWriter, load
+from endlex.importers.run_directory import Found, Moment, RunWriter, load
 from endlex.protocol import EndlexError, UsageError
 
 HEAD = struct.Struct("<QI")
@@ -132,18 +132,18 @@ def _hyperparameters(event: Any) -> Iterator[Any]:
 
 def _write_file(path: Path, writer: RunWriter) -> None:
     """Write a file's values; successive scalars of one step become one record."""
-    step, time, waiting = -1, 0.0, dict[str, float]()
+    at, waiting = (-1, 0.0), dict[str, float]()
     for event in iter_events(path, writer.skip):
         for value in event.summary.value:
             number = _scalar(value)
             if number is None:
-                _write_other(value, event.step, event.wall_time, writer)
+                _write_other(value, (event.step, event.wall_time), writer)
                 continue
-            if event.step != step or value.tag in waiting:
-                writer.metrics(step, time, waiting)
-                step, time, waiting = event.step, event.wall_time, {}
+            if event.step != at[0] or value.tag in waiting:
+                writer.metrics(at, waiting)
+                at, waiting = (event.step, event.wall_time), {}
             waiting[value.tag] = number
-    writer.metrics(step, time, waiting)
+    writer.metrics(at, waiting)
 
 
 def _array(tensor: Any) -> Any:
@@ -160,7 +160,7 @@ def _scalar(value: Any) -> float | None:
     return float(array.item()) if array.size == 1 and array.dtype.kind in "fiub" else None
 
 
-def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
+def _write_other(value: Any, at: Moment, writer: RunWriter) -> None:
     """Write a text, a histogram, an image or a sound, in its old form or as a tensor."""
     name, kind = value.tag, value.WhichOneof("value")
     array: Any = _array(value.tensor) if kind == "tensor" else None
@@ -170,21 +170,21 @@ def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
             limits, counts = list(value.histo.bucket_limit), list(value.histo.bucket)
             lows = [min(value.histo.min, limits[0] if limits else 0.0), *limits]
             rows = [list(row) for row in zip(lows, limits, counts, strict=False) if row[2]]
-            writer.table(step, time, name, HISTOGRAM, rows)
+            writer.table(at, name, HISTOGRAM, rows)
         case "image", _:
-            writer.media(step, time, name, value.image.encoded_image_string, "image/png", None)
+            writer.media(at, name, value.image.encoded_image_string, "image/png")
         case "audio", _:
-            writer.media(step, time, name, value.audio.encoded_audio_string, "audio/wav", None)
+            writer.media(at, name, value.audio.encoded_audio_string, "audio/wav")
         case "tensor", "histograms" if array.ndim == 2:
-            writer.table(step, time, name, HISTOGRAM, array.tolist())
+            writer.table(at, name, HISTOGRAM, array.tolist())
         case "tensor", "text":
             text = "\n".join(part.decode("utf-8", "replace") for part in items)
-            writer.text(step, time, name.removesuffix("/text_summary"), text)
+            writer.text(at, name.removesuffix("/text_summary"), text)
         case "tensor", "images":
             for item in items[2:]:  # after width and height
-                writer.media(step, time, name, item, "image/png", None)
+                writer.media(at, name, item, "image/png")
         case "tensor", "audio":
             for item in items[::2]:  # each is followed by its label
-                writer.media(step, time, name, item, "audio/wav", None)
+                writer.media(at, name, item, "audio/wav")
         case _, plugin if plugin != "hparams" and (plugin or kind == "tensor"):
             writer.skip(plugin or "tensor")

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.importers.run_directory import Found, RunWriter, find_files, numbers_of, write_row
+from endlex.importers.run_directory import Found, RunWriter, find_files, numbers_of
 from endlex.protocol import SYSTEM, EndlexError
 
 RunKey = str | int | None
@@ -89,10 +89,10 @@ def _import_run(
         run=str(run),
     ) as writer:
         for row, values in rows("metrics", writer.skip):
-            write_row(writer, int(row["step"]), _time(row), values, path.parent / "media")
+            writer.log((int(row["step"]), _time(row)), values, path.parent / "media")
         for row, values in rows("system_metrics", writer.skip):
-            step = max(0, round(_time(row) - created))
-            writer.metrics(step, _time(row), numbers_of(values, "system/"), SYSTEM)
+            at = max(0, round(_time(row) - created)), _time(row)
+            writer.metrics(at, numbers_of(values, "system/"), SYSTEM)
     return writer
 
 

@@ -19,14 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.importers.run_directory import (
-    Found,
-    RunWriter,
-    find_files,
-    load,
-    numbers_of,
-    write_row,
-)
+from endlex.importers.run_directory import Found, RunWriter, find_files, load, numbers_of
 from endlex.protocol import CONFIG, CONSOLE, SYSTEM, EndlexError
 
 MAGIC = b":W&B"
@@ -158,7 +151,7 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             time = float(values.get("_timestamp", created))
             row = {k: v for k, v in values.items() if k not in INTERNAL}
             logged |= row.keys()
-            write_row(writer, last_step, time, row, path.parent / "files")
+            writer.log((last_step, time), row, path.parent / "files")
         elif kind == "config" and last_step >= 0:
             _update_config(config, record.config)
             keys = _items(record.config.update).keys() - {"_wandb"}
@@ -168,17 +161,17 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             summary |= _items(record.summary.update)
         elif kind == "stats":
             moment = _seconds(record.stats.timestamp) or created
-            numbers = numbers_of(_items(record.stats.item), "system/")
-            writer.metrics(max(0, round(moment - created)), moment, numbers, SYSTEM)
+            at = max(0, round(moment - created)), moment
+            writer.metrics(at, numbers_of(_items(record.stats.item), "system/"), SYSTEM)
         elif kind in ("output", "output_raw"):
             console.append(getattr(record, kind).line)
         elif kind == "artifact":
             writer.skip("artifact")
     own = {k: v for k, v in summary.items() if k not in logged and k not in INTERNAL}
-    write_row(writer, max(last_step, 0), time, own, path.parent / "files")
+    writer.log((max(last_step, 0), time), own, path.parent / "files")
     lines = "".join(console).splitlines()
     for start in range(0, len(lines), CONSOLE_LINES):
-        writer.text(start, time, CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))
+        writer.text((start, time), CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))
 
 
 def _items(items: Any) -> dict[str, Any]:
