@@ -15,14 +15,13 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlencode
 
 from endlex.client.directories import server_token, server_url
 from endlex.client.transport import Refused, Transport, quoted
-from endlex.protocol import CONSOLE, NON_FINITE, RUN_ID, EndlexError
+from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 
 PAGE = 200
 LAST = "last"
@@ -136,8 +135,8 @@ class Api:
 class RunInfo:
     """A run of a server; what a list leaves out is requested when it is needed."""
 
-    def __init__(self, api: Api, content: Mapping[str, Any]) -> None:
-        self._api, self._listed = api, dict(content)
+    def __init__(self, api: Api, content: dict[str, Any]) -> None:
+        self._api, self._content = api, content
         self.id, self.name, self.project = content["run"], content["name"], content["project"]
         self.status, self.tags = content["status"], content["tags"]
         self.summary: dict[str, Any] = content["summary"]
@@ -150,13 +149,15 @@ class RunInfo:
 
     def __getitem__(self, key: str) -> Any:
         """Return one key of what `GET /runs/RUN` answers, such as "created" or "group"."""
-        return self._listed[key] if key in self._listed and key != "config" else self.whole[key]
+        is_known = key in self._content and key != "config"
+        return self._content[key] if is_known else self.whole[key]
 
-    @cached_property
+    @property
     def whole(self) -> dict[str, Any]:
         """All that `GET /runs/RUN` answers."""
-        known = "sessions" in self._listed
-        return self._listed if known else dict(self._api.get(quoted("runs", self.id)))
+        if "sessions" not in self._content:
+            self._content = self._api.get(quoted("runs", self.id))
+        return self._content
 
     @property
     def config(self) -> dict[str, Any]:
@@ -191,15 +192,13 @@ class RunInfo:
         self._api.download(f"{quoted('runs', self.id, 'export')}?{query}", content)
         content.seek(0)
         name, library = _frames(frame)
-        points = library.read_csv(content)
         if name == "pandas":
-            points["value"] = points["value"].replace(NON_FINITE).astype(float)
+            points = library.read_csv(content, dtype={"value": float})
             if long:
                 return points
             wide = points.pivot(index="step", columns="metric", values="value")
             return wide.rename_axis(columns=None).reset_index()
-        text = points["value"].cast(library.String).replace("Infinity", "inf")
-        points = points.with_columns(text.replace("-Infinity", "-inf").cast(library.Float64))
+        points = library.read_csv(content, schema_overrides={"value": library.Float64})
         return points if long else points.pivot("metric", index="step", values="value").sort("step")
 
     def texts(
@@ -232,9 +231,8 @@ class RunInfo:
 
     def update(self, **changes: Any) -> None:
         """Change name, tags, group, notes or archived; the `Api` must not be read-only."""
-        self._listed = dict(self._api.send("PATCH", quoted("runs", self.id), changes))
-        self.__dict__.pop("whole", None)
-        self.name, self.tags = self._listed["name"], self._listed["tags"]
+        self._content = self._api.send("PATCH", quoted("runs", self.id), changes)
+        self.name, self.tags = self._content["name"], self._content["tags"]
 
 
 def _frames(wanted: str | None) -> tuple[str, Any]:

@@ -90,7 +90,7 @@ def test_an_export_is_hidden_until_it_is_whole(
     directory = train()
     before, meanwhile = set(place.iterdir()), set[Path]()
     monkeypatch.setattr(
-        "endlex.commands.exchange.write_run", lambda *_: meanwhile.update(place.iterdir())
+        "endlex.commands.transfer.write_run", lambda *_: meanwhile.update(place.iterdir())
     )
     assert cli("export", directory, "-o", "run.csv")[0] == 0
     (hidden,) = meanwhile - before

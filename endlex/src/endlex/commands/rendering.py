@@ -19,11 +19,9 @@ from endlex.protocol import UsageError
 def printable(value: Any) -> str:
     """Return the value's text with control characters escaped, on one line."""
     text = str(value)
-    return text if text.isprintable() else "".join(map(_escape, text))
-
-
-def _escape(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(value: Any) -> None:
@@ -66,11 +64,11 @@ def format_number(value: Any) -> str:
     return f"{value:.6g}"
 
 
-def format_age(moment: float | None, now: float | None = None) -> str:
+def format_age(moment: float | None) -> str:
     """Return how long ago a moment in Unix seconds was, such as "3 min ago"."""
     if not moment:
         return ""
-    seconds = (time.time() if now is None else now) - moment
+    seconds = time.time() - moment
     for size, unit in ((86_400.0, "d"), (3600.0, "h"), (60.0, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"

@@ -34,8 +34,7 @@ CONSOLE_LINES = 200
 
 def find_runs(path: Path, root: Path, project: str | None) -> Found:
     """Find the `.wandb` files below a directory, or the one that is named."""
-    remedy = "give an offline run's directory (wandb/offline-run-...)"
-    files = find_files(path, ".wandb", remedy)
+    files = find_files(path, ".wandb", "give an offline run's directory (wandb/offline-run-...)")
     return [(file, partial(import_wandb, file, root, project)) for file in files]
 
 
@@ -53,9 +52,8 @@ def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -
         if room < FRAGMENT.size or not any(content[position : position + FRAGMENT.size]):
             position += room  # the end of a block, or the zeros of a preallocated one
             continue
-        body, kind = _fragment(content, position)
+        body, kind, end = _fragment(content, position)
         if body is None:
-            end = position + FRAGMENT.size + FRAGMENT.unpack_from(content, position)[1]
             if end >= len(content):
                 return
             skip("damaged record")
@@ -70,17 +68,18 @@ def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -
         if kind in (FULL, LAST) and parts is not None:
             yield parts
             parts = None
-        position += FRAGMENT.size + len(body)
+        position = end
 
 
-def _fragment(content: bytes, position: int) -> tuple[bytes | None, int]:
-    """Return a fragment's content and type; None for what is damaged or cut off."""
-    if position + FRAGMENT.size > len(content):
-        return None, 0
+def _fragment(content: bytes, position: int) -> tuple[bytes | None, int, int]:
+    """Return a fragment's content, None for what is damaged or cut off, its type and its end."""
+    start = position + FRAGMENT.size
+    if start > len(content):
+        return None, 0, start
     checksum, length, kind = FRAGMENT.unpack_from(content, position)
-    body = content[position + FRAGMENT.size : position + FRAGMENT.size + length]
-    sound = len(body) == length and zlib.crc32(body, zlib.crc32(bytes([kind]))) == checksum
-    return (body if sound and FULL <= kind <= LAST else None), kind
+    body, end = content[start : start + length], start + length
+    sound = end <= len(content) and zlib.crc32(body, zlib.crc32(bytes([kind]))) == checksum
+    return (body if sound and FULL <= kind <= LAST else None), kind, end
 
 
 def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
@@ -154,8 +153,7 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             writer.log((last_step, time), row, path.parent / "files")
         elif kind == "config" and last_step >= 0:
             _update_config(config, record.config)
-            keys = _items(record.config.update).keys() - {"_wandb"}
-            if keys:
+            if keys := _items(record.config.update).keys() - {"_wandb"}:
                 writer.append(CONFIG, time, {"config": {key: config[key] for key in sorted(keys)}})
         elif kind == "summary":
             summary |= _items(record.summary.update)
@@ -178,14 +176,13 @@ def _items(items: Any) -> dict[str, Any]:
     """Decode key and value pairs; a nested key makes nested mappings."""
     found: dict[str, Any] = {}
     for item in items:
-        keys = list(getattr(item, "nested_key", ())) or [item.key]
+        *above, last = list(getattr(item, "nested_key", ())) or [item.key]
         level = found
-        for key in keys[:-1]:
-            deeper = level.get(key)
-            if not isinstance(deeper, dict):
-                deeper = level[key] = {}
-            level = deeper
-        level[keys[-1]] = _value(item)
+        for key in above:
+            if not isinstance(level.get(key), dict):
+                level[key] = {}
+            level = level[key]
+        level[last] = _value(item)
     return found
 
 

@@ -1,13 +1,23 @@
-"""`endlex ls`, `endlex show` and `endlex compare`: what runs there are, and what they hold."""
+"""Look at runs: `endlex ls`, `show`, `compare` and `watch`.
+
+`watch` plots a run in the terminal while it is going, and prints lines when piped. A run of the
+server is polled, and so is a run's directory on this machine: no server is needed beside a trainer.
+"""
 
 from __future__ import annotations
 
+import importlib
+import math
+import shutil
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from endlex.api import Api
+from endlex.client.transport import Unreachable, quoted
 from endlex.commands.rendering import (
     count,
     format_age,
@@ -18,12 +28,19 @@ from endlex.commands.rendering import (
     render_table,
 )
 from endlex.commands.targets import is_run_directory, load_run, local_runs
-from endlex.protocol import CONSOLE, TEXT, UsageError
-from endlex.reading import iter_session, session_files, summarize
+from endlex.protocol import CONSOLE, TEXT, EndlexError, UsageError
+from endlex.reading import iter_session, read_points, session_files, summarize
 from endlex.search import flatten, matches, parse_search
 
 SHOWN_METRICS = ("val/bpb", "train/loss", "loss")
 CELL = 40
+PLOTS = 4
+PLOT_ROWS = 12
+PLOTTED = ("train/loss", "loss", "val/bpb", "val/loss", "train/tokens_per_second", "train/mfu")
+ENDED = ("finished", "failed", "interrupted", "crashed")
+
+Found = dict[str, Any]
+"""A run at one moment, as `GET /runs/RUN` answers."""
 
 
 def ls(
@@ -112,7 +129,7 @@ def _console(run: str, url: str | None) -> str:
     return "\n".join(r["text"] for r in records if r["type"] == TEXT and r["name"] == CONSOLE)
 
 
-def _print_sections(found: dict[str, Any]) -> None:
+def _print_sections(found: Found) -> None:
     if found["metrics"]:
         keys = ("last", "min", "max", "last_step", "count")
         rows = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
@@ -160,3 +177,101 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
     else:
         print("\nthe configurations are equal")
     return 0
+
+
+def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> int:
+    """Show a run until it ends, or until Ctrl-C."""
+    plotext = _import_plotext() if sys.stdout.isatty() else None
+    is_here = is_run_directory(Path(run))
+    if not is_here:
+        run = Api(url).run(run).id
+    printed = None
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                found = load_run(run, url)
+                if is_here and any(one["status"] == "running" for one in found["sessions"]):
+                    found["status"] = "running"  # whichever session it is
+                names = _choose(found, metric)
+                if plotext is not None:
+                    _draw(plotext, found, names, run, url)
+                elif (line := _line(found, names)) != printed:
+                    print(line, flush=True)
+                    printed = line
+                if once or found["status"] in ENDED:
+                    return 0
+            except Unreachable as error:  # the server may come back; the first found must succeed
+                if once or (printed is None and plotext is None):
+                    raise
+                print(f"{error}; trying again", file=sys.stderr)
+            time.sleep(every)
+    print()
+    return 0
+
+
+def _import_plotext() -> Any:
+    plotext = None
+    with suppress(ModuleNotFoundError):
+        plotext = importlib.import_module("plotext")
+    if not hasattr(plotext, "clear_figure"):  # it is not there, or another version
+        raise EndlexError(
+            "plots need plotext 5, which is not installed here: pip install 'endlex[watch]'; "
+            "without it, `endlex watch RUN | cat` prints lines"
+        )
+    return plotext
+
+
+def _choose(found: Found, wanted: Sequence[str]) -> list[str]:
+    """Return which metrics to show: those asked for, else the usual ones, else the first."""
+    there = [m["name"] for m in found["metrics"]]
+    unknown = [name for name in wanted if name not in there]
+    if unknown and found["status"] in ENDED:
+        raise UsageError(f"the run has no metric {', '.join(unknown)}; it has {', '.join(there)}")
+    if wanted:
+        return [name for name in wanted if name in there]
+    usual = [name for name in PLOTTED if name in there]
+    rest = [name for name in there if name not in usual and not name.startswith("system/")]
+    return (usual + rest)[:PLOTS]
+
+
+def _title(found: Found) -> str:
+    return printable(f"{found['project']}/{found['name']} {found['run']}") + f"  {found['status']}"
+
+
+def _line(found: Found, names: Sequence[str]) -> str:
+    last = {m["name"]: m for m in found["metrics"]}
+    step = max((last[name]["last_step"] for name in names), default=0)
+    values = "  ".join(f"{printable(n)} {format_number(last[n]['last'])}" for n in names)
+    return f"{_title(found)}  step {step:,}  {values}"
+
+
+def _draw(plotext: Any, found: Found, names: Sequence[str], run: str, url: str | None) -> None:
+    """Draw one plot per metric, as many as fit below one another."""
+    columns, lines = shutil.get_terminal_size()
+    names = names[: max(1, (lines - 2) // PLOT_ROWS)]
+    last = {m["name"]: m for m in found["metrics"]}
+    figure = [f"{_title(found)}, updated {format_age(found['updated'])}"]
+    for name in names:
+        x, y = _series(run, url, name, columns)
+        plotext.clear_figure()
+        plotext.theme("clear")
+        plotext.plotsize(columns, min(PLOT_ROWS + 4, (lines - 2) // len(names)))
+        if x:
+            plotext.plot(x, y, marker="braille")
+        plotext.title(f"{printable(name)}  {format_number(last[name]['last'])}")
+        figure.append(plotext.build())
+    print("\x1b[2J\x1b[H" + "\n".join(figure), flush=True)
+
+
+def _series(run: str, url: str | None, name: str, width: int) -> tuple[list[float], list[float]]:
+    """Return the steps and values of a metric, about `width` of them at most."""
+    if is_run_directory(Path(run)):
+        points = read_points(Path(run)).get(name, {})
+        steps = sorted(step for step, (_, value) in points.items() if math.isfinite(value))
+        kept = steps[:: -max(1, len(steps) // max(1, width))][::-1]
+        return [float(step) for step in kept], [points[step][1] for step in kept]
+    query = {"metric": name, "x": "step", "points": width}
+    found = Api(url).get(quoted("runs", run, "series"), query)["series"]
+    found = found.get(name, {"x": [], "y": []})
+    known = [pair for pair in zip(found["x"], found["y"], strict=True) if None not in pair]
+    return [x for x, _ in known], [y for _, y in known]
