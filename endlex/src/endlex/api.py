@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlencode
@@ -236,16 +237,13 @@ class RunInfo:
 
 
 def _frames(wanted: str | None) -> tuple[str, Any]:
-    names = ("pandas", "polars")
-    if wanted not in (None, *names):
+    names = ("pandas", "polars") if wanted is None else (wanted,)
+    if wanted not in (None, "pandas", "polars"):
         raise EndlexError(f"frame {wanted!r} must be pandas or polars")
-    for name in names if wanted is None else (wanted,):
-        try:
+    for name in names:
+        with suppress(ModuleNotFoundError):
             return name, importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    asked = wanted or " or ".join(names)
-    raise EndlexError(f"history needs {asked}: pip install {wanted or names[0]}")
+    raise EndlexError(f"history needs {' or '.join(names)}: pip install {names[0]}")
 
 
 def choose_checkpoint(

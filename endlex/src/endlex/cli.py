@@ -120,5 +120,8 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "amount": _number(float, 0),
     "positive": _number(float, 1e-9),
     "seconds": _number(float, 0.1, 86_400),
+    "text": lambda text: sys.stdin.read() if text == "-" else text,
+    "webhook": lambda url: url and f"json+{url}",
+    "ntfy": lambda url: url and f"ntfy+{url}",
 }
 """What `type` may say."""

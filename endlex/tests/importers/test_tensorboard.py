@@ -43,13 +43,13 @@ def test_scalars_of_both_kinds_and_texts(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_become_the_configuration(tmp_path: Path) -> None:
-    imported = import_tensorboard(FIXTURE / "torch" / "hp", tmp_path)
+    imported = import_tensorboard(FIXTURE / "torch" / "hp", tmp_path, "p", "hp")
     assert records(imported.directory, "session")[0]["config"] == {"lr": 0.1, "opt": "adam"}
     assert records(imported.directory, "metrics")[0]["values"] == {"hp/metric": 1.0}
 
 
 def test_tensors_of_the_second_version(tmp_path: Path) -> None:
-    imported = import_tensorboard(FIXTURE / "tensors", tmp_path, "p")
+    imported = import_tensorboard(FIXTURE / "tensors", tmp_path, "p", "tensors")
     values = [row["values"] for row in records(imported.directory, "metrics")]
     assert values == [{"x": step / 2} for step in range(5)]
 
@@ -85,13 +85,13 @@ def test_what_is_whole_around_a_damaged_record_is_kept(tmp_path: Path, inside: i
     found = list(iter_events(damaged, skipped.append))
     assert found == whole[:2] + whole[3:]
     assert skipped == ["damaged record"]
-    assert import_tensorboard(tmp_path, tmp_path / "out").skipped["damaged record"] == 1
+    assert import_tensorboard(tmp_path, tmp_path / "out", "p", "n").skipped["damaged record"] == 1
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "events.out.tfevents.other").write_bytes(b"PK\3\4" * 50)
     with pytest.raises(EndlexError, match="not an event file"):
-        import_tensorboard(tmp_path, tmp_path / "out")
+        import_tensorboard(tmp_path, tmp_path / "out", "p", "n")
 
 
 def write_event(directory: Path, value: Any) -> None:
@@ -116,7 +116,7 @@ def test_hyperparameters_have_an_order_so_that_a_second_import_is_the_same(tmp_p
     value.metadata.plugin_data.plugin_name = "hparams"
     value.metadata.plugin_data.content = data.SerializeToString()
     write_event(tmp_path, value)
-    imported = import_tensorboard(tmp_path, tmp_path / "out")
+    imported = import_tensorboard(tmp_path, tmp_path / "out", "p", "n")
     assert "".join(records(imported.directory, "session")[0]["config"]) == "abcdefgh"
 
 
@@ -125,7 +125,7 @@ def test_images_are_files(tmp_path: Path) -> None:
     value = summary.Summary.Value(tag="sample")
     value.image.encoded_image_string = b"\x89PNG"
     write_event(tmp_path, value)
-    imported = import_tensorboard(tmp_path, tmp_path / "out")
+    imported = import_tensorboard(tmp_path, tmp_path / "out", "p", "n")
     (media,) = records(imported.directory, "media")
     assert (media["name"], media["step"], media["mime"]) == ("sample", 3, "image/png")
     assert len(list((imported.directory / "media").iterdir())) == 1

@@ -6,7 +6,6 @@ rules, and which checkpoints are kept (`endlex prune`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,40 +24,21 @@ from endlex.search import parse_search
 RULES = "rules"
 
 
-def _change(runs: Sequence[str], changes: dict[str, Any], url: str | None, done: str) -> int:
+def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> int:
+    """Change runs; `changes` are their name, notes, group and so on, as the server takes them."""
     server = Api(url, read_only=False)
     ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
-    print(f"{count(len(ids), 'run')} {done}")
+    said = ", ".join(f"{name} = {value!r:.80}" for name, value in changes.items())
+    print(f"{count(len(ids), 'run')} {done or f'changed: {said}'}")
     return 0
 
 
-def tag(runs: Sequence[str], add: Sequence[str], remove: Sequence[str], url: str | None) -> int:
+def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None) -> int:
     """Add and remove tags."""
     if not (add or remove):
         raise UsageError("give tags with --add TAG or --remove TAG")
-    return _change(runs, {"add_tags": list(add), "remove_tags": list(remove)}, url, "tagged")
-
-
-def note(run: str, text: str, url: str | None) -> int:
-    """Replace a run's notes."""
-    return _change([run], {"notes": sys.stdin.read() if text == "-" else text}, url, "noted")
-
-
-def group(runs: Sequence[str], name: str, url: str | None) -> int:
-    """Put runs into a group; an empty name takes them out of theirs."""
-    done = f"in group {name!r}" if name else "ungrouped"
-    return _change(runs, {"group": name or None}, url, done)
-
-
-def rename(run: str, name: str, url: str | None) -> int:
-    """Give a run another name."""
-    return _change([run], {"name": name}, url, f"renamed to {printable(name)}")
-
-
-def archive(runs: Sequence[str], undo: bool, url: str | None) -> int:
-    """Hide runs from the lists, or show them again."""
-    return _change(runs, {"archived": not undo}, url, "back" if undo else "archived")
+    return change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
 
 
 def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
@@ -67,17 +47,13 @@ def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
         print("nothing was deleted")
         return 1
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
-    return _change(runs, {"deleted": not undo}, url, done)
+    return change(runs, url, done=done, deleted=not undo)
 
 
 def alert(
     action: str, rule: str | None, project: str | None, url: str | None, as_json: bool, **how: Any
 ) -> int:
-    """List, add or remove the rules by which a project's runs raise alerts.
-
-    Args:
-        how: minutes and level of a new rule.
-    """
+    """List, add or remove a project's rules of alerts; `how` is minutes and level of a new one."""
     server, where = Api(url, read_only=False), {"project": project or ""}
     if action == "ls":
         rules = server.get("/settings", where).get(RULES, {})
@@ -118,11 +94,7 @@ def prune(
     as_json: bool,
     **rules: Any,
 ) -> int:
-    """Ask the server what the rules remove, ask the user, then remove it.
-
-    Args:
-        rules: keep_last, keep_best and keep_every.
-    """
+    """Ask the server what the rules (keep_last and so on) remove, ask the user, then remove it."""
     if run and project:
         raise UsageError(f"--run {run} and --project {project}: give one of them")
     if not deleted and not any(rules.values()):
@@ -133,9 +105,8 @@ def prune(
     if not (run or project or deleted):
         raise UsageError("give --run or --project: pruning everything at once is not offered")
     server = Api(url, read_only=False)
-    asked = {**rules, "mode": mode if rules["keep_best"] else None, "deleted": deleted or None}
-    asked |= {"run": server.run(run).id if run else None, "project": project}
-    request = {key: value for key, value in asked.items() if value is not None}
+    request = {**rules, "mode": mode, "deleted": deleted, "project": project}
+    request["run"] = server.run(run).id if run else None
     plan = server.send("POST", "/prune", request | {"dry_run": True})
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)

@@ -36,32 +36,16 @@ def data_directory(data: Path | None) -> Path:
     return data or Path(import_server("settings").DataDir.from_environment().root)
 
 
-def serve(
-    data: Path | None,
-    port: int | None,
-    alerts: Sequence[str],
-    alert_webhook: str | None,
-    ntfy: str | None,
-    min_free_gb: float | None,
-    **given: Any,
-) -> int:
-    """Serve until a signal ends it.
-
-    Args:
-        given: the other arguments, which `Settings` takes as they are.
-    """
+def serve(data: Path | None, alerts: Sequence[str], min_free_gb: float | None, **given: Any) -> int:
+    """Serve until a signal ends it; `given` is what `Settings` takes as it is."""
     server, settings = import_server("app"), import_server("settings")
-    alerts = [*alerts, *os.environ.get("ENDLEX_ALERTS", "").split()]
-    alerts += [f"{kind}+{to}" for kind, to in (("json", alert_webhook), ("ntfy", ntfy)) if to]
-    for target in alerts:
+    targets = tuple(filter(None, (*alerts, *os.environ.get("ENDLEX_ALERTS", "").split())))
+    for target in targets:
         import_server("watch.notify").check_target(target)
-    chosen = settings.Settings(
-        port=settings.DEFAULT_PORT if port is None else port,
-        alerts=tuple(alerts),
-        min_free_bytes=None if min_free_gb is None else int(min_free_gb * GB),
-        **given,
-    )
-    server.serve(data_directory(data), chosen)
+    if min_free_gb is not None:
+        given["min_free_bytes"] = int(min_free_gb * GB)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    server.serve(data_directory(data), settings.Settings(alerts=targets, **chosen))
     return 0
 
 

@@ -54,8 +54,7 @@ def ls(
 ) -> int:
     """Print a table of runs, of the server or of this machine's run directories.
 
-    Args:
-        rest: project, group, sort and archived, as the server takes them.
+    `rest` is project, group, sort and archived, as the server takes them.
     """
     words = " ".join(query)
     if local:
@@ -130,20 +129,20 @@ def _console(run: str, url: str | None) -> str:
 
 
 def _print_sections(found: Found) -> None:
-    if found["metrics"]:
-        keys = ("last", "min", "max", "last_step", "count")
-        rows = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
-        headers = ["METRIC", "LAST", "MIN", "MAX", "STEP", "VALUES"]
-        print("\n" + render_table(headers, rows, right=range(1, 6)))
-    if found["checkpoints"]:
-        rows = []
-        for c in found["checkpoints"]:
-            row = [c["name"], format_number(c["step"]), format_bytes(c["bytes"]), c["state"]]
-            rows.append([*row, ",".join(c.get("aliases") or []), format_age(c["created"])])
-        headers = ["CHECKPOINT", "STEP", "SIZE", "STATE", "ALIASES", "SAVED"]
-        print("\n" + render_table(headers, rows, right=(1, 2)))
-    if flat := flatten(found["config"]):
-        print("\n" + render_table(["CONFIG", ""], [[k, str(v)[:80]] for k, v in flat.items()]))
+    keys = ("last", "min", "max", "last_step", "count")
+    metrics = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
+    checkpoints = []
+    for c in found["checkpoints"]:
+        row = [c["name"], format_number(c["step"]), format_bytes(c["bytes"]), c["state"]]
+        checkpoints.append([*row, ",".join(c.get("aliases") or []), format_age(c["created"])])
+    config = [[key, str(value)[:80]] for key, value in flatten(found["config"]).items()]
+    for headers, rows, right in (
+        ("METRIC LAST MIN MAX STEP VALUES", metrics, range(1, 6)),
+        ("CHECKPOINT STEP SIZE STATE ALIASES SAVED", checkpoints, range(1, 3)),
+        ("CONFIG ", config, range(0)),
+    ):
+        if rows:
+            print("\n" + render_table(headers.split(" "), rows, right))
     if names := [*found.get("texts", []), *found.get("tables", [])]:
         print("\ntexts and tables: " + ", ".join(map(printable, names)))
 

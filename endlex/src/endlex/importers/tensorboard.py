@@ -36,12 +36,11 @@ def find_runs(path: Path, root: Path, project: str | None) -> Found:
     places = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
     if not places:
         raise EndlexError(f"{path} holds no event files (events.out.tfevents...)")
-    project = project or path.resolve().name
-    names = ("/".join(place.relative_to(path).parts) for place in places)
-    return [
-        (place, partial(import_tensorboard, place, root, project, name))
-        for place, name in zip(places, names, strict=True)
-    ]
+    top, found = path.resolve().name, Found()
+    for place in places:
+        name = "/".join(place.relative_to(path).parts) or top
+        found.append((place, partial(import_tensorboard, place, root, project or top, name)))
+    return found
 
 
 def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
@@ -87,13 +86,8 @@ def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) 
     return None
 
 
-def import_tensorboard(
-    directory: Path, root: Path, project: str | None = None, name: str | None = None
-) -> RunWriter:
-    """Turn the event files of one directory, not those below it, into a run directory below `root`.
-
-    The project and the name are those of the parent directory and the directory if none is given.
-    """
+def import_tensorboard(directory: Path, root: Path, project: str, name: str) -> RunWriter:
+    """Turn the event files of one directory, not those below it, into a run directory."""
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
     config, times, has_failed = dict[str, Any](), [0.0], False
     for event in chain.from_iterable(map(iter_events, files)):
@@ -103,9 +97,7 @@ def import_tensorboard(
                 kind = value.WhichOneof("kind")
                 config[key] = None if kind in (None, "null_value") else getattr(value, kind)
             has_failed |= data.session_end_info.status == FAILED
-    place = directory.resolve()
-    project = tidy_name(project or place.parent.name, "tensorboard")
-    name = tidy_name(name or place.name, "run")
+    project, name = tidy_name(project, "tensorboard"), tidy_name(name, "run")
     with RunWriter(
         root,
         tool="tensorboard",

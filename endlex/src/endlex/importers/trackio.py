@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -61,10 +61,9 @@ def _iter_rows(
         return
     query = f"SELECT * FROM {table} WHERE {column} IS ? ORDER BY id"
     for row in database.execute(query, (run,)):
-        try:
+        content = None
+        with suppress(ValueError, TypeError):
             content = json.loads(row["config" if table == "configs" else "metrics"])
-        except (ValueError, TypeError):
-            content = None
         if isinstance(content, dict):
             yield row, content
         else:
