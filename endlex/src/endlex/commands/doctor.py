@@ -54,7 +54,7 @@ ok, note, fault = (partial(Finding, state) for state in ("ok", "note", "fault"))
 
 def doctor(directories: Sequence[str], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
-    findings = [*_installation(), *_server(url), _disk(), *_journals(directories, url)]
+    findings = [*_installation(), *_server(url), *_journals(directories, url)]
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -156,15 +156,12 @@ def _scopes(server: Api) -> Finding:
     return ok("token", said)
 
 
-def _disk() -> Finding:
+def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
     folder = runs_folder().absolute()
     while not folder.exists():
         folder = folder.parent
     remedy = "journals and checkpoints need more; free some, or set ENDLEX_DIR"
-    return _space("disk", shutil.disk_usage(folder).free, f"in {folder}", remedy)
-
-
-def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
+    yield _space("disk", shutil.disk_usage(folder).free, f"in {folder}", remedy)
     known = local_runs(directories)
     for directory in known.found:
         try:

@@ -71,33 +71,27 @@ def alert(
     if action == "remove":
         server.send("DELETE", "/settings", query=where)
     else:
-        _check_rule(rule)
+        terms = [term for group in parse_search(rule) for term in group]
+        if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
+            raise EndlexError(
+                f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'"
+            )
         server.send("PUT", "/settings", how, query=where)
     print(f"rule {printable(rule)}: {'removed' if action == 'remove' else 'added'}")
     return 0
 
 
-def _check_rule(rule: str) -> None:
-    terms = [term for group in parse_search(rule) for term in group]
-    if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
-        raise EndlexError(f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'")
-
-
 def prune(
-    run: str | None,
-    project: str | None,
-    mode: str,
-    deleted: bool,
-    dry_run: bool,
-    yes: bool,
-    url: str | None,
-    as_json: bool,
-    **rules: Any,
+    run: str | None, dry_run: bool, yes: bool, url: str | None, as_json: bool, **asked: Any
 ) -> int:
-    """Ask the server what the rules (keep_last and so on) remove, ask the user, then remove it."""
+    """Ask the server what rules remove, ask the user, then remove it.
+
+    `asked` is project, keep_last, keep_best, mode, keep_every and deleted, as the server has it.
+    """
+    project, deleted = asked["project"], asked["deleted"]
     if run and project:
         raise UsageError(f"--run {run} and --project {project}: give one of them")
-    if not deleted and not any(rules.values()):
+    if not (deleted or asked["keep_last"] or asked["keep_best"] or asked["keep_every"]):
         raise UsageError(
             "no rule says what to keep: give --keep-last, --keep-best or --keep-every (a "
             "checkpoint stays when any of them keeps it), or --deleted"
@@ -105,8 +99,7 @@ def prune(
     if not (run or project or deleted):
         raise UsageError("give --run or --project: pruning everything at once is not offered")
     server = Api(url, read_only=False)
-    request = {**rules, "mode": mode, "deleted": deleted, "project": project}
-    request["run"] = server.run(run).id if run else None
+    request = asked | {"run": server.run(run).id if run else None}
     plan = server.send("POST", "/prune", request | {"dry_run": True})
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from endlex.protocol import UsageError
@@ -89,6 +90,7 @@ def confirm(question: str, yes: bool) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
+@dataclass
 class ProgressLine:
     """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds.
 
@@ -96,20 +98,18 @@ class ProgressLine:
     be entered again. `prefix` stands in front of what is shown.
     """
 
-    def __init__(self) -> None:
-        self.prefix = ""
-        self._terminal = sys.stderr.isatty()
-        self._last = 0.0
-        self._width = 0
+    prefix: str = ""
+    _last: float = 0.0
+    _width: int = 0
 
     def show(self, what: str, done: int, total: int) -> None:
         """Show how many bytes of something are done."""
-        now = time.monotonic()
-        if now - self._last < (0.1 if self._terminal else 10.0):
+        now, is_terminal = time.monotonic(), sys.stderr.isatty()
+        if now - self._last < (0.1 if is_terminal else 10.0):
             return
         self._last = now
         text = printable(f"{self.prefix}{what}: {format_bytes(done)} of {format_bytes(total)}")
-        if self._terminal:
+        if is_terminal:
             print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
         else:

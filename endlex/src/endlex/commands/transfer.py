@@ -111,15 +111,12 @@ def pull(run: str, directory: Path, url: str | None) -> int:
 
 
 def push(
-    path: Path,
-    run: str | None,
-    project: str | None,
-    name: str | None,
-    step: int,
-    alias: Sequence[str],
-    url: str | None,
+    path: Path, run: str | None, project: str | None, name: str | None, url: str | None, **how: Any
 ) -> int:
-    """Upload a file or a directory as a checkpoint of an existing run, or of a new one."""
+    """Upload a file or a directory as a checkpoint of an existing run, or of a new one.
+
+    `how` is the checkpoint's step and aliases.
+    """
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     if run and project:
@@ -130,15 +127,14 @@ def push(
     checkpoint, server = name or tidy, Api(url)
     with _progress() as line:
         if run is None:
-            directory = _save(path, project, checkpoint, step, alias)
+            directory = _save(path, project, checkpoint, how)
             sync_directory(directory, server.transport, line.show)
             identity = require_run_file(directory)["run"]
         else:
             here = is_run_directory(Path(run))
             identity = require_run_file(Path(run))["run"] if here else server.run(run).id
-            show = partial(line.show, checkpoint)
-            send = partial(push_checkpoint, identity, path, checkpoint, server.transport)
-            send(step=step, aliases=alias, progress=show)
+            how["progress"] = partial(line.show, checkpoint)
+            push_checkpoint(identity, path, checkpoint, server.transport, **how)
     files = server.get(quoted("runs", identity, "checkpoints", checkpoint))["files"]
     size = format_bytes(sum(file["bytes"] for file in files))
     about = f"{checkpoint} of run {identity}: {count(len(files), 'file')}, {size}"
@@ -146,12 +142,12 @@ def push(
     return 0
 
 
-def _save(path: Path, project: str | None, name: str, step: int, alias: Sequence[str]) -> Path:
+def _save(path: Path, project: str | None, name: str, how: dict[str, Any]) -> Path:
     """Make a run here that holds nothing but the checkpoint, and return its directory."""
     import endlex
 
     with endlex.init(project or path.resolve().parent.name, name, mode="offline") as run:
-        run.save(path, step=step, name=name, aliases=alias)
+        run.save(path, name=name, **how)
     if run.directory is None:  # RANK names another rank than 0
         raise UsageError("RANK is set, and only rank 0 records: give --run, or unset RANK")
     return run.directory

@@ -44,24 +44,18 @@ Found = dict[str, Any]
 
 
 def ls(
-    query: Sequence[str],
-    limit: int,
-    ids: bool,
-    local: bool,
-    url: str | None,
-    as_json: bool,
-    **rest: Any,
+    query: list[str], limit: int, ids: bool, local: bool, url: str | None, as_json: bool, **by: Any
 ) -> int:
     """Print a table of runs, of the server or of this machine's run directories.
 
-    `rest` is project, group, sort and archived, as the server takes them.
+    `by` is project, group, sort and archived, as the server takes them.
     """
     words = " ".join(query)
     if local:
-        found = _local_runs(words, **rest)
+        found = _local_runs(words, **by)
         page: dict[str, Any] = {"runs": found[:limit], "total": len(found)}
     else:
-        page = Api(url).get("/runs", {"q": words or None, "limit": limit, **rest})
+        page = Api(url).get("/runs", {"q": words or None, "limit": limit, **by})
     runs = page["runs"]
     if as_json:
         print_json(runs if local else page)
@@ -105,7 +99,12 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> str:
 def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
     """Print one run, or what it printed."""
     if log:
-        print(_console(run, url))
+        if is_run_directory(Path(run)):
+            records = (one for path in session_files(Path(run)) for one in iter_session(path))
+            lines = (r["text"] for r in records if r["type"] == TEXT and r["name"] == CONSOLE)
+            print("\n".join(lines))
+        else:
+            print(Api(url).run(run).console())
         return 0
     found = load_run(run, url)
     if as_json:
@@ -119,13 +118,6 @@ def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
             print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
     _print_sections(found)
     return 0
-
-
-def _console(run: str, url: str | None) -> str:
-    if not is_run_directory(Path(run)):
-        return Api(url).run(run).console()
-    records = (record for path in session_files(Path(run)) for record in iter_session(path))
-    return "\n".join(r["text"] for r in records if r["type"] == TEXT and r["name"] == CONSOLE)
 
 
 def _print_sections(found: Found) -> None:
@@ -180,7 +172,15 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
 
 def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> int:
     """Show a run until it ends, or until Ctrl-C."""
-    plotext = _import_plotext() if sys.stdout.isatty() else None
+    plotext = None
+    if sys.stdout.isatty():
+        with suppress(ModuleNotFoundError):
+            plotext = importlib.import_module("plotext")
+        if not hasattr(plotext, "clear_figure"):  # it is not there, or another version
+            raise EndlexError(
+                "plots need plotext 5, which is not installed here: pip install 'endlex[watch]'; "
+                "without it, `endlex watch RUN | cat` prints lines"
+            )
     is_here = is_run_directory(Path(run))
     if not is_here:
         run = Api(url).run(run).id
@@ -199,25 +199,13 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
                     printed = line
                 if once or found["status"] in ENDED:
                     return 0
-            except Unreachable as error:  # the server may come back; the first found must succeed
+            except Unreachable as error:  # the server may come back; the first look must succeed
                 if once or (printed is None and plotext is None):
                     raise
                 print(f"{error}; trying again", file=sys.stderr)
             time.sleep(every)
     print()
     return 0
-
-
-def _import_plotext() -> Any:
-    plotext = None
-    with suppress(ModuleNotFoundError):
-        plotext = importlib.import_module("plotext")
-    if not hasattr(plotext, "clear_figure"):  # it is not there, or another version
-        raise EndlexError(
-            "plots need plotext 5, which is not installed here: pip install 'endlex[watch]'; "
-            "without it, `endlex watch RUN | cat` prints lines"
-        )
-    return plotext
 
 
 def _choose(found: Found, wanted: Sequence[str]) -> list[str]:

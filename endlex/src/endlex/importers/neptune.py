@@ -29,7 +29,8 @@ Row = dict[str, Any]
 def find_runs(path: Path, root: Path, project: str | None) -> Found:
     """Find the Parquet files of each run at or below `path`: a long run is several files."""
     runs: dict[str, list[Path]] = defaultdict(list)
-    for file in find_files(path, ".parquet", "give neptune-exporter's data directory"):
+    what = ".parquet file: give neptune-exporter's data directory"
+    for file in find_files(path, "*.parquet", what):
         runs[str(file).rpartition("_part_")[0] or str(file)].append(file)
     return [(files[0], partial(import_neptune, files, root, project)) for files in runs.values()]
 

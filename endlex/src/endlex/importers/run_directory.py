@@ -257,12 +257,12 @@ def load(module: str) -> Any:
         ) from error
 
 
-def find_files(path: Path, suffix: str, remedy: str) -> list[Path]:
-    """Return the files of a suffix at or below `path`; an `EndlexError` if there is none."""
-    found = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
+def find_files(path: Path, pattern: str, what: str) -> list[Path]:
+    """Return the one file that is named, or those below a directory, or raise an `EndlexError`."""
+    found = [path] if path.is_file() else [p for p in path.rglob(pattern) if p.is_file()]
     if not found:
-        raise EndlexError(f"{path} holds no {suffix} file: {remedy}")
-    return found
+        raise EndlexError(f"{path} holds no {what}")
+    return sorted(found)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

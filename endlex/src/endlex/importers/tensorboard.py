@@ -19,7 +19,7 @@ from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.log import HISTOGRAM
-from endlex.importers.run_directory import Found, Moment, RunWriter, load
+from endlex.importers.run_directory import Found, Moment, RunWriter, find_files, load
 from endlex.protocol import EndlexError, UsageError
 
 HEAD = struct.Struct("<QI")
@@ -33,11 +33,9 @@ def find_runs(path: Path, root: Path, project: str | None) -> Found:
     """Find the directories with event files; each is a run, named by its path below `path`."""
     if path.is_file():
         raise UsageError(f"{path} is a file: give the directory that holds the event files")
-    places = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
-    if not places:
-        raise EndlexError(f"{path} holds no event files (events.out.tfevents...)")
+    files = find_files(path, "*tfevents*", "event files (events.out.tfevents...)")
     top, found = path.resolve().name, Found()
-    for place in places:
+    for place in sorted({file.parent for file in files}):
         name = "/".join(place.relative_to(path).parts) or top
         found.append((place, partial(import_tensorboard, place, root, project or top, name)))
     return found

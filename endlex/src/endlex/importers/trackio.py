@@ -26,7 +26,7 @@ RunKey = str | int | None
 
 def find_runs(path: Path, root: Path, project: str | None) -> Found:
     """Find the databases at or below a directory, or the one that is named."""
-    files = find_files(path, ".db", "give trackio's directory or one of its files")
+    files = find_files(path, "*.db", ".db file: give trackio's directory or one of its files")
     return [(file, partial(import_trackio, file, root, project)) for file in files]
 
 

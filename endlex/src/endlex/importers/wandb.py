@@ -34,7 +34,8 @@ CONSOLE_LINES = 200
 
 def find_runs(path: Path, root: Path, project: str | None) -> Found:
     """Find the `.wandb` files below a directory, or the one that is named."""
-    files = find_files(path, ".wandb", "give an offline run's directory (wandb/offline-run-...)")
+    what = ".wandb file: give an offline run's directory (wandb/offline-run-...)"
+    files = find_files(path, "*.wandb", what)
     return [(file, partial(import_wandb, file, root, project)) for file in files]
 
 
