@@ -6,22 +6,25 @@ rules, and which checkpoints are kept (`endlex prune`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from endlex.api import Api
-from endlex.commands.rendering import (
-    confirm,
-    count,
-    format_bytes,
-    print_json,
-    printable,
-    render_table,
-)
+from endlex.commands.rendering import count, format_bytes, print_json, printable, render_table
 from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
 RULES = "rules"
+
+
+def confirm(question: str, yes: bool) -> bool:
+    """Return whether the user agrees, or has agreed with --yes."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm: give --yes")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> int:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from endlex.protocol import UsageError
-
 
 def printable(value: Any) -> str:
     """Return the value's text with control characters escaped, on one line."""
@@ -79,15 +77,6 @@ def format_age(moment: float | None) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, as "1 file" or "2,000 files"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def confirm(question: str, yes: bool) -> bool:
-    """Return whether the user agrees, or has agreed with --yes."""
-    if yes:
-        return True
-    if not sys.stdin.isatty():
-        raise UsageError("nobody is there to confirm: give --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 @dataclass

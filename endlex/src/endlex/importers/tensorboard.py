@@ -88,13 +88,16 @@ def import_tensorboard(directory: Path, root: Path, project: str, name: str) -> 
     """Turn the event files of one directory, not those below it, into a run directory."""
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
     config, times, has_failed = dict[str, Any](), [0.0], False
+    hparams = load("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
     for event in chain.from_iterable(map(iter_events, files)):
         times = [min(times[0] or event.wall_time, event.wall_time), max(times[-1], event.wall_time)]
-        for data in _hyperparameters(event):
-            for key, value in sorted(data.session_start_info.hparams.items()):  # else in any order
-                kind = value.WhichOneof("kind")
-                config[key] = None if kind in (None, "null_value") else getattr(value, kind)
-            has_failed |= data.session_end_info.status == FAILED
+        for plugin in (value.metadata.plugin_data for value in event.summary.value):
+            if plugin.plugin_name == "hparams":
+                data = hparams.FromString(plugin.content)
+                for key, value in sorted(data.session_start_info.hparams.items()):  # else any order
+                    kind = value.WhichOneof("kind")
+                    config[key] = None if kind in (None, "null_value") else getattr(value, kind)
+                has_failed |= data.session_end_info.status == FAILED
     project, name = tidy_name(project, "tensorboard"), tidy_name(name, "run")
     with RunWriter(
         root,
@@ -112,22 +115,16 @@ def import_tensorboard(directory: Path, root: Path, project: str, name: str) -> 
     return writer
 
 
-def _hyperparameters(event: Any) -> Iterator[Any]:
-    plugins = load("tensorboard.plugins.hparams.plugin_data_pb2")
-    for value in event.summary.value:
-        plugin = value.metadata.plugin_data
-        if plugin.plugin_name == "hparams":
-            yield plugins.HParamsPluginData.FromString(plugin.content)
-
-
 def _write_file(path: Path, writer: RunWriter) -> None:
     """Write a file's values; successive scalars of one step become one record."""
     at, waiting = (-1, 0.0), dict[str, float]()
+    make_ndarray = load("tensorboard.util.tensor_util").make_ndarray
     for event in iter_events(path, writer.skip):
         for value in event.summary.value:
-            number = _scalar(value)
+            array = make_ndarray(value.tensor) if value.HasField("tensor") else None
+            number = _scalar(value, array)
             if number is None:
-                _write_other(value, (event.step, event.wall_time), writer)
+                _write_other(value, array, (event.step, event.wall_time), writer)
                 continue
             if event.step != at[0] or value.tag in waiting:
                 writer.metrics(at, waiting)
@@ -136,24 +133,18 @@ def _write_file(path: Path, writer: RunWriter) -> None:
     writer.metrics(at, waiting)
 
 
-def _array(tensor: Any) -> Any:
-    return load("tensorboard.util.tensor_util").make_ndarray(tensor)
-
-
-def _scalar(value: Any) -> float | None:
+def _scalar(value: Any, array: Any) -> float | None:
     if value.HasField("simple_value"):
         return float(value.simple_value)
     is_other = value.metadata.plugin_data.plugin_name not in ("scalars", "")
-    if is_other or not value.HasField("tensor"):
+    if is_other or array is None or array.size != 1 or array.dtype.kind not in "fiub":
         return None
-    array = _array(value.tensor)
-    return float(array.item()) if array.size == 1 and array.dtype.kind in "fiub" else None
+    return float(array.item())
 
 
-def _write_other(value: Any, at: Moment, writer: RunWriter) -> None:
+def _write_other(value: Any, array: Any, at: Moment, writer: RunWriter) -> None:
     """Write a text, a histogram, an image or a sound, in its old form or as a tensor."""
     name, kind = value.tag, value.WhichOneof("value")
-    array: Any = _array(value.tensor) if kind == "tensor" else None
     items = [] if array is None else array.ravel().tolist()
     match kind, value.metadata.plugin_data.plugin_name:
         case "histo", _:
