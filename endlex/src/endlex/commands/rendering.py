@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from endlex.client.transport import Retry
+from endlex.protocol import EndlexError
+
 
 def printable(value: Any) -> str:
     """Return the value's text with control characters escaped, on one line."""
@@ -52,10 +55,8 @@ def format_bytes(count: int) -> str:
 
 def format_number(value: Any) -> str:
     """Return a number with six significant digits, whole ones with thousands separators."""
-    if value is None or value == "":
-        return ""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool) or not math.isfinite(value):
         return str(value)
     if float(value).is_integer() and abs(value) < 1e15:
@@ -83,8 +84,8 @@ def count(number: int, noun: str) -> str:
 class ProgressLine:
     """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds.
 
-    As a context manager it removes the line at the end, before something else is printed; it may
-    be entered again. `prefix` stands in front of what is shown.
+    As a context manager it removes the line at the end, before something else is printed, and adds
+    to a fault of the network how to resume; it may be entered again. `prefix` comes before all.
     """
 
     prefix: str = ""
@@ -107,7 +108,9 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if self._width:
             print(f"\r{' ' * self._width}\r", end="", file=sys.stderr, flush=True)
             self._width = 0
+        if isinstance(error, Retry):
+            raise EndlexError(f"{error}; run the same command to resume") from error

@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +21,7 @@ from endlex.api import LAST, Api, choose_checkpoint
 from endlex.client.directories import claim_directory, require_run_file, runs_folder
 from endlex.client.process import replacing
 from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
-from endlex.client.transport import Retry, quoted
+from endlex.client.transport import quoted
 from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes, printable
 from endlex.commands.targets import is_run_directory, local_runs
@@ -68,16 +67,6 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
     return 1 if failed or known.unreadable else 0
 
 
-@contextmanager
-def _progress() -> Iterator[ProgressLine]:
-    """Show progress in the block; a fault of the network says how to resume."""
-    try:
-        with ProgressLine() as line:
-            yield line
-    except Retry as error:
-        raise EndlexError(f"{error}; run the same command to resume") from error
-
-
 def pull(run: str, directory: Path, url: str | None) -> int:
     """Download a checkpoint into a directory, so that a run resumed there joins the old one."""
     word, _, which = run.rpartition("@") if "@" in run else (run, "", LAST)
@@ -92,7 +81,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         raise
     checkpoint = choose_checkpoint(found.checkpoints, which, word)
     name, size = checkpoint["name"], format_bytes(checkpoint["bytes"])
-    with _progress() as line:
+    with ProgressLine() as line:
         show = partial(line.show, name)
         pull_checkpoint(found.id, name, directory, server.transport, show)
     about = f"{name} (step {checkpoint['step']:,}, {size}) of run {found.id}"
@@ -125,7 +114,7 @@ def push(
     if not name and not CHECKPOINT_NAME.fullmatch(tidy):
         raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
     checkpoint, server = name or tidy, Api(url)
-    with _progress() as line:
+    with ProgressLine() as line:
         if run is None:
             directory = _save(path, project, checkpoint, how)
             sync_directory(directory, server.transport, line.show)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -75,19 +74,17 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     return 0 if safe else 1
 
 
-def _judge(
-    directory: Path, owner: RunFile, transport: Transport | None, error: str | None
-) -> Verdict:
-    found, size, paths = Comparison(), 0, session_files(directory)
-    if transport is not None:
+def _judge(place: Path, owner: RunFile, server: Transport | None, error: str | None) -> Verdict:
+    found, size, paths = Comparison(), 0, session_files(place)
+    if server is not None:
         try:
             size = sum(content_length(path) for path in paths)
-            _wait_for_shipper(directory)
-            found = compare_directory(directory, transport)
+            _wait_for_shipper(place)
+            found = compare_directory(place, server)
         except (EndlexError, OSError) as fault:
             error = str(fault)
     return {
-        "directory": str(directory),
+        "directory": str(place),
         "project": owner["project"],
         "name": owner["name"],
         "journals": len(paths),
@@ -117,10 +114,8 @@ def _print(verdict: Verdict, url: str) -> None:
         held = f"{count(verdict['journals'], 'journal')}, {format_bytes(verdict['bytes'])}"
         kept = "every checkpoint that is kept" if verdict["let_go"] else "every checkpoint"
         print(f"  {held} and {kept}: the same on {url}")
-    by_reason = defaultdict(list)
-    for one in verdict["let_go"]:
-        by_reason[one["reason"]].append(one)
-    for reason, gone in by_reason.items():
+    for reason in dict.fromkeys(one["reason"] for one in verdict["let_go"]):
+        gone = [one for one in verdict["let_go"] if one["reason"] == reason]
         names = ", ".join(printable(one["name"]) for one in gone[:NAMED])
         names += f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
         when = format_age(max(one["removed"] for one in gone))

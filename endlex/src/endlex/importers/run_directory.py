@@ -38,10 +38,9 @@ Moment = tuple[int, float]
 
 @dataclass
 class RunWriter:
-    """Build one run directory; as a context manager it appears whole, or not at all.
+    """Build `root/<project>/<name>-<run id>`; as a context manager it appears whole, or not at all.
 
-    It goes to `root/<project>/<name>-<run id>`. If the run is there already, its new sessions, and
-    what grown ones have more, join it.
+    If the run is there already, its new sessions, and what grown ones have more, join it.
     """
 
     root: Path
