@@ -25,8 +25,6 @@ from endlex.client.process import replace_unencodable
 from endlex.protocol import SCOPES, EndlexError
 from endlex.search import HELP
 
-STDOUT = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
@@ -38,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
         return int(command(**options))
     except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (EndlexError, OSError) as error:
         print(f"endlex: {error}", file=sys.stderr)
@@ -121,7 +119,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "positive": _number(float, 1e-9),
     "seconds": _number(float, 0.1, 86_400),
     "text": lambda text: sys.stdin.read() if text == "-" else text,
-    "webhook": lambda url: url and f"json+{url}",
-    "ntfy": lambda url: url and f"ntfy+{url}",
+    "webhook": lambda url: f"json+{url}" if url else None,
+    "ntfy": lambda url: f"ntfy+{url}" if url else None,
 }
 """What `type` may say."""

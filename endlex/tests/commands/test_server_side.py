@@ -258,6 +258,24 @@ def test_serve_lets_nobody_in_by_mistake(cli: Any, place: Path) -> None:
     assert "endlex token create" in err
 
 
+def test_serve_refuses_an_address_that_no_alert_can_reach(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = ("serve", "--public", "--port", 0, "--data", "data")  # no token: it never begins
+    for words in (
+        ("--alert", ""),
+        ("--alert", "ftp://x"),
+        ("--ntfy", "x"),
+        ("--alert-webhook", "x"),
+    ):
+        status, _, err = cli(*serve, *words)
+        assert (status, "endlex token create" in err) == (1, False), words
+    words = ("--ntfy", "", "--alert-webhook", "", "--ntfy", "https://ntfy.example/t")
+    assert "endlex token create" in cli(*serve, *words)[2]
+    monkeypatch.setenv("ENDLEX_ALERTS", "ftp://x")
+    assert "ftp://x" in cli(*serve)[2]
+
+
 def test_watch_prints_lines_on_a_pipe_until_the_end(cli: Any, train: Any, online: str) -> None:
     directory = train()
     status, out, _ = cli("watch", directory)

@@ -15,8 +15,6 @@ from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
-RULES = "rules"
-
 
 def confirm(question: str, yes: bool) -> bool:
     """Return whether the user agrees, or has agreed with --yes."""
@@ -59,7 +57,7 @@ def alert(
     """List, add or remove a project's rules of alerts; `how` is minutes and level of a new one."""
     server, where = Api(url, read_only=False), {"project": project or ""}
     if action == "ls":
-        rules = server.get("/settings", where).get(RULES, {})
+        rules = server.get("/settings", where).get("rules", {})
         if as_json:
             print_json(rules)
         elif rules:
@@ -70,7 +68,7 @@ def alert(
         return 0
     if not rule:
         raise UsageError(f"alert {action} needs a rule, such as 'val/bpb > 2'")
-    where |= {"kind": RULES, "name": rule}
+    where |= {"kind": "rules", "name": rule}
     if action == "remove":
         server.send("DELETE", "/settings", query=where)
     else:

@@ -15,8 +15,6 @@ from typing import Any
 from endlex.commands.rendering import count, format_age, print_json, render_table
 from endlex.protocol import EndlexError
 
-GB = 10**9
-
 
 def import_server(module: str) -> Any:
     """Return a module of the server."""
@@ -36,16 +34,17 @@ def data_directory(data: Path | None) -> Path:
     return data or Path(import_server("settings").DataDir.from_environment().root)
 
 
-def serve(data: Path | None, alerts: Sequence[str], min_free_gb: float | None, **given: Any) -> int:
+def serve(data: Path | None, alerts: Sequence[Any], min_free_gb: float | None, **given: Any) -> int:
     """Serve until a signal ends it; `given` is what `Settings` takes as it is."""
     server, settings = import_server("app"), import_server("settings")
-    targets = tuple(filter(None, (*alerts, *os.environ.get("ENDLEX_ALERTS", "").split())))
+    targets = [target for target in alerts if target is not None]  # an empty --ntfy is none
+    targets += os.environ.get("ENDLEX_ALERTS", "").split()
     for target in targets:
         import_server("watch.notify").check_target(target)
     if min_free_gb is not None:
-        given["min_free_bytes"] = int(min_free_gb * GB)
+        given["min_free_bytes"] = int(min_free_gb * 10**9)
     chosen = {name: value for name, value in given.items() if value is not None}
-    server.serve(data_directory(data), settings.Settings(alerts=targets, **chosen))
+    server.serve(data_directory(data), settings.Settings(alerts=tuple(targets), **chosen))
     return 0
 
 
