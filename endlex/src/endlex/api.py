@@ -150,7 +150,8 @@ class RunInfo:
 
     def __getitem__(self, key: str) -> Any:
         """Return one key of what `GET /runs/RUN` answers, such as "created" or "group"."""
-        return self._content[key] if key in {*self._content} - {"config"} else self.whole[key]
+        is_known = key in self._content and key != "config"
+        return self._content[key] if is_known else self.whole[key]
 
     @property
     def whole(self) -> dict[str, Any]:

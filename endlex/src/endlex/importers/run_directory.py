@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex import protocol
-from endlex.client.directories import claim_directory, register
+from endlex.client.directories import claim_directory, register, session_start
 from endlex.client.journal import Journal, as_number, tidy_name, to_json
 from endlex.client.log import HISTOGRAM, keep_media, read_file
 from endlex.client.shipper.send_journals import renew_session
@@ -82,7 +82,8 @@ class RunWriter:
         self._building = self.directory.with_name(building)
 
     def __enter__(self) -> RunWriter:
-        claim_directory(self._building, self.run, self.project, self.name, self.created)
+        owner = (self.run, self.project, self.name, self.created)
+        self._owner = claim_directory(self._building, *owner)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
@@ -91,23 +92,16 @@ class RunWriter:
             return
         if kind != TRAINER:
             self._begin(TRAINER, {})
-        content = {
-            "protocol": protocol.PROTOCOL,
-            "run": self.run,
-            "project": self.project,
-            "name": self.name,
-            "config": self.config if kind == TRAINER else {},
-            "tags": sorted(
-                {*(tidy_name(tag, "tag") for tag in self.tags), f"imported:{self.tool}"}
-            ),
-            "group": self.group,
-            "notes": self.notes,
-            "host": self.host,
-            "pid": 0,
-            "rank": 0,
-            "kind": kind,
-            "ended": self.ended,
-        }
+        content = session_start(
+            self._owner,
+            kind,
+            config=self.config if kind == TRAINER else {},
+            tags=sorted({*self.tags, f"imported:{self.tool}"}),
+            group=self.group,
+            notes=self.notes,
+        )
+        content |= {"host": self.host, "pid": 0, "ended": self.ended}
+        del content["process"]  # which is this one, and not what recorded
         digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
         # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
         session = f"{max(int(self.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
