@@ -51,8 +51,7 @@ def serve(data: Path | None, alerts: Sequence[Any], min_free_gb: float | None, *
 def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
     """Make a token and print it; it cannot be shown again."""
     scopes = [part.strip() for part in scope.split(",") if part.strip()]
-    secret = import_server("api.auth").create_token(data_directory(data), name, scopes, run)
-    print(secret)
+    print(import_server("api.auth").create_token(data_directory(data), name, scopes, run))
     return 0
 
 

@@ -27,7 +27,6 @@ from endlex.protocol import SYSTEM, EndlexError, UsageError
 from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 SHIPPER_SECONDS = 10.0
-POLL_SECONDS = 0.1
 NAMED = 5
 """Checkpoints that went for one reason and are named; the others are counted."""
 
@@ -105,7 +104,7 @@ def _wait_for_shipper(directory: Path) -> None:
         trainers = [path for path in session_files(directory) if session_kind(path) != SYSTEM]
         if any(writer_is_alive(path) for path in trainers):
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(0.1)
 
 
 def _print(verdict: Verdict, url: str) -> None:

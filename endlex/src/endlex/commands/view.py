@@ -27,7 +27,7 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.targets import is_run_directory, load_run, local_runs
+from endlex.commands.targets import is_run_directory, local_runs
 from endlex.protocol import CONSOLE, TEXT, EndlexError, UsageError
 from endlex.reading import iter_session, read_points, session_files, summarize
 from endlex.search import flatten, matches, parse_search
@@ -41,6 +41,13 @@ ENDED = ("finished", "failed", "interrupted", "crashed")
 
 Found = dict[str, Any]
 """A run at one moment, as `GET /runs/RUN` answers."""
+
+
+def _load_run(text: str, url: str | None) -> Found:
+    """Return what there is to know of a run: from its directory here, else from the server."""
+    if is_run_directory(Path(text)):
+        return summarize(Path(text))
+    return Api(url).run(text).whole
 
 
 def ls(
@@ -106,7 +113,7 @@ def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
         else:
             print(Api(url).run(run).console())
         return 0
-    found = load_run(run, url)
+    found = _load_run(run, url)
     if as_json:
         print_json(found)
         return 0
@@ -143,7 +150,7 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
     """Print the metrics of runs side by side, and the configuration where it differs."""
     if len(runs) < 2:
         raise UsageError(f"{runs[0]!r} alone cannot be compared: give two runs or more")
-    loaded = [load_run(text, url) for text in runs]
+    loaded = [_load_run(text, url) for text in runs]
     configs = [flatten(run["config"]) for run in loaded]
     keys = dict.fromkeys(key for config in configs for key in config)
     whole = {key: [config.get(key) for config in configs] for key in keys}
@@ -188,7 +195,7 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
     with suppress(KeyboardInterrupt):
         while True:
             try:
-                found = load_run(run, url)
+                found = _load_run(run, url)
                 if is_here and any(one["status"] == "running" for one in found["sessions"]):
                     found["status"] = "running"  # whichever session it is
                 names = _choose(found, metric)

@@ -176,10 +176,12 @@ class RunWriter:
         if kind == "histogram" and isinstance(value.get("bins"), list):
             self.histogram(at, name, value["bins"], value.get("values") or [])
         elif "table" in kind:
-            if table := _table_of(value, inside(files, path)):
-                self.table(at, name, *table)
-            else:
+            try:
+                table = _table_of(value, inside(files, path))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 self.skip(kind)
+            else:
+                self.table(at, name, *table)
         else:
             caption = str(value.get("caption") or "") or None
             for one in value.get("filenames") or [path]:
@@ -288,15 +290,10 @@ def inside(files: Path, relative: str) -> Path | None:
     return target if target.stat().st_size <= LARGEST_FILE else None
 
 
-def _table_of(
-    value: Mapping[str, Any], file: Path | None
-) -> tuple[list[str], list[list[Any]]] | None:
+def _table_of(value: Mapping[str, Any], file: Path | None) -> tuple[list[str], list[list[Any]]]:
     records = value.get("_value")
     if isinstance(records, list):  # trackio's: a list of objects
         columns = list(dict.fromkeys(key for record in records for key in record))
         return columns, [[record.get(column) for column in columns] for record in records]
-    try:
-        table = json.loads(file.read_bytes() if file else b"")
-        return [str(column) for column in table["columns"]], [list(row) for row in table["data"]]
-    except (ValueError, KeyError, TypeError):
-        return None
+    table = json.loads(file.read_bytes() if file else b"")
+    return [str(column) for column in table["columns"]], [list(row) for row in table["data"]]
