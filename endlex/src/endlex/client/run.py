@@ -18,8 +18,8 @@ from endlex.client.directories import Mode
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.log import Log
 from endlex.client.process import (
+    UNFINISHED,
     finish_at_exit,
-    forget,
     status_of,
     warn,
     warn_once,
@@ -186,7 +186,7 @@ class Run(Log):
         if self.refused:
             names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
-        forget(self)
+        UNFINISHED.pop(self, None)
         if self.online and not self._journal.inherited and self.directory is not None:
             from endlex.client.shipper.control import wait_until_shipped
 

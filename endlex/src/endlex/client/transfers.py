@@ -285,7 +285,10 @@ def pull_checkpoint(
         Retry: the server could not be reached for too long; call again to resume.
     """
     directory = directory.absolute()
-    manifest = fetch_manifest(run, name, transport)
+    manifest, let_go = fetch_manifest(run, name, transport)
+    if let_go is not None:
+        gone = f"checkpoint {name!r} of run {run} is no longer on the server: {let_go.reason}"
+        raise EndlexError(gone)
     wanted = [file for file in manifest["files"] if not _is_there(directory, file)]
     building = directory.parent / f".{directory.name}.{name}.partial"
     pieces = [piece for file in wanted for piece in _pieces(building, file)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from endlex.client.checkpoints import (
     damaged_media,
@@ -106,29 +105,27 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     checkpoint wait, no trainer write and no shipper work.
     """
     run, shipper = require_run_file(directory)["run"], shipper_process(directory)
-    missing = [
-        found
-        for path in session_files(directory)
-        for found in _compare_journal(run, path, transport, shipper is not None)
-    ]
+    missing, let_go = list[Missing](), list[LetGo]()
+    saved, media, damaged_lines = dict[str, Any](), dict[str, str](), list[Missing]()
+    for path in session_files(directory):
+        missing += _compare_journal(run, path, transport, shipper is not None)
+        damaged_lines += _read_journal(path, saved, media)
     staged, failed = staged_names(directory), failed_checkpoints(directory)
-    missing += [
-        Missing("checkpoint", name, f"it cannot be sent: {failed[name]}", "drop")
-        if name in failed
-        else Missing("checkpoint", name, "not sent yet, or not published")
-        for name in staged
-    ]
-    named, dropped = _read_journals(directory), given_up(directory)
+    for name in staged:
+        if name in failed:
+            reason = f"it cannot be sent: {failed[name]}"
+            missing.append(Missing("checkpoint", name, reason, "drop"))
+        else:
+            missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
+    dropped = given_up(directory)
     hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
-    let_go: list[LetGo] = []
-    for name in sorted({*named.checkpoints, *hashed} - {*staged, *dropped}):
-        saved = named.checkpoints.get(name, _Saved())
-        found = _compare_checkpoint(run, directory, name, saved, transport)
+    for name in sorted({*saved, *hashed} - {*staged, *dropped}):
+        found = _compare_checkpoint(run, directory, name, saved.get(name), transport)
         if isinstance(found, LetGo):
             let_go.append(found)
         elif found is not None:
             missing.append(found)
-    missing += [*_compare_media(directory, named.media, dropped, transport), *named.damaged]
+    missing += [*_compare_media(directory, media, dropped, transport), *damaged_lines]
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason, "wait"))
@@ -148,46 +145,26 @@ def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> 
             yield Missing("journal", path.stem, f"{left:,} bytes are not sent")
 
 
-class _Saved(NamedTuple):
-    """A checkpoint as its journal record describes it."""
+def _read_journal(path: Path, saved: dict[str, Any], media: dict[str, str]) -> Iterator[Missing]:
+    """Add the records of checkpoints by name, and the names of logged files by their parts' hashes.
 
-    time: float = math.inf
-    replaces: str | None = None
-
-
-@dataclass(frozen=True)
-class _Named:
-    """What a run's journals name."""
-
-    checkpoints: dict[str, _Saved] = field(default_factory=dict)
-    media: dict[str, str] = field(default_factory=dict)
-    """Names of logged files, by the hash of each part."""
-    damaged: list[Missing] = field(default_factory=list)
-    """Lines that cannot be read, and so may name something more."""
-
-    def add(self, record: Any) -> None:
-        """Add what a record names; raises what reading a damaged one raises."""
-        if record["type"] == CHECKPOINT:
-            replaces = (record.get("metadata") or {}).get(REPLACES)
-            self.checkpoints[record["name"]] = _Saved(float(record["time"]), replaces)
-        elif record["type"] == MEDIA:
-            for part in record["parts"]:
-                self.media[check_sha256(part["sha256"])] = str(record["name"])
-
-
-def _read_journals(directory: Path) -> _Named:
-    named = _Named()
-    for path in session_files(directory):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
-                    continue
-                try:
-                    named.add(parse_record(line))
-                except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
-                    reason = f"line {number} is damaged and may name a checkpoint or a logged file"
-                    named.damaged.append(Missing("journal", path.stem, reason, "look"))
-    return named
+    Yields the lines that cannot be read, and so may name something more.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
+                continue
+            try:
+                record: Any = parse_record(line)
+                if record["type"] == CHECKPOINT:
+                    replaces = (record.get("metadata") or {}).get(REPLACES)
+                    saved[record["name"]] = (float(record["time"]), replaces)
+                elif record["type"] == MEDIA:
+                    for part in record["parts"]:
+                        media[check_sha256(part["sha256"])] = str(record["name"])
+            except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
+                reason = f"line {number} is damaged and may name a checkpoint or a logged file"
+                yield Missing("journal", path.stem, reason, "look")
 
 
 def _compare_media(
@@ -205,19 +182,21 @@ def _compare_media(
 
 
 def _compare_checkpoint(
-    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+    run: str, directory: Path, name: str, saved: tuple[float, Any] | None, transport: Transport
 ) -> Missing | LetGo | None:
-    """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose."""
-    ours, let_go = None, None
+    """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose.
+
+    Args:
+        saved: when, in Unix seconds, and the word with which it replaces others.
+    """
+    ours = None
     try:
         ours = load_manifest(directory, name)
-        theirs = fetch_manifest(run, name, transport)
+        theirs, let_go = fetch_manifest(run, name, transport)
     except TransportError:
         raise
-    except Removed as error:
-        theirs, let_go = error.manifest, error.let_go
     except EndlexError as error:
-        if _is_replaced(run, saved, transport):
+        if saved is not None and _is_replaced(run, *saved, transport):
             return None
         if ours is not None and isinstance(error, Unknown):
             reason = f"{error}, though it was published there once"
@@ -228,15 +207,15 @@ def _compare_checkpoint(
     return let_go
 
 
-def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
-    """Whether the server has a later checkpoint that was saved to replace this one."""
-    if saved.replaces is None:
+def _is_replaced(run: str, time: float, word: Any, transport: Transport) -> bool:
+    """Whether the server has a checkpoint saved after `time` to replace those of this word."""
+    if word is None:
         return False
     try:
         return any(
             other["state"] == "published"
-            and other["created"] > saved.time
-            and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+            and other["created"] > time
+            and (other["metadata"] or {}).get(REPLACES) == word
             for other in transport.request("GET", quoted("runs", run, "checkpoints")).content
         )
     except Refused:
@@ -245,24 +224,15 @@ def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
         raise transport.ill_answer() from error
 
 
-class Removed(EndlexError):
-    """The server published this checkpoint, with this manifest, and removed it since on purpose."""
-
-    def __init__(self, message: str, let_go: LetGo, manifest: Manifest) -> None:
-        super().__init__(message)
-        self.let_go, self.manifest = let_go, manifest
-
-
 class Unknown(EndlexError):
     """The server knows no checkpoint of this name."""
 
 
-def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
-    """Return the manifest of a checkpoint that the server has published.
+def fetch_manifest(run: str, name: str, transport: Transport) -> tuple[Manifest, LetGo | None]:
+    """Return the manifest of a checkpoint that the server has published, and if it was removed.
 
     Raises:
         Unknown: there is none of this name.
-        Removed: a rule or a person removed it.
         EndlexError: it is not published.
         Retry: the server is not there.
     """
@@ -279,9 +249,8 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
     manifest = check_manifest(content)
     if manifest["name"] != name:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
-    if state == REMOVED:
-        reason, removed = str(content.get("reason")), content.get("removed")
-        moment = float(removed) if isinstance(removed, int | float) else 0.0
-        message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
-        raise Removed(message, LetGo(name, moment, reason), manifest)
-    return manifest
+    if state == "published":
+        return manifest, None
+    removed = content.get("removed")
+    moment = float(removed) if isinstance(removed, int | float) else 0.0
+    return manifest, LetGo(name, moment, str(content.get("reason")))

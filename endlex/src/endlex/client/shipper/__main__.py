@@ -3,12 +3,11 @@
     python -m endlex.client.shipper DIR        with ENDLEX_URL and ENDLEX_TOKEN
 
 `endlex.init` starts it; one serves a directory, by the lock of `shipper.lock`. It looks at the
-journals' sizes twice a second and sends what is new from the offset that the server acknowledged;
-after any fault it does the same again, forever, with growing waits. Checkpoints go in a thread of
-their own, oldest first; one that can never be published is reported and kept. All that it knows is
-on the disk or on the server, so it may be killed at any moment. It ends when every session's writer
-is gone and everything is acknowledged; a run that is resumed meanwhile starts another one, which
-waits for the lock: what begins before the lock is given up is sent by the old, the rest by the new.
+journals twice a second and sends what is new; after any fault it does the same again, forever, with
+growing waits. Checkpoints go in a thread of their own. All that it knows is on the disk or on the
+server, so it may be killed at any moment. It ends when every session's writer is gone and
+everything is acknowledged; a run that is resumed meanwhile starts another one, which waits for the
+lock: what begins before the lock is given up is sent by the old, the rest by the new.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from endlex.client.directories import require_run_file, server_token, server_url
-from endlex.client.process import Stop, replace_unencodable
+from endlex.client.process import replace_unencodable
 from endlex.client.shipper.control import (
     BACKGROUND,
     DONE,
@@ -49,7 +49,7 @@ SHIPPING, WAITING, FAILED = "shipping", "waiting", "failed"
 class Shipper:
     """Ship one run's directory, whose lock the caller holds, until nothing is left to wait for."""
 
-    def __init__(self, directory: Path, transport: Transport, stop: Stop) -> None:
+    def __init__(self, directory: Path, transport: Transport, stop: threading.Event) -> None:
         self._directory, self._owner = directory, require_run_file(directory)
         self._transport, self._stop = transport, stop
         run = self._owner["run"]
@@ -143,8 +143,12 @@ def main(arguments: list[str]) -> int:
     lock = take_lock(directory, BACKGROUND, seconds=LOCK_SECONDS)
     if lock is None:
         return 0  # another one is at work, and finds new sessions by itself
-    stop = Stop()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    stop = threading.Event()
+    # A handler would run in the main thread, which may hold the lock inside `stop`: a thread of its
+    # own waits for the signal instead.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    wait = threading.Thread(target=_stop_on_sigterm, args=(stop,), daemon=True)
+    wait.start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     with holding(lock):
@@ -155,6 +159,11 @@ def main(arguments: list[str]) -> int:
             write_state(directory, FAILED, {"error": str(error)})
             return 1
     return 0
+
+
+def _stop_on_sigterm(stop: threading.Event) -> None:
+    signal.sigwait([signal.SIGTERM])
+    stop.set()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from endlex.client.checkpoints import (
     unstage,
     waiting_media,
 )
-from endlex.client.process import Stop
 from endlex.client.shipper.control import say
 from endlex.client.transport import REFUSED_SECONDS, Backoff, Refused, Retry, Transport, quoted
 from endlex.protocol import MAX_PARTS_ASKED, MEDIA_DIR, STAGED_DIR, EndlexError, Manifest
@@ -257,7 +256,7 @@ class CheckpointShipper:
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
         self._ready = ready
-        self._stop = Stop()
+        self._stop = threading.Event()
         self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
         self._media_at = 0.0
         """When media may be tried again: their faults hold up no checkpoint."""

@@ -1,8 +1,7 @@
 """How the machine is: sampled by the shipper, never by the trainer, into a session of its own.
 
-With psutil installed (extra `endlex[system]`) there are processors, memory and network; without
-it, load and disks. NVIDIA cards are read through pynvml (package nvidia-ml-py) where it is
-installed. A sensor that fails is left out from then on: nothing here stops shipping.
+psutil (extra `endlex[system]`) gives processors, memory and network, and pynvml (nvidia-ml-py)
+NVIDIA cards, where they are installed. A sensor that fails is left out from then on.
 
     system/cpu_percent  system/memory_percent  system/memory_bytes  system/load
     system/disk_free_bytes  system/home_free_bytes
@@ -24,7 +23,6 @@ from typing import Any
 
 from endlex.client.directories import RunFile, session_start
 from endlex.client.journal import Journal
-from endlex.client.process import Stop
 from endlex.client.shipper.control import say
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
@@ -113,7 +111,7 @@ def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:
 
 def take_sample(sensors: list[Sensor]) -> dict[str, float]:
     """Return values by metric name; a sensor that fails is taken off the list."""
-    values: dict[str, float] = {}
+    values = dict[str, float]()
     for sensor in list(sensors):
         try:
             values |= {name: float(value) for name, value in sensor().items()}
@@ -129,16 +127,15 @@ class SystemRecorder:
         self._directory, self._seconds = directory, seconds
         self._journal = Journal(directory, session_start(owner, SYSTEM))
         self.path = self._journal.path
-        self._stop = Stop()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system stats", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        began = time.monotonic()
+        began, wait = time.monotonic(), min(FIRST_SECONDS, self._seconds)
         try:
             found = sensors(self._directory)
             take_sample(found)  # rates count from here
-            wait = min(FIRST_SECONDS, self._seconds)
             while not self._stop.wait(wait):
                 step = round(time.monotonic() - began)
                 self._journal.append(METRICS, {"step": step, "values": take_sample(found)})
