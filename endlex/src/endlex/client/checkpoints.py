@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Iterator
 from itertools import chain, count
@@ -87,12 +86,11 @@ class Staged(TypedDict):
 
 
 def describe_file(inside: str, status: os.stat_result) -> StagedFile:
-    """Return what a note says of a file."""
     return {"path": inside, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
 def _is_as_saved(file: StagedFile, status: os.stat_result) -> bool:
-    """Whether a file's size and time are those of its note, whatever else the note holds."""
+    # A note of a later version may hold more.
     return (file.get("bytes"), file.get("changed")) == (status.st_size, status.st_mtime_ns)
 
 
@@ -135,18 +133,10 @@ def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[t
 def stage(
     directory: Path, source: Path, note: Staged, *, link: bool, outside_links: bool
 ) -> Staged | None:
-    """Keep `source` as a checkpoint of a run's directory until it is sent.
+    """Keep `source` as a checkpoint of a run's directory until it is sent; `Run.save` says how.
 
-    Args:
-        note: without files. A name that the directory has used already gets `-2`, `-3` and so on;
-            an empty one is made from the path and the step.
-        link: whether the files are never rewritten in place, so that links to them are enough.
-
-    Returns:
-        The whole note, or None if a directory holds no files.
-
-    Raises:
-        EndlexError: the path does not exist, or a name or alias is not one.
+    Takes the note without files, and perhaps without a name, and returns the whole one; None if
+    `source` is a directory without files.
     """
     for alias in note["aliases"]:
         check_checkpoint_name(alias)
@@ -177,8 +167,8 @@ def stage(
 def _name_of(source: Path, step: int) -> str:
     """Return a name from the path, with the step unless it ends with that already."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
-    digits = stem[len(stem.rstrip("0123456789")) :]
-    return stem if digits and int(digits) == step else f"{stem}-{step}"
+    digits = re.search(r"[0-9]+$", stem)
+    return stem if digits and int(digits[0]) == step else f"{stem}-{step}"
 
 
 def has_saved(directory: Path, name: str) -> bool:
@@ -190,7 +180,7 @@ def has_saved(directory: Path, name: str) -> bool:
 def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not _clone(source, target, source.stat()):
+    if not _clone(source, target):
         first, second = (os.link, _copy) if link else (_copy, os.link)
         try:
             first(source, target)
@@ -207,9 +197,10 @@ def _copy(source: Path, target: Path) -> None:
         raise
 
 
-def _clone(source: Path, target: Path, status: os.stat_result) -> bool:
+def _clone(source: Path, target: Path) -> bool:
     """Share the content until one side writes; where that works, later writes are harmless."""
-    if sys.platform != "linux" or not stat.S_ISREG(status.st_mode) or not status.st_size:
+    status = source.stat()
+    if sys.platform != "linux" or not status.st_size:
         return False
     try:
         with source.open("rb") as content, target.open("xb") as clone:
@@ -227,7 +218,6 @@ def note_path(directory: Path, name: str) -> Path:
 
 
 def read_note(directory: Path, name: str) -> Staged:
-    """Return the note of a staged checkpoint."""
     path = note_path(directory, name)
     try:
         note = json.loads(path.read_bytes())
@@ -240,15 +230,14 @@ def read_note(directory: Path, name: str) -> Staged:
 
 def staged_names(directory: Path) -> list[str]:
     """Return the names of the checkpoints that wait to be sent, oldest first."""
-
-    def saved(name: str) -> tuple[int, str]:
-        try:
-            return note_path(directory, name).stat().st_mtime_ns, name
-        except OSError:
-            return 0, name
-
-    folders = filter(Path.is_dir, (directory / STAGED_DIR).glob("*"))
-    return sorted((f.name for f in folders if CHECKPOINT_NAME.fullmatch(f.name)), key=saved)
+    found = []
+    for path in filter(Path.is_dir, (directory / STAGED_DIR).glob("*")):
+        if CHECKPOINT_NAME.fullmatch(name := path.name):
+            saved = 0
+            with contextlib.suppress(OSError):  # it is being removed
+                saved = note_path(directory, name).stat().st_mtime_ns
+            found.append((saved, name))
+    return [name for _, name in sorted(found)]
 
 
 def staged_change(directory: Path, name: str) -> str | None:
@@ -318,7 +307,6 @@ def damaged_media(directory: Path) -> list[str]:
 
 
 def manifest_path(directory: Path, name: str) -> Path:
-    """Return where the hashes of a checkpoint are kept."""
     return directory / MANIFEST_DIR / f"{name}.json"
 
 

@@ -101,23 +101,19 @@ class Run(Log):
         """Keep a file, or all files of a directory, as a checkpoint, to be sent in the background.
 
         The files are copied (cloned, where the file system can), so you may change or delete them
-        afterwards.
+        afterwards. Returns the checkpoint's name; empty, with a warning, if there are no files.
 
         Args:
             step: by default the last logged one.
-            name: by default made from the path and the step.
+            name: by default made from the path and the step; gets a number if it is taken.
             aliases: such as "best"; an alias moves from the checkpoint that had it before.
                 `endlex prune` keeps checkpoints with the alias "keep".
             metadata: kept with the checkpoint, such as its loss.
             replaces: a word such as "last". Once this checkpoint is published, the server drops
                 the run's older ones that were saved with the same word.
-            link: take hard links instead of copies, for files that are never rewritten in place,
-                though they may be deleted, or replaced by a rename. A link takes no space.
+            link: take hard links, which take no space, instead of copies: for files that are
+                never rewritten in place, though they may be deleted, or replaced by a rename.
             outside_links: follow symbolic links that lead out of the directory, too.
-
-        Returns:
-            The checkpoint's name: `name`, with a number after it if the directory has one already.
-            Empty, with a warning, if a directory holds no files.
 
         Raises:
             EndlexError: the path does not exist, a name is not one, a link leads out of the
@@ -144,13 +140,13 @@ class Run(Log):
         }
         note = stage(self.directory, Path(path), asked, link=link, outside_links=outside_links)
         if note is None:
-            reason = f"{str(path)!r} holds no files: nothing to save"
-            self._refuse(str(path), EndlexError(reason))
+            fault = EndlexError(f"{str(path)!r} holds no files: nothing to save")
+            self._refuse(str(path), fault)
             return ""
         files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
-        kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
-        announced = {"step": note["step"], "name": note["name"], "files": files, **kept}
-        self._journal.append(CHECKPOINT, announced)
+        record = {**note, "files": files}
+        kept = ("step", "name", "files", "aliases", "metadata")
+        self._journal.append(CHECKPOINT, {key: record[key] for key in kept})
         return note["name"]
 
     def has_saved(self, name: str) -> bool:
