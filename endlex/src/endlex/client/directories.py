@@ -7,8 +7,8 @@
     shipper.lock .json .log  the process that sends all this: its lock, state and log
 
 The same directory is the same run. Another machine joins a run by its id. `endlex verify` must know
-every run on the machine, wherever it was recorded: `endlex.init` adds each directory to the list
-`endlex/directories` under `XDG_STATE_HOME` (or `~/.local/state`), one path per line, as JSON.
+every run on the machine: `endlex.init` adds each directory to the list `endlex/directories` under
+`XDG_STATE_HOME` (or `~/.local/state`), one path per line, as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
@@ -39,36 +38,22 @@ class RunFile(TypedDict):
     created: float
 
 
-def session_start(
-    owner: RunFile,
-    kind: str,
-    *,
-    config: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = (),
-    group: str | None = None,
-    notes: str | None = None,
-    rank: int = 0,
-) -> dict[str, Any]:
-    """Return what the first record of a session says when this process writes it."""
+def session_start(owner: RunFile, kind: str, **given: Any) -> dict[str, Any]:
+    """Return the first record of a session that this process writes, with the given values."""
     return {
         "protocol": PROTOCOL,
-        "run": owner["run"],
-        "project": owner["project"],
-        "name": owner["name"],
-        "config": config or {},
-        "tags": list(tags),
-        "group": group,
-        "notes": notes,
+        **{key: owner[key] for key in ("run", "project", "name")},
+        **{"config": {}, "tags": [], "group": None, "notes": None},
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
-        "rank": rank,
-        "kind": kind,
+        **{"rank": 0, "kind": kind},
+        **given,
     }
 
 
 def read_run_file(directory: Path | str) -> RunFile | None:
-    """Return the id, project and name of the run that a directory holds; None if it holds none."""
+    """Return whose run a directory holds; None if it holds none."""
     path = Path(directory) / RUN_FILE
     try:
         content = json.loads(path.read_bytes())
@@ -78,15 +63,12 @@ def read_run_file(directory: Path | str) -> RunFile | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, EndlexError) as error:
-        raise EndlexError(
-            f"{path} does not say whose run this is ({error}): restore it, or give another "
-            "directory"
-        ) from error
+        remedy = "restore it, or give another directory"
+        raise EndlexError(f"{path} does not say whose run this is ({error}): {remedy}") from error
     return cast(RunFile, content)
 
 
 def require_run_file(directory: Path) -> RunFile:
-    """Return the content of run.json, which says whose directory this is."""
     owner = read_run_file(directory)
     if owner is None:
         raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")
@@ -96,11 +78,7 @@ def require_run_file(directory: Path) -> RunFile:
 def claim_directory(
     directory: Path, run: str, project: str, name: str, created: float | None = None
 ) -> RunFile:
-    """Write `run.json`, once and whole; of several processes the first one's stays.
-
-    Args:
-        created: Unix seconds; now if not given.
-    """
+    """Write `run.json`, once and whole; of several processes the first one's stays."""
     directory.mkdir(parents=True, exist_ok=True)
     created = time.time() if created is None else created
     content: RunFile = {"run": run, "project": project, "name": name, "created": created}
@@ -164,7 +142,6 @@ def find_or_claim(
 
 
 def _newest_directory(folder: Path, project: str, name: str | None) -> Path | None:
-    """Return the directory of the newest run of a project, and of a name if one is given."""
     found = []
     for path in folder.glob(f"*/{RUN_FILE}"):
         with contextlib.suppress(EndlexError):
@@ -179,7 +156,6 @@ def _as_file_name(name: str) -> str:
 
 
 def runs_folder() -> Path:
-    """Return the folder for runs that were given no directory."""
     return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 
@@ -190,7 +166,6 @@ def given_run_id(run: str | None = None) -> str | None:
 
 
 def server_url() -> str | None:
-    """Return the server that `ENDLEX_URL` names, if any."""
     return os.environ.get("ENDLEX_URL", "").strip() or None
 
 
@@ -208,7 +183,6 @@ def is_on(name: str) -> bool:
 
 
 def chosen_mode(given: str | None) -> Mode:
-    """Return the mode that was given, or that of the environment."""
     mode = given or os.environ.get("ENDLEX_MODE") or ("online" if server_url() else "offline")
     if mode not in get_args(Mode):
         raise EndlexError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
@@ -224,7 +198,6 @@ def environment_number(name: str) -> int:
 
 
 def registry() -> Path:
-    """Return where the list is."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "endlex" / "directories"
 
@@ -250,7 +223,7 @@ def register(directory: Path) -> None:
 
 def registered() -> list[Path]:
     """Return the directories of the list, oldest first."""
-    found: dict[Path, None] = {}
+    found = dict[Path, None]()
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         for line in registry().read_bytes().splitlines():
             with contextlib.suppress(ValueError, TypeError):  # empty, or torn by a full disk

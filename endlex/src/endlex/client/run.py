@@ -1,8 +1,8 @@
 """What a trainer calls: `init`, then the methods of the `Run` that it returns.
 
-The run that `init` returned last is also the one of `endlex.log` and so on, as wandb's users know
-it. All of them write to the journal and return; a run that is `online` has a process of its own,
-the shipper, which sends what the journal holds.
+The run that `init` returned last is also the one of `endlex.log` and so on. All of them write to
+the journal and return; a run that is `online` has a process of its own, the shipper, which sends
+what the journal holds.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
-from endlex.client import directories
+from endlex.client import directories, process
 from endlex.client.directories import Mode
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.log import Log
-from endlex.client.process import (
-    UNFINISHED,
-    finish_at_exit,
-    status_of,
-    warn,
-    warn_once,
-    watch_faults,
-)
+from endlex.client.process import UNFINISHED, status_of, warn, warn_once
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
@@ -188,16 +181,17 @@ class Run(Log):
 
             wait_until_shipped(self.directory, self._journal.path)
 
-    def _begin(self, journal: Journal, environment: bool, code: bool, console: bool) -> None:
+    def _begin(self, is_first: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
         from endlex.client.environment import Console, record_environment
 
-        watch_faults(journal.path.with_suffix(".fault"))
-        if environment:
-            record_environment(journal, code)
+        assert self._journal is not None
+        process.watch_faults(self._journal.path.with_suffix(".fault"))
+        if is_first and directories.is_on("ENVIRONMENT"):
+            record_environment(self._journal, code)
         if console:
-            self._console = Console(journal)
-        finish_at_exit(self)
+            self._console = Console(self._journal)
+        process.finish_at_exit(self)
 
     def go_online(self, url: str) -> None:
         """Have a shipper send what this run records; without one it is recorded all the same."""
@@ -257,13 +251,11 @@ def init(
 
     Args:
         project: name under which runs are listed together.
-        name: the run's name; by default that of the directory's run, or one made from its id.
-        config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
-            is kept as its `str`.
+        name: by default that of the directory's run, or one made from its id.
+        config: a mapping, a dataclass or a namespace; what JSON cannot hold is kept as its `str`.
         directory: the run's own directory, made if missing; by default one under `dir`.
         dir: where runs' directories go; by default `$ENDLEX_DIR` or `./endlex-runs`.
-        id: that of the run to resume when its directory is on another machine; also taken from
-            `ENDLEX_RUN_ID`.
+        id: that of a run whose directory is on another machine; by default `$ENDLEX_RUN_ID`.
         resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
             or True resumes the newest run of that project and name in `dir`. By default, or with
             "allow", a run is resumed if the directory holds one.
@@ -271,8 +263,7 @@ def init(
         group: name of the group to which the run belongs, such as a sweep's.
         job_type: what the run is for, such as "train"; kept as a tag.
         notes: free text, shown on the run's page.
-        all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
-            in a session of its own.
+        all_ranks: record on every rank (variable `RANK`) in its own session, not on rank 0 alone.
         mode: `online` sends to the server of `ENDLEX_URL`, `offline` leaves that to `endlex sync`,
             `disabled` records nothing. By default `ENDLEX_MODE`, else `online` if there is a URL.
         strict: raise an `EndlexError` for what cannot be recorded as it is, instead of a warning.
@@ -287,11 +278,10 @@ def init(
         TypeError: an argument is unknown here and to wandb.
     """
     _ignore(of_wandb)
-    mode = directories.chosen_mode(mode)
+    mode, rank = directories.chosen_mode(mode), directories.environment_number("RANK")
     check_name(project, "project")
     if name is not None:
         check_name(name, "run name")
-    rank = directories.environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
         Run.current = Run(None, None, project, name or "", config, strict=strict)
         return Run.current
@@ -309,14 +299,8 @@ def init(
         notes=None if notes is None else str(notes),
         rank=rank,
     )
-    journal = Journal(place, start)
-    run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
-    run._begin(
-        journal,
-        environment=rank == 0 and directories.is_on("ENVIRONMENT"),
-        code=save_code,
-        console=directories.is_on("CONSOLE") if console is None else console,
-    )
+    run = Run(place, Journal(place, start), project, owner["name"], config, owner["run"], strict)
+    run._begin(rank == 0, save_code, directories.is_on("CONSOLE") if console is None else console)
     if mode == "online" and (url := directories.server_url()):
         run.go_online(url)
     Run.current = run

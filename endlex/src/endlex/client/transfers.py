@@ -3,9 +3,9 @@
 A sync sends all that a run's directory holds. A shipper that is at work there is ended first, and
 started again afterwards if a trainer still writes; so a new address or token counts at once.
 
-Of a pull, ranges come in parallel; each is verified, and a file appears whole or not at all. Files
-are built in a hidden directory beside the target. What an attempt that was cut left there is hashed
-part by part, and only the rest is asked for. Ctrl-C loses nothing of any of them.
+The ranges of a pull come in parallel; each is verified, and a file appears whole or not at all.
+Files are built in a hidden directory beside the target. What an attempt that was cut left there is
+hashed part by part, and only the rest is asked for. Ctrl-C loses nothing of any of them.
 """
 
 from __future__ import annotations
@@ -20,27 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from endlex.client.checkpoints import (
-    CheckpointFailed,
-    Staged,
-    build_manifest,
-    damaged_media,
-    describe_file,
-    drop_replaced,
-    files_of,
-    give_up,
-)
+from endlex.client import checkpoints
 from endlex.client.directories import require_run_file
 from endlex.client.process import fsync
-from endlex.client.shipper.control import (
-    DONE,
-    FOREGROUND,
-    holding,
-    start_shipper,
-    stop_shipper,
-    take_lock,
-    write_state,
-)
+from endlex.client.shipper import control
 from endlex.client.shipper.send_checkpoints import (
     ALL_MEDIA,
     CheckpointShipper,
@@ -80,13 +63,11 @@ class Patience:
         self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
     ) -> None:
         self._seconds, self._progress = seconds, progress
-        self._reached: list[object] = []
+        self._reached = list[object]()
         self._start_over()
 
     def _start_over(self) -> None:
-        self._backoff = Backoff(longest=5.0)
-        self._deadline = math.inf
-        self._faults = 0
+        self._backoff, self._deadline, self._faults = Backoff(longest=5.0), math.inf, 0
 
     def report(self, *arguments: Any) -> None:
         """Call `progress`, and start over if it is told of more than the last time.
@@ -140,32 +121,33 @@ def sync_directory(
     run = require_run_file(directory)["run"]
     had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, run, transport)
-    checkpoints = CheckpointShipper(directory, run, transport)
+    shipper = CheckpointShipper(directory, run, transport)
     waiter = Patience(patience, progress)
     try:
-        with holding(lock):
+        with control.holding(lock):
             try:
                 if resend:
                     _renew_differing(directory, run, transport)
                 _send_journals(directory, journals, waiter)
-                _send_checkpoints(directory, checkpoints, waiter, drop_failed)
+                _send_checkpoints(directory, shipper, waiter, drop_failed)
             finally:
-                states = {"sessions": journals.states(), "checkpoints": checkpoints.states}
-                write_state(directory, DONE, {"url": transport.url, "error": None, **states})
+                states = {"sessions": journals.states(), "checkpoints": shipper.states}
+                content = {"url": transport.url, "error": None, **states}
+                control.write_state(directory, control.DONE, content)
     finally:
         if had_shipper and journals.has_live_trainer():
-            start_shipper(directory, url=transport.url)
-    if errors := journals.errors() + checkpoints.errors():
+            control.start_shipper(directory, url=transport.url)
+    if errors := journals.errors() + shipper.errors():
         raise EndlexError("; ".join(dict.fromkeys(errors)))
-    return {name for name, s in checkpoints.states.items() if s["state"] == "published"}
+    return {name for name, state in shipper.states.items() if state["state"] == "published"}
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
     """Return whether a shipper had to give up the directory's lock, and the lock."""
     had_shipper = False
     for _ in range(ATTEMPTS):  # another one may have waited for the first
-        had_shipper |= stop_shipper(directory)
-        lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
+        had_shipper |= control.stop_shipper(directory)
+        lock = control.take_lock(directory, control.FOREGROUND, seconds=LOCK_SECONDS)
         if lock is not None:
             return had_shipper, lock
     raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
@@ -200,23 +182,23 @@ def _send_journals(directory: Path, journals: JournalShipper, patience: Patience
 
 
 def _send_checkpoints(
-    directory: Path, checkpoints: CheckpointShipper, patience: Patience, drop_failed: bool
+    directory: Path, shipper: CheckpointShipper, patience: Patience, drop_failed: bool
 ) -> None:
-    drop_replaced(directory)
-    for name in checkpoints.waiting():
+    checkpoints.drop_replaced(directory)
+    for name in shipper.waiting():
         try:
-            patience.keep_trying(partial(checkpoints.send, name, partial(patience.report, name)))
+            patience.keep_trying(partial(shipper.send, name, partial(patience.report, name)))
         except Retry:
             raise
-        except CheckpointFailed as error:
+        except checkpoints.CheckpointFailed as error:
             if drop_failed:
-                del checkpoints.states[name]
+                del shipper.states[name]
                 if name != ALL_MEDIA:
-                    give_up(directory, name, str(error))
+                    checkpoints.give_up(directory, name, str(error))
         except (EndlexError, OSError):
             continue  # it is among the states
-    for sha256 in damaged_media(directory) if drop_failed else ():
-        give_up(directory, sha256, "damaged before it was sent")
+    for sha256 in checkpoints.damaged_media(directory) if drop_failed else ():
+        checkpoints.give_up(directory, sha256, "damaged before it was sent")
 
 
 def push_checkpoint(
@@ -238,20 +220,20 @@ def push_checkpoint(
         EndlexError: there is nothing to push, a name is not one or taken, or the server refuses.
     """
     check_run_id(run)
-    states = [(inside, path.stat()) for inside, path in files_of(source)]
+    states = [(inside, path.stat()) for inside, path in checkpoints.files_of(source)]
     if not states:
         raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
-    note: Staged = {
+    note: checkpoints.Staged = {
         "name": check_checkpoint_name(name),
         "step": step,
         # That of the newest file, not now, so that the same push again is the same manifest.
         "created": max(state.st_mtime for _, state in states),
         "aliases": [check_checkpoint_name(alias) for alias in aliases],
         "metadata": {},
-        "files": [describe_file(*state) for state in states],
+        "files": [checkpoints.describe_file(*state) for state in states],
     }
     root = source if source.is_dir() else source.parent
-    manifest, patience = build_manifest(root, note), Patience(progress=progress)
+    manifest, patience = checkpoints.build_manifest(root, note), Patience(progress=progress)
     uploader = Uploader(transport, patience.report)
     patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
 
@@ -276,7 +258,6 @@ def pull_checkpoint(
 
     Args:
         directory: made if missing. A file that is there already is kept if it is the same.
-        progress: called with the bytes that are here, and all bytes.
         patience: seconds without any progress after which a fault of the network is raised.
 
     Raises:
@@ -296,8 +277,7 @@ def pull_checkpoint(
     done = total - sum(piece.bytes for piece in pieces)
     waiter = Patience(patience, progress)
     waiter.report(done, total)
-    where = quoted("runs", run, "checkpoints", name)
-    lock = threading.Lock()
+    where, lock = quoted("runs", run, "checkpoints", name), threading.Lock()
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
@@ -308,7 +288,7 @@ def pull_checkpoint(
 
     in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
-        _publish(building, directory, file)
+        _publish(building / file["path"], directory / file["path"], file)
     shutil.rmtree(building, ignore_errors=True)
     return [directory / file["path"] for file in manifest["files"]]
 
@@ -329,13 +309,11 @@ def _hash(path: Path) -> str:
 
 def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
     """Make room for a file, and yield the parts of it that are not there yet."""
-    path = building / file["path"]
+    path, offset = building / file["path"], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("r+b" if path.exists() else "w+b") as content:
         content.truncate(file["bytes"])
-        offset = 0
         for part in file["parts"]:
-            content.seek(offset)
             if hashlib.sha256(content.read(part["bytes"])).hexdigest() != part["sha256"]:
                 yield _Piece(file["path"], offset, part["bytes"], part["sha256"])
             offset += part["bytes"]
@@ -344,9 +322,9 @@ def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
 def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> None:
     path = f"{where}/files{quoted(*piece.path.split('/'))}"
     digest, held = hashlib.sha256(), 0
-    end = piece.offset + piece.bytes
     with (building / piece.path).open("r+b") as file:
         file.seek(piece.offset)
+        end = piece.offset + piece.bytes
         with transport.download(path, start=piece.offset, end=end) as blocks:
             for block in blocks:
                 held += len(block)
@@ -358,8 +336,7 @@ def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> N
         raise Retry(f"{transport.url} sent something else than part {piece.sha256} of {path}")
 
 
-def _publish(building: Path, directory: Path, file: ManifestFile) -> None:
-    source, target = building / file["path"], directory / file["path"]
+def _publish(source: Path, target: Path, file: ManifestFile) -> None:
     if _hash(source) != file["sha256"]:
         raise EndlexError(f"{file['path']!r} came with the wrong hash: pull it again")
     with source.open("rb") as content:

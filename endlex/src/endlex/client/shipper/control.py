@@ -1,14 +1,12 @@
 """The shipper as others see it: start it, stop it, ask how far it is, wait for it.
 
-One shipper serves a run's directory, and holds the lock of `shipper.lock`, in which its process is
-named. It publishes how far it is in `shipper.json`. Everything that it needs is on the disk, so
-it may be killed and started again at any moment. Nothing here uses the network.
+One shipper serves a run's directory. It holds the lock of `shipper.lock`, in which its process is
+named, and publishes how far it is in `shipper.json`. Nothing here uses the network.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -19,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from endlex.client import process
 from endlex.client.checkpoints import (
     DAMAGED,
     damaged_media,
@@ -26,15 +25,6 @@ from endlex.client.checkpoints import (
     staged_change,
     staged_names,
     waiting_media,
-)
-from endlex.client.process import (
-    READ_ONLY,
-    describe,
-    is_running,
-    process_name,
-    try_lock,
-    warn,
-    write_whole,
 )
 from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
@@ -64,14 +54,12 @@ class Holder(NamedTuple):
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
     """Become the directory's only shipper until the returned file is closed.
 
-    Args:
-        kind: `BACKGROUND` or `FOREGROUND`; written to the lock with the process id.
-        seconds: how long to wait for another one to end; None is returned if it does not.
+    Waits that long for another one to end, and returns None if it does not.
     """
     try:
         lock = (directory / LOCK_FILE).open("a+")
     except OSError as error:
-        if error.errno not in READ_ONLY:
+        if error.errno not in process.READ_ONLY:
             raise
         return Path(os.devnull).open("a+")  # nobody else can write here either: no lock is needed
     deadline = time.monotonic() + seconds
@@ -82,7 +70,7 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
         time.sleep(SHIPPER_POLL_SECONDS)
     with contextlib.suppress(OSError):  # a full disk: then nobody knows the process, no more
         os.ftruncate(lock.fileno(), 0)
-        pid, _, name = process_name().partition(" ")
+        pid, _, name = process.process_name().partition(" ")
         os.write(lock.fileno(), f"{pid} {kind} {name}\n".encode())
     return lock
 
@@ -100,30 +88,37 @@ def holding(lock: IO[str]) -> Iterator[None]:
 
 def _holder(lock: IO[str]) -> Holder | None:
     """Lock the open file and return None, or return the process that has it."""
-    locked = try_lock(lock)
+    locked = process.try_lock(lock)
     if locked:
         return None
     lock.seek(0)
     pid, kind, *rest = [*lock.read(1000).split(), "", ""]
     holder = Holder(int(pid) if pid.isdecimal() else 0, kind, " ".join([pid, *rest]).strip())
     # Where files cannot be locked, the process that is named there counts for as long as it runs.
-    return holder if locked is False or is_running(holder.name) else None
+    return holder if locked is False or process.is_running(holder.name) else None
+
+
+def _find_holder(directory: Path, other_user: Holder | None = None) -> Holder | None:
+    """Return the process that has the lock, or `other_user` if this one may not ask."""
+    try:
+        with (directory / LOCK_FILE).open("r+") as lock:
+            return _holder(lock)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in process.READ_ONLY:
+            raise
+        return other_user
 
 
 def shipper_process(directory: Path) -> Holder | None:
-    """Return the directory's living shipper, or None; one that is new may still write its name."""
-    for poll in range(NAMING_POLLS):
-        try:
-            with (directory / LOCK_FILE).open("r+") as lock:
-                holder = _holder(lock)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, *READ_ONLY):
-                raise
-            return None
-        if holder is None or holder.pid or poll == NAMING_POLLS - 1:
-            return holder
-        time.sleep(SHIPPER_POLL_SECONDS)
-    return None
+    """Return the directory's living shipper, or None."""
+    for _ in range(NAMING_POLLS):
+        holder = _find_holder(directory)
+        if holder is None or holder.pid:
+            break
+        time.sleep(SHIPPER_POLL_SECONDS)  # it has yet to write its name
+    return holder
 
 
 def say(message: str) -> None:
@@ -143,15 +138,14 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
     """Publish how far the process is that sends this directory, for `read_state`."""
-    text = json.dumps({"state": state, "pid": os.getpid(), **content, "updated": time.time()})
+    content = {"state": state, "pid": os.getpid(), **content, "updated": time.time()}
     with contextlib.suppress(OSError):  # a full disk stops no shipping
-        write_whole(directory / STATE_FILE, text.encode(), durable=False)
+        process.write_whole(directory / STATE_FILE, json.dumps(content).encode(), durable=False)
 
 
 def failed_checkpoints(directory: Path) -> dict[str, str]:
     """Return the staged checkpoints that can never be published as they are, with the reasons."""
-    found: dict[str, str] = {}
-    states = read_state(directory).get("checkpoints", {})
+    found, states = dict[str, str](), read_state(directory).get("checkpoints", {})
     for name in staged_names(directory):
         state = states.get(name, {})
         reason = state.get("error") if state.get("state") == "failed" else None
@@ -189,19 +183,11 @@ def restart_shipper_if_killed(directory: Path) -> None:
     """Start a shipper unless one lives, or the last one was asked to end.
 
     Where the lock is another user's, shippers work without it (`take_lock`): nothing tells whether
-    one lives, so none is started, or there would be one more each time.
-
-    `log` does this once a minute: it takes tens of microseconds, and a start two milliseconds.
+    one lives, so none is started. `log` does this once a minute: it takes tens of microseconds.
     """
-    try:
-        with (directory / LOCK_FILE).open("r+") as lock:
-            is_alive = _holder(lock) is not None
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, *READ_ONLY):
-            raise
-        is_alive = error.errno != errno.ENOENT
+    holder = _find_holder(directory, other_user=Holder(0, BACKGROUND, ""))
     # The state is read after the lock: a shipper that ends publishes it before it frees the lock.
-    if not is_alive and read_state(directory).get("state") != STOPPED:
+    if holder is None and read_state(directory).get("state") != STOPPED:
         start_shipper(directory)
 
 
@@ -216,10 +202,10 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     deadline = time.monotonic() + seconds
     while (found := shipper_process(directory)) is not None:
         had_one, (pid, kind, name) = True, found
-        who = describe(name)
+        who = process.describe(name)
         if kind == FOREGROUND:
             raise EndlexError(f"{who} sends {directory} already: wait for it, or end it")
-        if pid and not is_running(name):
+        if pid and not process.is_running(name):
             if shipper_process(directory) == found:  # else it has just ended
                 raise EndlexError(f"{who} sends {directory}: wait for it, or end it there")
             continue
@@ -295,12 +281,12 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             break
         time.sleep(SHIPPER_POLL_SECONDS)
     for name, reason in failed_checkpoints(directory).items():
-        warn(f"checkpoint {name} cannot be sent: {reason}")
+        process.warn(f"checkpoint {name} cannot be sent: {reason}")
     for sha256 in damaged_media(directory):
-        warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
+        process.warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
     if left:
         error = read_state(directory).get("error")
-        warn(
+        process.warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
             f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
             f"The shipper keeps trying; to send them later: {sync_command(directory)}"
