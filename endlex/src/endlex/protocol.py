@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 PROTOCOL = 2
@@ -50,9 +51,7 @@ ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages
 was. Their steps are the session's number, of the console's chunks a million times that and more."""
 LEVELS = ("info", "warning", "error")
 """Levels of an alert."""
-
-TRAINER = "trainer"
-SYSTEM = "system"
+TRAINER, SYSTEM = "trainer", "system"
 """Kinds of session: what the trainer logs, and what the shipper measures of its machine."""
 
 Status = Literal["finished", "failed", "interrupted"]
@@ -164,32 +163,24 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def check_run_id(run: str) -> str:
-    """Return `run` if it is a run's id, or raise an `EndlexError`."""
-    return _check(RUN_ID, run, "run id", "8 to 32 lower-case letters and digits")
-
-
-def check_session_id(session: str) -> str:
-    """Return `session` if it is a session's id, or raise an `EndlexError`."""
-    rule = "1 to 64 lower-case letters, digits and dashes"
-    return _check(SESSION_ID, session, "session id", rule)
-
-
-def check_sha256(digest: str) -> str:
-    """Return `digest` if it is a SHA-256 in hexadecimal, or raise an `EndlexError`."""
-    return _check(SHA256, digest, "SHA-256", "64 lower-case hexadecimal digits")
-
-
-def check_checkpoint_name(name: str) -> str:
-    """Return `name` if it may name a checkpoint, or raise an `EndlexError`."""
-    rule = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
-    return _check(CHECKPOINT_NAME, name, "checkpoint name", rule)
-
-
-def _check(pattern: re.Pattern[str], value: str, what: str, rule: str) -> str:
+def _check(pattern: re.Pattern[str], what: str, rule: str, value: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise EndlexError(f"{what} {str(value)[:80]!r} must be {rule}")
     return value
+
+
+check_run_id = partial(_check, RUN_ID, "run id", "8 to 32 lower-case letters and digits")
+check_session_id = partial(
+    _check, SESSION_ID, "session id", "1 to 64 lower-case letters, digits and dashes"
+)
+check_sha256 = partial(_check, SHA256, "SHA-256", "64 lower-case hexadecimal digits")
+check_checkpoint_name = partial(
+    _check,
+    CHECKPOINT_NAME,
+    "checkpoint name",
+    "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot",
+)
+"""Each returns its argument, or raises an `EndlexError`."""
 
 
 def check_checkpoint_path(path: str) -> str:
@@ -199,17 +190,15 @@ def check_checkpoint_path(path: str) -> str:
         EndlexError: it is absolute, too long, has an empty, `.` or `..` component, a backslash, a
             drive letter, or characters that no file's name should have.
     """
+    fault = ""
     if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH_CHARS:
-        raise EndlexError(
-            f"path {str(path)[:80]!r} in a checkpoint must have 1 to {MAX_PATH_CHARS} characters"
-        )
-    bad = any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in path)
-    if bad or "\\" in path or path[1:2] == ":":
-        raise EndlexError(f"path {path!r} in a checkpoint has a character that is not allowed")
-    if any(component in ("", ".", "..") for component in path.split("/")):
-        raise EndlexError(
-            f"path {path!r} in a checkpoint must be relative, without empty, . or .. components"
-        )
+        fault = f"must have 1 to {MAX_PATH_CHARS} characters"
+    elif re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]", path) or path[1:2] == ":":
+        fault = "has a character that is not allowed"
+    elif not {"", ".", ".."}.isdisjoint(path.split("/")):
+        fault = "must be relative, without empty, . or .. components"
+    if fault:
+        raise EndlexError(f"path {str(path)[:MAX_PATH_CHARS]!r} in a checkpoint {fault}")
     return path
 
 
@@ -229,14 +218,13 @@ def check_manifest(value: Any) -> Manifest:
         )
     check_checkpoint_name(value.get("name", ""))
     _check_count(value.get("step"), "step")
-    created, aliases = value.get("created"), value.get("aliases")
+    created, aliases, files = value.get("created"), value.get("aliases"), value.get("files")
     if not isinstance(created, int | float) or not math.isfinite(created):
         raise EndlexError(f"the manifest's created is {created!r}, not a time in Unix seconds")
     if not isinstance(aliases, list) or not isinstance(value.get("metadata"), dict):
         raise EndlexError("a manifest has a list of aliases and an object of metadata")
     for alias in aliases:
         check_checkpoint_name(alias)
-    files = value.get("files")
     if not isinstance(files, list) or not 0 < len(files) <= MAX_FILES:
         raise EndlexError(f"a checkpoint has 1 to {MAX_FILES:,} files")
     for file in files:
@@ -281,15 +269,12 @@ def _check_distinct(paths: list[str]) -> None:
 
 def move_aliases(checkpoints: list[dict[str, Any]]) -> None:
     """Leave each alias with the checkpoint that has it now: the newest published one, else any."""
-    owners: dict[str, dict[str, Any]] = {}
+    owners = dict[str, dict[str, Any]]()
     for checkpoint in sorted(checkpoints, key=lambda c: (c["state"] == "published", c["created"])):
         owners |= dict.fromkeys(checkpoint["aliases"] or (), checkpoint)
-    for checkpoint in checkpoints:
-        checkpoint["aliases"] = [
-            alias
-            for alias in checkpoint["aliases"] or ()
-            if alias == KEEP or owners[alias] is checkpoint
-        ]
+    for one in checkpoints:
+        aliases = one["aliases"] or ()
+        one["aliases"] = [name for name in aliases if name == KEEP or owners[name] is one]
 
 
 def encode_number(value: float) -> float | str:

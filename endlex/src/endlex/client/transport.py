@@ -1,8 +1,8 @@
 """HTTP to the server, with the standard library: connections kept alive, with bounded waits.
 
-A fault is one of two kinds, and what to do about it is in the type: `Retry` (no answer, or one
-that says later) is tried again with a growing wait (`Backoff`),
-and `Refused` will not be cured by asking again soon. No message holds the token.
+A fault is one of two kinds: `Retry` (no answer, or one that says later) is tried again with a
+growing wait (`Backoff`), and `Refused` will not be cured by asking again soon. No message holds the
+token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ HINTS = {
     "no answer in time": "behind a proxy, set HTTPS_PROXY",
 }
 """Remedies, by a part of the system's message."""
-LONGEST_WAIT = 30.0
 REFUSED_SECONDS = 30.0
 """Seconds until something that the server refused is tried again."""
 
@@ -107,14 +106,13 @@ class Transport:
             raise EndlexError(f"the server's URL {shown!r} must look like https://host[:port]")
         if token is not None and not _is_token(token):
             raise EndlexError("the token holds characters that no token has: copy it again")
+        self.host, self._secure = parts.hostname, parts.scheme == "https"
         try:
-            self.port = parts.port or (443 if parts.scheme == "https" else 80)
+            self.port = parts.port or (443 if self._secure else 80)
         except ValueError as error:
             raise EndlexError(f"the server's URL {url!r} has no valid port") from error
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-        self.host, self._secure = parts.hostname, parts.scheme == "https"
-        self._prefix = parts.path.rstrip("/")
-        self._token = token
+        self._prefix, self._token = parts.path.rstrip("/"), token
+        self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self._connect_seconds, self._read_seconds = connect_seconds, read_seconds
         self._local = threading.local()
         self._way, self._proxy_headers = "", dict[str, str]()
@@ -171,12 +169,10 @@ class Transport:
             Refused: any other status than 200 or 206, or a 200 where a range was asked for.
         """
         is_range = bool(start) or end is not None
-        last = "" if end is None else end - 1
-        response = self._open(
-            "GET", path, None, {"Range": f"bytes={start}-{last}"} if is_range else {}
-        )
+        headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if is_range else {}
+        response = self._open("GET", path, None, headers)
         try:
-            if response.status not in (200, 206) or (is_range and response.status != 206):
+            if response.status != 206 and (is_range or response.status != 200):
                 self._judge(response, f"GET {path}")
                 raise Refused(f"{self.url} sent no part of {path}", response.status, {})
             yield self._blocks(response)
@@ -199,11 +195,9 @@ class Transport:
         content = b"".join(itertools.islice(self._blocks(response), LARGEST_ANSWER // SEND_BYTES))
         if response.will_close or not response.isclosed():
             self.close()
-        try:
-            decoded = json.loads(content) if content else None
-        except ValueError:
-            decoded = None
-        status = response.status
+        decoded, status = None, response.status
+        with suppress(ValueError):  # also where there is none
+            decoded = json.loads(content)
         if 200 <= status < 300:
             return Answer(decoded, response.getheader("Date"))
         said = decoded if isinstance(decoded, dict) else {}
@@ -229,15 +223,11 @@ class Transport:
             headers["Content-Length"] = str(len(body))
         reused = self._connection is not None
         try:
-            try:
-                return self._send(method, target, body, headers)
-            except ConnectionError:
-                if not reused:
-                    raise
-                self.close()  # the server closed it while it idled
-                return self._send(method, target, body, headers)
+            return self._send(method, target, body, headers)
         except BaseException as error:
             self.close()
+            if reused and isinstance(error, ConnectionError):  # the server closed it while it idled
+                return self._open(method, path, body, headers)
             if isinstance(error, OSError | http.client.HTTPException | UnicodeError):
                 raise self._unreachable(error) from error
             raise
@@ -272,17 +262,16 @@ class Transport:
 
     def _new_connection(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        seconds = self._connect_seconds
         proxy = None if self.is_local else proxy_for(self.url)
         if proxy is None:
-            return kind(self.host, self.port, timeout=seconds)
+            return kind(self.host, self.port, timeout=self._connect_seconds)
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         headers = {}
         if parts.username:
             secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             basic = base64.b64encode(secret.encode()).decode()
             headers = {"Proxy-Authorization": f"Basic {basic}"}
-        connection = kind(parts.hostname or "", parts.port or 80, timeout=seconds)
+        connection = kind(parts.hostname or "", parts.port or 80, timeout=self._connect_seconds)
         if self._secure:
             connection.set_tunnel(self.host, self.port, headers)
         else:
@@ -296,7 +285,7 @@ class Transport:
         return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}{hint}")
 
     def ill_answer(self) -> Retry:
-        """Return the error for an answer that went well and that no Endlex server gives."""
+        """Return the error for an answer that no Endlex server gives."""
         return Retry(f"{self.url} does not answer like an Endlex server")
 
     def close(self) -> None:
@@ -327,15 +316,15 @@ def quoted(*parts: str) -> str:
 
 
 class Backoff:
-    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
+    """Waits that double from 0.2 s, each shortened at random by up to a half."""
 
-    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
-        self._first, self._longest = first, longest
-        self._next = first
+    def __init__(self, longest: float = 30.0) -> None:
+        self._longest = longest
+        self.reset()
 
     def reset(self) -> None:
         """Start over: something worked."""
-        self._next = self._first
+        self._next = 0.2
 
     def wait(self, error: Retry) -> float:
         """Return the seconds to wait now; at least those that the server asked for."""
