@@ -10,37 +10,19 @@ become PNG images: of matplotlib, PIL, plotly (with kaleido), NumPy, torch and w
 from __future__ import annotations
 
 import io
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from endlex.client.journal import (
-    Journal,
-    MetricKeys,
-    accepted_name,
-    as_list,
-    checked_step,
-    encode_members,
-)
+from endlex import protocol
+from endlex.client.journal import Journal, as_list, as_number, checked_step, tidy_name
 from endlex.client.process import warn, write_whole
-from endlex.protocol import (
-    ALERT,
-    LEVELS,
-    MAX_STEP,
-    MAX_TEXT_CHARS,
-    MEDIA,
-    MEDIA_DIR,
-    METRICS,
-    PART_BYTES,
-    TABLE,
-    TEXT,
-    EndlexError,
-    Part,
-    check_name,
-)
+from endlex.protocol import MAX_STEP, MAX_TEXT_CHARS, METRICS, EndlexError
 from endlex.reading import last_step
 
 HISTOGRAM = ["low", "high", "count"]
@@ -60,15 +42,13 @@ class Log:
         self, directory: Path | None, journal: Journal | None, name: str, strict: bool
     ) -> None:
         self.directory, self.name = directory, name
-        self.refused: Counter[str] = Counter()
+        self.refused = Counter[str]()
         """How often something could not be recorded as it was, by name."""
-        self._strict = strict
-        self._journal = journal
-        self._keys = MetricKeys(self._refuse)
+        self._journal, self._strict, self._finished = journal, strict, False
+        self._key = cache(self._encode_name)
         self._last_step: int | None = None
-        self._finished = False
         self._next_watch = math.inf
-        self._alerts: dict[str, float] = {}
+        self._alerts = dict[str, float]()
 
     @property
     def disabled(self) -> bool:
@@ -92,26 +72,49 @@ class Log:
             step: counts from 0; one more than the last one if not given.
             commit: False leaves the step open: the next call without a step is of the same one.
         """
-        journal, keys = self._journal, self._keys
+        journal = self._journal
         if journal is None or self._is_over():
             return
-        members = []
+        members = list[str]()
         try:
             for name, value in values.items():
                 if type(value) is float and -math.inf < value < math.inf:
-                    members.append(keys[name] + repr(value))
+                    members.append(self._key(name) + repr(value))
                 else:
-                    members += encode_members(keys, name, value)
+                    members += self._encode(name, value)
             with journal.lock:
                 number = self._number(step)
                 self._last_step = number - 1 if commit is False else number
-                journal.append_members(
-                    METRICS, f',"step":{number},"values":{{{",".join(members)}}}'
-                )
+                content = f',"step":{number},"values":{{{",".join(members)}}}'
+                journal.append_members(METRICS, content)
         except (AttributeError, EndlexError, OSError) as error:
             self._refuse("log", error)  # no mapping, too much at once, or a disk that stays full
         if time.monotonic() > self._next_watch:
             self._watch_shipper()
+
+    def _encode(self, name: str, value: Any) -> list[str]:
+        """Return the JSON members that a metric's value is: one, those of a mapping, or none."""
+        if isinstance(value, Mapping):
+            return [m for key, v in value.items() for m in self._encode(f"{name}/{key}", v)]
+        try:
+            number = protocol.encode_number(as_number(value))
+        except Exception:  # whatever some library's tensor raises
+            fault = EndlexError(f"metric {name!r} is {value!r:.80}, which is no number")
+            self._refuse(str(name), fault)
+            return []
+        return [self._key(name) + json.dumps(number)]
+
+    def _encode_name(self, name: str) -> str:
+        return json.dumps(self._accept(name, "metric name"), ensure_ascii=False) + ":"
+
+    def _accept(self, name: Any, what: str) -> str:
+        """Return a name, or the nearest good one."""
+        try:
+            return protocol.check_name(name, what)
+        except EndlexError as error:
+            good = tidy_name(name, "unnamed")
+            self._refuse(str(name), EndlexError(f"{error}; it is recorded as {good!r}"))
+            return good
 
     def log_text(self, name: str, text: str, *, step: int | None = None) -> None:
         """Record a text of one step, such as a sample; one that is too long is cut."""
@@ -119,7 +122,7 @@ class Log:
         if len(text) > MAX_TEXT_CHARS:
             message = f"text {name!r} has {len(text):,} characters: the first {MAX_TEXT_CHARS:,}"
             self._refuse(name, EndlexError(f"{message} are kept"))
-        self._record(TEXT, name, step, lambda: {"text": text[:MAX_TEXT_CHARS]})
+        self._record(protocol.TEXT, name, step, lambda: {"text": text[:MAX_TEXT_CHARS]})
 
     def log_table(
         self,
@@ -146,7 +149,7 @@ class Log:
                     self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
             return {"columns": names, "rows": kept}
 
-        self._record(TABLE, name, step, content)
+        self._record(protocol.TABLE, name, step, content)
 
     def log_histogram(
         self,
@@ -166,7 +169,7 @@ class Log:
         def content() -> dict[str, Any]:
             return {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)}
 
-        self._record(TABLE, name, step, content)
+        self._record(protocol.TABLE, name, step, content)
 
     def log_image(
         self, name: str, image: Any, *, step: int | None = None, caption: str | None = None
@@ -177,13 +180,13 @@ class Log:
             image: a path, a PIL image, a figure of matplotlib or plotly, or an array: [H, W] or
                 [H, W, 1, 3 or 4], uint8, or floats from 0 to 1; [3, H, W] as torch has it, too.
         """
-        self._record(MEDIA, name, step, lambda: self._keep(encode_image(image), caption))
+        self._record(protocol.MEDIA, name, step, lambda: self._keep(encode_image(image), caption))
 
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
         """Record a file of one step; its suffix says what it is: audio, video, an image."""
-        self._record(MEDIA, name, step, lambda: self._keep(read_file(path), caption))
+        self._record(protocol.MEDIA, name, step, lambda: self._keep(read_file(path), caption))
 
     def _keep(self, encoded: tuple[bytes, str], caption: str | None) -> dict[str, Any]:
         assert self.directory is not None
@@ -196,8 +199,7 @@ class Log:
         if self._journal is None or self._is_over():
             return
         try:
-            number = self._number(step, after=0)
-            head = {"step": number, "name": accepted_name(name, f"{kind} name", self._refuse)}
+            head = {"step": self._number(step, after=0), "name": self._accept(name, f"{kind} name")}
             self._journal.append(kind, head | content())
         except Exception as error:  # whatever some library's figure raises
             self._refuse(name, error)
@@ -216,10 +218,11 @@ class Log:
             return
         self._alerts[title] = now
         try:
-            if level not in LEVELS:
-                raise EndlexError(f"level {level!r} must be one of {', '.join(LEVELS)}")
-            content = {"title": check_name(title, "title"), "text": str(text)[:MAX_TEXT_CHARS]}
-            self._journal.append(ALERT, content | {"level": level})
+            if level not in protocol.LEVELS:
+                raise EndlexError(f"level {level!r} must be one of {', '.join(protocol.LEVELS)}")
+            title = protocol.check_name(title, "title")
+            content = {"title": title, "text": str(text)[:MAX_TEXT_CHARS], "level": level}
+            self._journal.append(protocol.ALERT, content)
         except (EndlexError, OSError) as error:
             self._refuse("alert", error)
 
@@ -262,12 +265,12 @@ def keep_media(directory: Path, content: bytes, mime: str, caption: str | None) 
     """Keep a file in a run's directory until it is sent; return what the journal says of it."""
     import hashlib
 
-    parts: list[Part] = []
-    for start in range(0, len(content), PART_BYTES):
-        part = content[start : start + PART_BYTES]
+    parts = list[protocol.Part]()
+    for start in range(0, len(content), protocol.PART_BYTES):
+        part = content[start : start + protocol.PART_BYTES]
         digest = hashlib.sha256(part).hexdigest()
         parts.append({"sha256": digest, "bytes": len(part)})
-        path = directory / MEDIA_DIR / digest
+        path = directory / protocol.MEDIA_DIR / digest
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_whole(path, part)
@@ -284,11 +287,7 @@ def read_file(path: Path | str) -> tuple[bytes, str]:
 
 
 def encode_image(image: Any) -> tuple[bytes, str]:
-    """Return a picture's content and type; `Log.log_image` says what it may be.
-
-    Raises:
-        EndlexError: it is none of these.
-    """
+    """Return a picture's content and type; `Log.log_image` says what it may be."""
     if isinstance(image, str | Path):
         return read_file(image)
     buffer = io.BytesIO()
@@ -345,11 +344,7 @@ def _encode_array(array: Any) -> bytes:
 def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> list[list[float]]:
     """Return a histogram's rows; non-finite values are left out.
 
-    Args:
-        edges: if given, `values` are the counts between them.
-
-    Raises:
-        EndlexError: there are no numbers, or the edges do not fit.
+    If `edges` are given, `values` are the counts between them.
     """
     array = as_array(values).ravel()
     if edges is None:
