@@ -15,7 +15,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,18 @@ HISTOGRAM = ["low", "high", "count"]
 """Columns of the tables that hold histograms."""
 PNG, OTHER = "image/png", "application/octet-stream"
 SAME_ALERT_SECONDS = 60.0
+
+
+class _Keys(dict[str, str]):
+    """A metric's name to the JSON of its key, `"train/loss":`; names are checked when first met."""
+
+    def __init__(self, accept: Callable[[str, str], str]) -> None:
+        self._accept = accept
+
+    def __missing__(self, name: str) -> str:
+        good = self._accept(name, "metric name")
+        self[name] = key = json.dumps(good, ensure_ascii=False) + ":"
+        return key
 
 
 class Log:
@@ -45,7 +56,7 @@ class Log:
         self.refused = Counter[str]()
         """How often something could not be recorded as it was, by name."""
         self._journal, self._strict, self._finished = journal, strict, False
-        self._key = cache(self._encode_name)
+        self._keys = _Keys(self._accept)
         self._last_step: int | None = None
         self._next_watch = math.inf
         self._alerts = dict[str, float]()
@@ -72,14 +83,14 @@ class Log:
             step: counts from 0; one more than the last one if not given.
             commit: False leaves the step open: the next call without a step is of the same one.
         """
-        journal = self._journal
+        journal, keys = self._journal, self._keys
         if journal is None or self._is_over():
             return
         members = list[str]()
         try:
             for name, value in values.items():
                 if type(value) is float and -math.inf < value < math.inf:
-                    members.append(self._key(name) + repr(value))
+                    members.append(keys[name] + repr(value))
                 else:
                     members += self._encode(name, value)
             with journal.lock:
@@ -102,10 +113,7 @@ class Log:
             fault = EndlexError(f"metric {name!r} is {value!r:.80}, which is no number")
             self._refuse(str(name), fault)
             return []
-        return [self._key(name) + json.dumps(number)]
-
-    def _encode_name(self, name: str) -> str:
-        return json.dumps(self._accept(name, "metric name"), ensure_ascii=False) + ":"
+        return [self._keys[name] + json.dumps(number)]
 
     def _accept(self, name: Any, what: str) -> str:
         """Return a name, or the nearest good one."""
