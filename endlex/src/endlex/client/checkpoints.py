@@ -26,24 +26,16 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, cast
 
+from endlex import protocol
 from endlex.client.process import READ_ONLY, warn, write_whole
 from endlex.protocol import (
-    CHECKPOINT_NAME,
     MANIFEST_DIR,
-    MAX_FILES,
-    MEDIA_DIR,
     PART_BYTES,
-    PROTOCOL,
-    REPLACES,
-    SHA256,
     STAGED_DIR,
     EndlexError,
     Manifest,
-    ManifestFile,
-    Part,
     check_checkpoint_name,
     check_checkpoint_path,
-    check_manifest,
 )
 
 FICLONE = 0x40049409
@@ -142,10 +134,9 @@ def stage(
         check_checkpoint_name(alias)
     name = check_checkpoint_name(note["name"] or _name_of(source, note["step"]))
     found = list(files_of(source, outside_links))
-    if len(found) > MAX_FILES:
-        raise EndlexError(
-            f"{str(source)!r} has {len(found):,} files; a checkpoint has at most {MAX_FILES:,}"
-        )
+    if len(found) > protocol.MAX_FILES:
+        limit = f"a checkpoint has at most {protocol.MAX_FILES:,}"
+        raise EndlexError(f"{str(source)!r} has {len(found):,} files; {limit}")
     if not found:
         return None
     folder = directory / STAGED_DIR
@@ -232,7 +223,7 @@ def staged_names(directory: Path) -> list[str]:
     """Return the names of the checkpoints that wait to be sent, oldest first."""
     found = []
     for path in filter(Path.is_dir, (directory / STAGED_DIR).glob("*")):
-        if CHECKPOINT_NAME.fullmatch(name := path.name):
+        if protocol.CHECKPOINT_NAME.fullmatch(name := path.name):
             saved = 0
             with contextlib.suppress(OSError):  # it is being removed
                 saved = note_path(directory, name).stat().st_mtime_ns
@@ -271,7 +262,7 @@ def drop_replaced(directory: Path) -> list[str]:
     for name in reversed(names) if len(names) > 1 else ():  # twice a second: one alone is not read
         word = None
         with contextlib.suppress(EndlexError, KeyError, AttributeError):  # sending it reports that
-            word = read_note(directory, name)["metadata"].get(REPLACES)
+            word = read_note(directory, name)["metadata"].get(protocol.REPLACES)
         if isinstance(word, str) and word in newest:
             unstage(directory, name)
             dropped.append(name)
@@ -286,7 +277,7 @@ def give_up(directory: Path, name: str, reason: str) -> None:
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"reason": reason}).encode())
     manifest_path(directory, name).unlink(missing_ok=True)
-    (directory / MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
+    (directory / protocol.MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
     unstage(directory, name)
 
 
@@ -298,12 +289,13 @@ def given_up(directory: Path) -> set[str]:
 
 def waiting_media(directory: Path) -> list[str]:
     """Return the parts of media, by hash, that wait in a run's directory."""
-    return [p.name for p in (directory / MEDIA_DIR).glob("*") if SHA256.fullmatch(p.name)]
+    names = [path.name for path in (directory / protocol.MEDIA_DIR).glob("*")]
+    return list(filter(protocol.SHA256.fullmatch, names))
 
 
 def damaged_media(directory: Path) -> list[str]:
     """Return the parts of media, by hash, that were damaged before they could be sent."""
-    return [path.stem for path in (directory / MEDIA_DIR).glob(f"*{DAMAGED}")]
+    return [path.stem for path in (directory / protocol.MEDIA_DIR).glob(f"*{DAMAGED}")]
 
 
 def manifest_path(directory: Path, name: str) -> Path:
@@ -314,7 +306,7 @@ def load_manifest(directory: Path, name: str) -> Manifest | None:
     """Return the manifest of a checkpoint, or None if it was not hashed here."""
     path = manifest_path(directory, name)
     try:
-        return check_manifest(json.loads(path.read_bytes()))
+        return protocol.check_manifest(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (ValueError, EndlexError) as error:
@@ -340,7 +332,7 @@ def staged_manifest(directory: Path, note: Staged) -> Manifest:
 def build_manifest(root: Path, note: Staged) -> Manifest:
     """Hash a checkpoint's files, which are below `root`, whole and in parts; read each once."""
     return {
-        "protocol": PROTOCOL,
+        "protocol": protocol.PROTOCOL,
         "name": note["name"],
         "step": note["step"],
         "created": note["created"],
@@ -350,8 +342,8 @@ def build_manifest(root: Path, note: Staged) -> Manifest:
     }
 
 
-def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
-    whole, parts = hashlib.sha256(), list[Part]()
+def _hash_file(root: Path, file: StagedFile) -> protocol.ManifestFile:
+    whole, parts = hashlib.sha256(), list[protocol.Part]()
     with open_unchanged(root, file) as content:
         while part := content.read(PART_BYTES):
             whole.update(part)

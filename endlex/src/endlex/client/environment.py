@@ -28,20 +28,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from endlex import protocol
 from endlex.client.journal import Journal
 from endlex.client.process import describe_error
-from endlex.protocol import (
-    CHANGES,
-    CONSOLE,
-    ENVIRONMENT,
-    EXCEPTION,
-    FINISH,
-    MAX_CONSOLE_CHARS,
-    MAX_REASON_CHARS,
-    MAX_TEXT_CHARS,
-    PACKAGES,
-    Status,
-)
+from endlex.protocol import MAX_CONSOLE_CHARS, MAX_TEXT_CHARS
 
 GIT_SECONDS = 5.0
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
@@ -57,21 +47,21 @@ CHUNKS_PER_SESSION = 1_000_000
 
 def record_environment(journal: Journal, code: bool) -> None:
     """Record what the run is, with `code` also its git checkout's uncommitted changes."""
-    journal.append_own(ENVIRONMENT, json.dumps(describe_environment(), indent=1))
+    journal.append_own(protocol.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
     if code and (changes := uncommitted_changes()):
-        journal.append_own(CHANGES, changes)
-    journal.append_own(PACKAGES, installed_packages())
+        journal.append_own(protocol.CHANGES, changes)
+    journal.append_own(protocol.PACKAGES, installed_packages())
 
 
-def record_end(journal: Journal, status: Status, error: BaseException | None) -> None:
+def record_end(journal: Journal, status: protocol.Status, error: BaseException | None) -> None:
     """Record how the run ended, and close its journal."""
     end = {"status": str(status)}
     if error is not None and status != "finished":
-        end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
+        end["reason"] = describe_error(error)[: protocol.MAX_REASON_CHARS]
         if not isinstance(error, SystemExit):
             lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
-            journal.append_own(EXCEPTION, lines)
-    journal.append(FINISH, end)
+            journal.append_own(protocol.EXCEPTION, lines)
+    journal.append(protocol.FINISH, end)
     journal.close()
     journal.path.with_suffix(".fault").unlink(missing_ok=True)
 
@@ -213,7 +203,7 @@ class Console:
             number, self.chunks = self.chunks, self.chunks + 1
             step = self._journal.number * CHUNKS_PER_SESSION + number
             with contextlib.suppress(Exception):  # printing must work whatever is wrong here
-                self._journal.append_own(CONSOLE, "\n".join(lines), step)
+                self._journal.append_own(protocol.CONSOLE, "\n".join(lines), step)
 
     def close(self) -> None:
         """Stop listening, and record what is left."""

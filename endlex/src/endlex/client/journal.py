@@ -23,18 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from endlex import protocol
 from endlex.client.process import FULL, fsync, try_lock, warn_once
-from endlex.protocol import (
-    FINISH,
-    JOURNAL_DIR,
-    MAX_BATCH_BYTES,
-    MAX_NAME_CHARS,
-    MAX_STEP,
-    SESSION,
-    TEXT,
-    EndlexError,
-    encode_number,
-)
+from endlex.protocol import FINISH, MAX_BATCH_BYTES, EndlexError
 from endlex.reading import session_files, session_number
 
 LARGEST_EXACT = 2**53
@@ -46,11 +37,11 @@ DEEPEST = 50
 def tidy_name(name: Any, default: str) -> str:
     """Make a name printable and short: one that is too long is cut, and ends with a hash of it."""
     text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
-    if len(text) > MAX_NAME_CHARS:
+    if len(text) > protocol.MAX_NAME_CHARS:
         import hashlib
 
         digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
-        text = f"{text[: MAX_NAME_CHARS - 9]}~{digest}"
+        text = f"{text[: protocol.MAX_NAME_CHARS - 9]}~{digest}"
     return text or default
 
 
@@ -68,7 +59,7 @@ def checked_step(step: Any) -> int:
     """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
     with contextlib.suppress(Exception):  # whatever some library's tensor raises
         whole = int(step)
-        if 0 <= whole <= MAX_STEP and whole == step and not isinstance(step, bool):
+        if 0 <= whole <= protocol.MAX_STEP and whole == step and not isinstance(step, bool):
             return whole
     raise EndlexError(f"step is {step!r:.80}; it must be a whole number from 0 to 2**62")
 
@@ -160,7 +151,7 @@ def to_json(content: Mapping[Any, Any]) -> str:
 
 def _jsonable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
-        return encode_number(value)
+        return protocol.encode_number(value)
     if value is None or isinstance(value, str | int):
         return value
     if depth > DEEPEST:
@@ -201,7 +192,7 @@ class Journal:
         session: str | None = None,
         moment: float | None = None,
     ) -> None:
-        folder = directory / JOURNAL_DIR
+        folder = directory / protocol.JOURNAL_DIR
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
         self.session = session or f"{number:06d}-{os.urandom(6).hex()}"
@@ -219,7 +210,7 @@ class Journal:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(hidden, flags, 0o644)
         try_lock(self._descriptor)
-        self.append(SESSION, start, moment)
+        self.append(protocol.SESSION, start, moment)
         hidden.rename(self.path)
         _watch_forks()
         OPENED.add(self)
@@ -240,7 +231,7 @@ class Journal:
     def append_own(self, name: str, text: str, step: int | None = None) -> None:
         """Record a text of Endlex's own; its step is the session's number, if not given."""
         step = self.number if step is None else step
-        self.append(TEXT, {"step": step, "name": name, "text": text})
+        self.append(protocol.TEXT, {"step": step, "name": name, "text": text})
 
     def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
         """Do what `append` does for content that is already JSON: `,"key":value` for each."""

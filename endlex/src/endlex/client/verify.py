@@ -7,37 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from endlex.client.checkpoints import (
-    damaged_media,
-    given_up,
-    load_manifest,
-    staged_names,
-    waiting_media,
-)
+from endlex import protocol
+from endlex.client import checkpoints
 from endlex.client.directories import require_run_file
 from endlex.client.process import describe
 from endlex.client.shipper.control import failed_checkpoints, shipper_process
 from endlex.client.shipper.send_checkpoints import missing_parts
 from endlex.client.shipper.send_journals import SessionDiffers, SessionShipper
 from endlex.client.transport import Refused, Transport, TransportError, quoted
-from endlex.protocol import (
-    CHECKPOINT,
-    MANIFEST_DIR,
-    MEDIA,
-    METRICS,
-    REMOVED,
-    REPLACES,
-    SYSTEM,
-    TABLE,
-    TEXT,
-    EndlexError,
-    Manifest,
-    check_manifest,
-    check_sha256,
-)
+from endlex.protocol import CHECKPOINT, REPLACES, EndlexError, Manifest
 from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
 
-OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
+OTHER_STARTS = tuple(
+    f'{{"type":"{kind}",'.encode() for kind in (protocol.METRICS, protocol.TEXT, protocol.TABLE)
+)
 """How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
 Kind = Literal["journal", "checkpoint", "media", "live"]
@@ -110,15 +93,15 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     for path in session_files(directory):
         missing += _compare_journal(run, path, transport, shipper is not None)
         damaged_lines += _read_journal(path, saved, media)
-    staged, failed = staged_names(directory), failed_checkpoints(directory)
+    staged, failed = checkpoints.staged_names(directory), failed_checkpoints(directory)
     for name in staged:
         if name in failed:
             reason = f"it cannot be sent: {failed[name]}"
             missing.append(Missing("checkpoint", name, reason, "drop"))
         else:
             missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
-    dropped = given_up(directory)
-    hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+    dropped = checkpoints.given_up(directory)
+    hashed = {path.stem for path in (directory / protocol.MANIFEST_DIR).glob("*.json")}
     for name in sorted({*saved, *hashed} - {*staged, *dropped}):
         found = _compare_checkpoint(run, directory, name, saved.get(name), transport)
         if isinstance(found, LetGo):
@@ -133,7 +116,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
 
 
 def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> Iterator[Missing]:
-    is_shippers = shipper and session_kind(path) == SYSTEM
+    is_shippers = shipper and session_kind(path) == protocol.SYSTEM
     if not is_shippers and writer_is_alive(path):
         yield Missing("live", path.stem, "a process still writes this session: end it", "wait")
     try:
@@ -159,9 +142,9 @@ def _read_journal(path: Path, saved: dict[str, Any], media: dict[str, str]) -> I
                 if record["type"] == CHECKPOINT:
                     replaces = (record.get("metadata") or {}).get(REPLACES)
                     saved[record["name"]] = (float(record["time"]), replaces)
-                elif record["type"] == MEDIA:
+                elif record["type"] == protocol.MEDIA:
                     for part in record["parts"]:
-                        media[check_sha256(part["sha256"])] = str(record["name"])
+                        media[protocol.check_sha256(part["sha256"])] = str(record["name"])
             except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
                 reason = f"line {number} is damaged and may name a checkpoint or a logged file"
                 yield Missing("journal", path.stem, reason, "look")
@@ -171,7 +154,7 @@ def _compare_media(
     directory: Path, media: dict[str, str], dropped: set[str], transport: Transport
 ) -> Iterator[Missing]:
     """Yield the logged files of which the server lacks a part; `media` has their names by hash."""
-    waiting, damaged = waiting_media(directory), damaged_media(directory)
+    waiting, damaged = checkpoints.waiting_media(directory), checkpoints.damaged_media(directory)
     lacking, _ = missing_parts(transport, list(dict.fromkeys([*media, *damaged])))
     for sha256 in dict.fromkeys([*lacking, *waiting]):
         name = media.get(sha256, sha256)
@@ -191,7 +174,7 @@ def _compare_checkpoint(
     """
     ours = None
     try:
-        ours = load_manifest(directory, name)
+        ours = checkpoints.load_manifest(directory, name)
         theirs, let_go = fetch_manifest(run, name, transport)
     except TransportError:
         raise
@@ -244,9 +227,9 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> tuple[Manifest,
         raise
     content = answer.content if isinstance(answer.content, dict) else {}
     state = content.get("state")
-    if state not in ("published", REMOVED):
+    if state not in ("published", protocol.REMOVED):
         raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
-    manifest = check_manifest(content)
+    manifest = protocol.check_manifest(content)
     if manifest["name"] != name:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
     if state == "published":

@@ -22,16 +22,7 @@ from typing import Any
 
 from endlex.client.directories import require_run_file, server_token, server_url
 from endlex.client.process import replace_unencodable
-from endlex.client.shipper.control import (
-    BACKGROUND,
-    DONE,
-    STOPPED,
-    holding,
-    read_state,
-    say,
-    take_lock,
-    write_state,
-)
+from endlex.client.shipper import control
 from endlex.client.shipper.send_checkpoints import CheckpointShipper
 from endlex.client.shipper.send_journals import JournalShipper
 from endlex.client.shipper.system_stats import SystemRecorder
@@ -53,7 +44,7 @@ class Shipper:
         self._directory, self._owner = directory, require_run_file(directory)
         self._transport, self._stop = transport, stop
         run = self._owner["run"]
-        before = read_state(directory)
+        before = control.read_state(directory)
         known = before.get("sessions", {}) if before.get("url") == transport.url else {}
         reported = [name for name, session in known.items() if session.get("done")]
         self._journals = JournalShipper(directory, run, transport, reported=reported)
@@ -70,7 +61,7 @@ class Shipper:
             while not self._stop.is_set() and self._directory.exists():
                 seconds = self._step(backoff)
                 if seconds is None:
-                    self._publish(DONE)
+                    self._publish(control.DONE)
                     return
                 self._publish(WAITING if self._error else SHIPPING)
                 self._stop.wait(seconds)
@@ -78,7 +69,7 @@ class Shipper:
             self._end_system()
             self._checkpoints.stop()
             if self._stop.is_set():
-                self._publish(STOPPED)
+                self._publish(control.STOPPED)
 
     def _step(self, backoff: Backoff) -> float | None:
         """Do what there is to do, and return how long to wait, or None when all is done."""
@@ -117,7 +108,7 @@ class Shipper:
 
     def _report(self, error: str | None) -> None:
         if error != self._error:
-            say(error or "the server answers again")
+            control.say(error or "the server answers again")
         self._error = error
 
     def _publish(self, state: str) -> None:
@@ -129,7 +120,7 @@ class Shipper:
         }
         if (state, content) != self._published:
             self._published = state, content
-            write_state(self._directory, state, content)
+            control.write_state(self._directory, state, content)
 
 
 def main(arguments: list[str]) -> int:
@@ -138,9 +129,9 @@ def main(arguments: list[str]) -> int:
     directory = Path(arguments[0])
     url = server_url()
     if url is None:
-        say("there is no ENDLEX_URL to send to")
+        control.say("there is no ENDLEX_URL to send to")
         return 1
-    lock = take_lock(directory, BACKGROUND, seconds=LOCK_SECONDS)
+    lock = control.take_lock(directory, control.BACKGROUND, seconds=LOCK_SECONDS)
     if lock is None:
         return 0  # another one is at work, and finds new sessions by itself
     stop = threading.Event()
@@ -151,12 +142,12 @@ def main(arguments: list[str]) -> int:
     wait.start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    with holding(lock):
+    with control.holding(lock):
         try:
             Shipper(directory, Transport(url, server_token()), stop).run()
         except EndlexError as error:
-            say(str(error))
-            write_state(directory, FAILED, {"error": str(error)})
+            control.say(str(error))
+            control.write_state(directory, FAILED, {"error": str(error)})
             return 1
     return 0
 
