@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, cast
@@ -172,20 +172,15 @@ def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     if not _clone(source, target):
-        first, second = (os.link, _copy) if link else (_copy, os.link)
+        # Copies are of the content alone: exFAT and the like refuse permissions.
+        ways: list[Callable[[Path, Path], object]] = [shutil.copyfile, os.link]
+        first, second = reversed(ways) if link else ways
         try:
             first(source, target)
         except OSError:  # no links to there, or no space for a copy
+            target.unlink(missing_ok=True)
             second(source, target)
     return describe_file(inside, target.stat())
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)  # the content alone: exFAT and the like refuse permissions
-    except OSError:
-        target.unlink(missing_ok=True)
-        raise
 
 
 def _clone(source: Path, target: Path) -> bool:

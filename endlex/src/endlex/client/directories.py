@@ -209,11 +209,9 @@ def register(directory: Path) -> None:
         if path.exists() and line in path.read_bytes().splitlines():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, b"\n" + line + b"\n")  # apart from a line that was torn
-        finally:
-            os.close(descriptor)
+        path.touch(0o600)
+        with path.open("ab", buffering=0) as file:
+            file.write(b"\n" + line + b"\n")  # apart from a line that was torn
     except (OSError, RuntimeError) as error:
         warn(
             f"cannot note {directory} in the list of this machine's runs ({error}): "

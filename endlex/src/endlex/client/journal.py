@@ -10,7 +10,6 @@ Before that come the functions that turn what a trainer gives into JSON.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -53,15 +52,6 @@ def as_number(value: Any) -> float:
         raise TypeError("text")
     item = getattr(value, "item", None)  # of an array or tensor of one element, in any shape
     return float(item() if callable(item) else value)
-
-
-def checked_step(step: Any) -> int:
-    """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
-    with contextlib.suppress(Exception):  # whatever some library's tensor raises
-        whole = int(step)
-        if 0 <= whole <= protocol.MAX_STEP and whole == step and not isinstance(step, bool):
-            return whole
-    raise EndlexError(f"step is {step!r:.80}; it must be a whole number from 0 to 2**62")
 
 
 def as_list(given: str | Iterable[str]) -> list[str]:

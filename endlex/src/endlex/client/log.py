@@ -15,11 +15,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from endlex import protocol
-from endlex.client.journal import Journal, as_list, as_number, checked_step, tidy_name
+from endlex.client.journal import Journal, as_list, as_number, tidy_name
 from endlex.client.process import warn, write_whole
 from endlex.protocol import MAX_STEP, MAX_TEXT_CHARS, METRICS, EndlexError
 from endlex.reading import last_step
@@ -238,15 +239,17 @@ class Log:
         """Return the step as a number; without a good one, that many `after` the last one."""
         if type(step) is int and 0 <= step <= MAX_STEP:
             return step
+        with suppress(Exception):  # whatever some library's tensor raises
+            if 0 <= step <= MAX_STEP and int(step) == step and not isinstance(step, bool):
+                return int(step)
         latest = self._last_step  # here, or else in a session before this one
         if latest is None:
             latest = last_step(self.directory) if self.directory is not None else -1
         following = min(max(latest + after, 0), MAX_STEP)
-        try:
-            return following if step is None else checked_step(step)
-        except EndlexError as error:
-            self._refuse("step", EndlexError(f"{error}; recorded as step {following}"))
-            return following
+        if step is not None:
+            wrong = f"step is {step!r:.80}; it must be a whole number from 0 to 2**62"
+            self._refuse("step", EndlexError(f"{wrong}; recorded as step {following}"))
+        return following
 
     def _watch_shipper(self) -> None:
         """Look whether the shipper still lives."""
