@@ -182,7 +182,7 @@ class Journal:
         session: str | None = None,
         moment: float | None = None,
     ) -> None:
-        folder = directory / protocol.JOURNAL_DIR
+        self.directory, folder = directory, directory / protocol.JOURNAL_DIR
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
         self.session = session or f"{number:06d}-{os.urandom(6).hex()}"

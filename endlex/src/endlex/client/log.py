@@ -50,10 +50,8 @@ class Log:
     strict, it raises an `EndlexError` instead.
     """
 
-    def __init__(
-        self, directory: Path | None, journal: Journal | None, name: str, strict: bool
-    ) -> None:
-        self.directory, self.name = directory, name
+    def __init__(self, journal: Journal | None, name: str, strict: bool) -> None:
+        self.directory, self.name = None if journal is None else journal.directory, name
         self.refused = Counter[str]()
         """How often something could not be recorded as it was, by name."""
         self._journal, self._strict, self._finished = journal, strict, False
@@ -174,11 +172,7 @@ class Log:
         Args:
             values: numbers in any shape; or counts, where `edges` (one more) are given.
         """
-
-        def content() -> dict[str, Any]:
-            return {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)}
-
-        self._record(protocol.TABLE, name, step, content)
+        self._record(protocol.TABLE, name, step, lambda: count_values(values, bins, edges))
 
     def log_image(
         self, name: str, image: Any, *, step: int | None = None, caption: str | None = None
@@ -352,11 +346,8 @@ def _encode_array(array: Any) -> bytes:
     )
 
 
-def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> list[list[float]]:
-    """Return a histogram's rows; non-finite values are left out.
-
-    If `edges` are given, `values` are the counts between them.
-    """
+def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> dict[str, Any]:
+    """Return a histogram as a table; non-finite values are left out."""
     array = as_array(values).ravel()
     if edges is None:
         import numpy as np
@@ -369,5 +360,5 @@ def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> list[
         counts, limits = array, as_array(edges)
         if len(limits) != len(counts) + 1:
             raise EndlexError(f"{len(counts)} counts need {len(counts) + 1} edges")
-    low, high = limits[:-1].tolist(), limits[1:].tolist()
-    return [list(row) for row in zip(low, high, counts.tolist(), strict=True)]
+    rows = zip(limits[:-1].tolist(), limits[1:].tolist(), counts.tolist(), strict=True)
+    return {"columns": HISTOGRAM, "rows": list(map(list, rows))}

@@ -13,22 +13,13 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
+from endlex import protocol
 from endlex.client import directories, process
-from endlex.client.directories import Mode
+from endlex.client.directories import Mode, RunFile
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.log import Log
 from endlex.client.process import UNFINISHED, status_of, warn, warn_once
-from endlex.protocol import (
-    CHECKPOINT,
-    CONFIG,
-    REPLACES,
-    STATUSES,
-    TRAINER,
-    EndlexError,
-    Status,
-    check_checkpoint_name,
-    check_name,
-)
+from endlex.protocol import EndlexError, Status, check_name
 
 if TYPE_CHECKING:
     from endlex.client.environment import Console
@@ -49,18 +40,9 @@ class Run(Log):
     current: ClassVar[Run | None] = None
     """The run that `init` returned last."""
 
-    def __init__(
-        self,
-        directory: Path | None,
-        journal: Journal | None,
-        project: str,
-        name: str,
-        config: Any = None,
-        id: str = "",
-        strict: bool = False,
-    ) -> None:
-        super().__init__(directory, journal, name, strict)
-        self.project, self.id = project, id
+    def __init__(self, owner: RunFile, journal: Journal | None, config: Any, strict: bool) -> None:
+        super().__init__(journal, owner["name"], strict)
+        self.project, self.id = owner["project"], owner["run"]
         self.config = RunConfig(as_config(config), self._record_config)
         """As given to `init`. What is changed here is recorded: at once for its own keys, at the
         next `save` or `finish` for what is inside their values."""
@@ -121,7 +103,8 @@ class Run(Log):
         from endlex.client.checkpoints import Staged, stage
 
         if replaces is not None:
-            metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
+            protocol.check_checkpoint_name(replaces)
+            metadata = {**(metadata or {}), protocol.REPLACES: replaces}
         self._record_config()
         asked: Staged = {
             "name": name or "",
@@ -139,7 +122,7 @@ class Run(Log):
         files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
         record = {**note, "files": files}
         kept = ("step", "name", "files", "aliases", "metadata")
-        self._journal.append(CHECKPOINT, {key: record[key] for key in kept})
+        self._journal.append(protocol.CHECKPOINT, {key: record[key] for key in kept})
         return note["name"]
 
     def has_saved(self, name: str) -> bool:
@@ -157,8 +140,8 @@ class Run(Log):
         Raises:
             EndlexError: `status` is not one.
         """
-        if status not in STATUSES:
-            raise EndlexError(f"status {status!r} must be one of {', '.join(STATUSES)}")
+        if status not in protocol.STATUSES:
+            raise EndlexError(f"status {status!r} must be one of {', '.join(protocol.STATUSES)}")
         if self._finished or self._journal is None:
             self._finished = True
             return
@@ -216,7 +199,7 @@ class Run(Log):
             return
         try:
             if changed := self.config.take_changes():
-                self._journal.append(CONFIG, {"config": changed})
+                self._journal.append(protocol.CONFIG, {"config": changed})
         except (EndlexError, OSError) as error:
             self._refuse("config", error)
 
@@ -283,7 +266,8 @@ def init(
     if name is not None:
         check_name(name, "run name")
     if mode == "disabled" or (rank and not all_ranks):
-        Run.current = Run(None, None, project, name or "", config, strict=strict)
+        nobody: RunFile = {"run": "", "project": project, "name": name or "", "created": 0.0}
+        Run.current = Run(nobody, None, config, strict)
         return Run.current
     run_id = directories.given_run_id(id)
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
@@ -292,14 +276,14 @@ def init(
     words = [*as_list(tags or ()), *([job_type] if job_type else [])]
     start = directories.session_start(
         owner,
-        TRAINER,
+        protocol.TRAINER,
         config=as_config(config),
         tags=[check_name(tag, "tag") for tag in words],
         group=None if group is None else str(group),
         notes=None if notes is None else str(notes),
         rank=rank,
     )
-    run = Run(place, Journal(place, start), project, owner["name"], config, owner["run"], strict)
+    run = Run(owner, Journal(place, start), config, strict)
     run._begin(rank == 0, save_code, directories.is_on("CONSOLE") if console is None else console)
     if mode == "online" and (url := directories.server_url()):
         run.go_online(url)

@@ -286,7 +286,7 @@ def pull_checkpoint(
             done += piece.bytes
             waiter.report(done, total)
 
-    in_parallel(fetch, pieces, CONNECTIONS, transport)
+    in_parallel(fetch, pieces, CONNECTIONS)
     for file in wanted:
         _publish(building / file["path"], directory / file["path"], file)
     shutil.rmtree(building, ignore_errors=True)

@@ -79,6 +79,11 @@ class Answer(NamedTuple):
     """When the server sent it, as it says."""
 
 
+class _Local(threading.local):
+    connection: http.client.HTTPConnection | None = None
+    """A thread's connection, if one is open."""
+
+
 class Transport:
     """A connection to a server for each thread that asks, through HTTPS_PROXY or HTTP_PROXY if set.
 
@@ -114,7 +119,7 @@ class Transport:
         self._prefix, self._token = parts.path.rstrip("/"), token
         self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self._connect_seconds, self._read_seconds = connect_seconds, read_seconds
-        self._local = threading.local()
+        self._local = _Local()
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
 
@@ -221,7 +226,7 @@ class Transport:
             headers["Authorization"] = f"Bearer {self._token}"
         if body is not None:
             headers["Content-Length"] = str(len(body))
-        reused = self._connection is not None
+        reused = self._local.connection is not None
         try:
             return self._send(method, target, body, headers)
         except BaseException as error:
@@ -235,7 +240,7 @@ class Transport:
     def _send(
         self, method: str, target: str, body: Body, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
-        connection = self._connection
+        connection = self._local.connection
         if connection is None:
             connection = self._local.connection = self._new_connection()
             connection.connect()
@@ -254,11 +259,6 @@ class Transport:
             response.will_close = True
             return response
         return connection.getresponse()
-
-    @property
-    def _connection(self) -> http.client.HTTPConnection | None:
-        """This thread's connection, if one is open."""
-        return getattr(self._local, "connection", None)
 
     def _new_connection(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
@@ -290,9 +290,9 @@ class Transport:
 
     def close(self) -> None:
         """Close this thread's connection; its next request opens another one."""
-        if self._connection is not None:
+        if self._local.connection is not None:
             with suppress(OSError):
-                self._connection.close()
+                self._local.connection.close()
             self._local.connection = None
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -137,7 +137,7 @@ class Uploader:
                 held += places[sha256].length - start
                 self.progress(held, total)
 
-        in_parallel(send, missing, CONNECTIONS, self.transport)
+        in_parallel(send, missing, CONNECTIONS)
 
     def _send_part(self, sha256: str, place: _Place, start: int) -> None:
         with checkpoints.open_unchanged(place.root, place.file) as file:
@@ -194,28 +194,15 @@ def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], di
     return missing, partial
 
 
-def in_parallel(
-    act: Callable[[T], None], items: Sequence[T], connections: int, transport: Transport
-) -> None:
+def in_parallel(act: Callable[[T], None], items: Sequence[T], threads: int) -> None:
     """Act on each item, several at a time in threads; the first fault ends all, and is raised."""
-    left, failed = iter(items), list[BaseException]()
-
-    def work() -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        acts = [pool.submit(act, item) for item in items]
         try:
-            for item in left:  # shared by the threads
-                if failed:
-                    return
-                act(item)
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            transport.close()  # this thread's connection
-
-    with ThreadPoolExecutor(connections) as pool:
-        try:
-            wait([pool.submit(work) for _ in range(min(connections, len(items)))])
-        except BaseException as error:  # such as Ctrl-C
-            failed.append(error)
+            wait(acts, return_when=FIRST_EXCEPTION)
+        finally:  # at Ctrl-C, too
+            pool.shutdown(cancel_futures=True)
+    failed = [error for one in acts if not one.cancelled() and (error := one.exception())]
     if failed:
         raise next((error for error in failed if not isinstance(error, Retry)), failed[0])
 
