@@ -49,16 +49,13 @@ CONSOLE, EXCEPTION = "run/console", "run/exception"
 ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages"
 """Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
 was. Their steps are the session's number, of the console's chunks a million times that and more."""
-LEVELS = ("info", "warning", "error")
-"""Levels of an alert."""
+LEVELS = ("info", "warning", "error")  # levels of an alert
 TRAINER, SYSTEM = "trainer", "system"
 """Kinds of session: what the trainer logs, and what the shipper measures of its machine."""
 
-Status = Literal["finished", "failed", "interrupted"]
-"""How a session says that it ended."""
+Status = Literal["finished", "failed", "interrupted"]  # how a session says that it ended
 STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
-CRASHED = "crashed"
-"""Status of a session whose writer is gone without having recorded its end."""
+CRASHED = "crashed"  # status of a session whose writer is gone without having recorded its end
 LOST = "lost"
 """Status of a session whose machine the server has not heard of for a while; it may return."""
 
@@ -74,8 +71,7 @@ SCOPES: dict[Scope, str] = {
 
 REPLACES = "replaces"
 """Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
-KEEP = "keep"
-"""Alias of checkpoints that no rule removes; the only one that several may have."""
+KEEP = "keep"  # alias of checkpoints that no rule removes; the only one that several may have
 REMOVED = "removed"
 """State of a checkpoint that was published and that a rule or a person removed since."""
 
@@ -85,26 +81,19 @@ STAGED_DIR = "staged"
 MEDIA_DIR = "media"
 MANIFEST_DIR = "manifests"
 
-MAX_NAME_CHARS = 200
-"""Length of a project's, run's or metric's name."""
+MAX_NAME_CHARS = 200  # length of a project's, run's or metric's name
 MAX_STEP = 2**62
-MAX_TEXT_CHARS = 1_000_000
-"""Length of one logged text."""
+MAX_TEXT_CHARS = 1_000_000  # length of one logged text
 MAX_CONSOLE_CHARS = 4 * 2**20
 """Length of one session's console output; then only its last lines are kept."""
 MAX_REASON_CHARS = 1000
 MAX_BATCH_BYTES = 8 * 2**20
 """Size of one batch of journal lines, uncompressed, and so of one record."""
-PART_BYTES = 16 * 2**20
-"""Size of every part of a file but its last, as the client cuts them."""
-MAX_PART_BYTES = 32 * 2**20
-"""Size of the largest part that a server takes."""
-MAX_PARTS_ASKED = 4096
-"""Most parts that one "which are missing?" request may ask about."""
-MAX_FILES = 10_000
-"""Most files in one checkpoint."""
-MAX_PATH_CHARS = 400
-"""Length of a file's path inside a checkpoint."""
+PART_BYTES = 16 * 2**20  # size of every part of a file but its last, as the client cuts them
+MAX_PART_BYTES = 32 * 2**20  # size of the largest part that a server takes
+MAX_PARTS_ASKED = 4096  # most parts that one "which are missing?" request may ask about
+MAX_FILES = 10_000  # most files in one checkpoint
+MAX_PATH_CHARS = 400  # length of a file's path inside a checkpoint
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -264,8 +264,7 @@ def _describe(name: str, series: dict[int, float]) -> dict[str, Any]:
     }
 
 
-Points = dict[int, tuple[float, float]]
-"""Time and value by step."""
+Points = dict[int, tuple[float, float]]  # time and value by step
 
 
 def read_points(directory: Path) -> dict[str, Points]:

@@ -37,10 +37,8 @@ GIT_SECONDS = 5.0
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 CHUNK_SECONDS = 1.0
 CHUNK_CHARS = 8192
-LINE_CHARS = 4000
-"""Most of one line that are kept."""
-LAST_LINES = 50
-"""Kept when there was too much."""
+LINE_CHARS = 4000  # most of one line that are kept
+LAST_LINES = 50  # kept when there was too much
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])")
 CHUNKS_PER_SESSION = 1_000_000
 
@@ -153,8 +151,7 @@ class Console:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self.chunks = 0
-        """How many were recorded."""
+        self.chunks = 0  # how many were recorded
         self._partial, self._lines = dict[str, str](), list[str]()
         self._chars = self._kept = self._left_out = 0
         self._last = deque[str](maxlen=LAST_LINES)

@@ -29,8 +29,7 @@ from endlex.reading import session_files, session_number
 
 LARGEST_EXACT = 2**53
 """Whole numbers up to here are kept exactly; larger ones as floats, as every reader has them."""
-DEEPEST = 50
-"""Levels of nested values; what is deeper is kept as text."""
+DEEPEST = 50  # levels of nested values; what is deeper is kept as text
 
 
 def tidy_name(name: Any, default: str) -> str:
@@ -155,8 +154,7 @@ def _jsonable(value: Any, depth: int = 0) -> Any:
     return _jsonable(_default(value), depth + 1)
 
 
-LARGEST_BACKLOG = 16 * 2**20
-"""Bytes of records held in memory while the disk refuses them."""
+LARGEST_BACKLOG = 16 * 2**20  # bytes of records held in memory while the disk refuses them
 
 OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
 """The journals of this process, which a forked child must abandon."""
@@ -193,8 +191,7 @@ class Journal:
         self._numbers = itertools.count()
         self.lock = threading.RLock()
         """Held while a record is written. A signal handler may log in the middle of that."""
-        self.count = 0
-        """How many records were appended."""
+        self.count = 0  # how many records were appended
         self._backlog = b""
         hidden = folder / f".{self.session}.new"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL

@@ -25,8 +25,7 @@ from endlex.client.process import warn, write_whole
 from endlex.protocol import MAX_STEP, MAX_TEXT_CHARS, METRICS, EndlexError
 from endlex.reading import last_step
 
-HISTOGRAM = ["low", "high", "count"]
-"""Columns of the tables that hold histograms."""
+HISTOGRAM = ["low", "high", "count"]  # columns of the tables that hold histograms
 PNG, OTHER = "image/png", "application/octet-stream"
 SAME_ALERT_SECONDS = 60.0
 
@@ -129,7 +128,7 @@ class Log:
         if len(text) > MAX_TEXT_CHARS:
             message = f"text {name!r} has {len(text):,} characters: the first {MAX_TEXT_CHARS:,}"
             self._refuse(name, EndlexError(f"{message} are kept"))
-        self._record(protocol.TEXT, name, step, lambda: {"text": text[:MAX_TEXT_CHARS]})
+        self._record(protocol.TEXT, name, step, lambda _: {"text": text[:MAX_TEXT_CHARS]})
 
     def log_table(
         self,
@@ -146,7 +145,7 @@ class Log:
                 length are left out.
         """
 
-        def content() -> dict[str, Any]:
+        def content(_: Path) -> dict[str, Any]:
             kept, names = [], [str(column) for column in as_list(columns)]
             for number, row in enumerate(map(list, rows)):
                 if len(row) == len(names):
@@ -172,7 +171,7 @@ class Log:
         Args:
             values: numbers in any shape; or counts, where `edges` (one more) are given.
         """
-        self._record(protocol.TABLE, name, step, lambda: count_values(values, bins, edges))
+        self._record(protocol.TABLE, name, step, lambda _: count_values(values, bins, edges))
 
     def log_image(
         self, name: str, image: Any, *, step: int | None = None, caption: str | None = None
@@ -183,27 +182,27 @@ class Log:
             image: a path, a PIL image, a figure of matplotlib or plotly, or an array: [H, W] or
                 [H, W, 1, 3 or 4], uint8, or floats from 0 to 1; [3, H, W] as torch has it, too.
         """
-        self._record(protocol.MEDIA, name, step, lambda: self._keep(encode_image(image), caption))
+        self._record(
+            protocol.MEDIA, name, step, lambda at: keep_media(at, *encode_image(image), caption)
+        )
 
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
         """Record a file of one step; its suffix says what it is: audio, video, an image."""
-        self._record(protocol.MEDIA, name, step, lambda: self._keep(read_file(path), caption))
-
-    def _keep(self, encoded: tuple[bytes, str], caption: str | None) -> dict[str, Any]:
-        assert self.directory is not None
-        return keep_media(self.directory, *encoded, caption)
+        self._record(
+            protocol.MEDIA, name, step, lambda at: keep_media(at, *read_file(path), caption)
+        )
 
     def _record(
-        self, kind: str, name: str, step: int | None, content: Callable[[], dict[str, Any]]
+        self, kind: str, name: str, step: int | None, content: Callable[[Path], dict[str, Any]]
     ) -> None:
-        """Record something of a name and a step, which is not a metric."""
+        """Record something of a name and a step; `content` is given the run's directory."""
         if self._journal is None or self._is_over():
             return
         try:
             head = {"step": self._number(step, after=0), "name": self._accept(name, f"{kind} name")}
-            self._journal.append(kind, head | content())
+            self._journal.append(kind, head | content(self._journal.directory))
         except Exception as error:  # whatever some library's figure raises
             self._refuse(name, error)
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-WATCH_SECONDS = 60.0
-"""How often `log` looks whether the shipper still lives."""
+WATCH_SECONDS = 60.0  # how often `log` looks whether the shipper still lives
 
 
 class Run(Log):
@@ -99,7 +98,6 @@ class Run(Log):
             return name or ""
         if self._finished:
             raise self._is_finished()
-        assert self.directory is not None
         from endlex.client.checkpoints import Staged, stage
 
         if replaces is not None:
@@ -114,7 +112,8 @@ class Run(Log):
             "metadata": plain(metadata or {}),
             "files": [],
         }
-        note = stage(self.directory, Path(path), asked, link=link, outside_links=outside_links)
+        at = self._journal.directory
+        note = stage(at, Path(path), asked, link=link, outside_links=outside_links)
         if note is None:
             fault = EndlexError(f"{str(path)!r} holds no files: nothing to save")
             self._refuse(str(path), fault)
@@ -159,10 +158,10 @@ class Run(Log):
             names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
         UNFINISHED.pop(self, None)
-        if self.online and not self._journal.inherited and self.directory is not None:
+        if self.online and not self._journal.inherited:
             from endlex.client.shipper.control import wait_until_shipped
 
-            wait_until_shipped(self.directory, self._journal.path)
+            wait_until_shipped(self._journal.directory, self._journal.path)
 
     def _begin(self, is_first: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
@@ -187,10 +186,10 @@ class Run(Log):
         from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
 
         self._next_watch = time.monotonic() + WATCH_SECONDS
-        if self.directory is None or self._journal is None or self._journal.inherited:
+        if self._journal is None or self._journal.inherited:
             return
         try:
-            (start_shipper if begin else restart_shipper_if_killed)(self.directory)
+            (start_shipper if begin else restart_shipper_if_killed)(self._journal.directory)
         except (OSError, ValueError) as error:
             warn(f"the shipper does not start ({error})")
 

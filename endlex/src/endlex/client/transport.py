@@ -40,8 +40,7 @@ HINTS = {
     "no answer in time": "behind a proxy, set HTTPS_PROXY",
 }
 """Remedies, by a part of the system's message."""
-REFUSED_SECONDS = 30.0
-"""Seconds until something that the server refused is tried again."""
+REFUSED_SECONDS = 30.0  # seconds until something that the server refused is tried again
 
 Body = bytes | memoryview | None
 

@@ -30,10 +30,8 @@ from endlex.client.transport import Backoff, Retry, Transport
 from endlex.protocol import EndlexError
 
 JOURNAL_POLL_SECONDS = 0.5
-LOCK_SECONDS = 10.0
-"""How long a new shipper waits for the one before it to end."""
-NICENESS = 10
-"""Added to the process's: the trainer comes first."""
+LOCK_SECONDS = 10.0  # how long a new shipper waits for the one before it to end
+NICENESS = 10  # added to the process's: the trainer comes first
 SHIPPING, WAITING, FAILED = "shipping", "waiting", "failed"
 
 

@@ -30,8 +30,7 @@ from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
 
 LOCK_FILE, STATE_FILE, LOG_FILE = "shipper.lock", "shipper.json", "shipper.log"
-FINISH_SECONDS = 4.0
-"""How long the end of a run waits for the server to have everything."""
+FINISH_SECONDS = 4.0  # how long the end of a run waits for the server to have everything
 BEGIN_SECONDS = 1.0
 """Seconds without a living shipper, at a run's end, after which another one is started."""
 SHIPPER_POLL_SECONDS = 0.02

@@ -26,8 +26,7 @@ from endlex.client.transport import REFUSED_SECONDS, Backoff, Refused, Retry, Tr
 from endlex.protocol import MAX_PARTS_ASKED, MEDIA_DIR, STAGED_DIR, EndlexError, Manifest
 
 CONNECTIONS = 2
-ROUNDS = 5
-"""Times that missing parts are sent before that counts as a fault."""
+ROUNDS = 5  # times that missing parts are sent before that counts as a fault
 VERIFY_SECONDS = (0.05, 2.0)
 """First and longest wait between questions whether the server has verified a checkpoint."""
 STAGED_POLL_SECONDS = 0.5
@@ -225,8 +224,7 @@ class CheckpointShipper:
         self._directory, self._run, self._transport = directory, run, transport
         self._ready, self._stop = ready, threading.Event()
         self._backoffs = defaultdict[str, Backoff](Backoff)
-        self._media_at = 0.0
-        """When media may be tried again: their faults hold up no checkpoint."""
+        self._media_at = 0.0  # when media may be tried again: their faults hold up no checkpoint
         self.states = dict[str, dict[str, Any]]()
         """By checkpoint: `state`, `done_bytes`, `total_bytes` and `error`."""
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)

@@ -37,8 +37,7 @@ class SessionShipper:
         self.path, self.session, self.kind = path, path.stem, session_kind(path)
         self._transport = transport
         self._where = quoted("runs", run, "sessions", self.session)
-        self.acknowledged: int | None = None
-        """Bytes that the server has; None until it was asked."""
+        self.acknowledged: int | None = None  # bytes that the server has; None until it was asked
         self.alive, self.done = True, False
         """Whether a process still writes it; whether all of it is sent, its end included."""
         self.error: str | None = None
@@ -166,8 +165,7 @@ class JournalShipper:
         self._reported = set(reported)
         self._oom_kills = oom_kills()
         self.sessions: dict[str, SessionShipper] = {}
-        self.denied = False
-        """Whether the last refusal was of the token."""
+        self.denied = False  # whether the last refusal was of the token
 
     def tick(self) -> bool:
         """Look at every session once; whether there is more to send right away.

@@ -27,8 +27,7 @@ from endlex.client.shipper.control import say
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0
-FIRST_SECONDS = 1.0
-"""Rates need some time before the first sample."""
+FIRST_SECONDS = 1.0  # rates need some time before the first sample
 
 Sensor = Callable[[], dict[str, float]]
 
@@ -48,8 +47,7 @@ def sensors(directory: Path) -> list[Sensor]:
         with contextlib.suppress(Exception):  # no driver, or no card
             nvml.nvmlInit()
             for index in range(nvml.nvmlDeviceGetCount()):
-                card = nvml.nvmlDeviceGetHandleByIndex(index)
-                found += _card_sensors(nvml, card, f"system/gpu.{index}/")
+                found += _card_sensors(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index)
     return found
 
 
@@ -92,9 +90,9 @@ def _network(psutil: Any) -> Sensor:
     return measure
 
 
-def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:
+def _card_sensors(nvml: Any, card: Any, index: int) -> list[Sensor]:
     """Return one sensor per figure: cards differ in what they support."""
-    kind = nvml.NVML_TEMPERATURE_GPU
+    prefix, kind = f"system/gpu.{index}/", nvml.NVML_TEMPERATURE_GPU
 
     def memory() -> dict[str, float]:
         info = nvml.nvmlDeviceGetMemoryInfo(card)
