@@ -201,10 +201,9 @@ def check_manifest(value: Any) -> Manifest:
     if not isinstance(value, dict):
         raise EndlexError(f"a manifest is a JSON object, not {type(value).__name__}")
     if value.get("protocol") != PROTOCOL:
-        raise EndlexError(
-            f"the manifest's protocol is {value.get('protocol')!r}, and this version of Endlex "
-            f"speaks {PROTOCOL}: upgrade the older side"
-        )
+        theirs = f"the manifest's protocol is {value.get('protocol')!r}"
+        ours = f"this version of Endlex speaks {PROTOCOL}: upgrade the older side"
+        raise EndlexError(f"{theirs}, and {ours}")
     check_checkpoint_name(value.get("name", ""))
     _check_count(value.get("step"), "step")
     created, aliases, files = value.get("created"), value.get("aliases"), value.get("files")

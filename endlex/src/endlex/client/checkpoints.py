@@ -103,9 +103,9 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
     root = source.resolve()
     for inside, path in _files_in(source, "", (root,)):
         if not outside_links and not (place := path.resolve()).is_relative_to(root):
+            remedy = "give outside_links=True if that belongs to the checkpoint"
             raise EndlexError(
-                f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}: give "
-                "outside_links=True if that belongs to the checkpoint"
+                f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}: {remedy}"
             )
         yield inside, path
 
@@ -228,15 +228,13 @@ def staged_names(directory: Path) -> list[str]:
 
 def staged_change(directory: Path, name: str) -> str | None:
     """Return what happened to a staged checkpoint's files since they were saved, or None."""
+    how = "was rewritten in place after it was saved with link=True: save it again, without that"
     with contextlib.suppress(EndlexError):  # it is being removed: the server has it
         for file in read_note(directory, name)["files"]:
             with contextlib.suppress(OSError):  # likewise
                 status = (directory / STAGED_DIR / name / file["path"]).stat()
                 if not _is_as_saved(file, status):
-                    return (
-                        f"file {file['path']!r} was rewritten in place after it was saved with "
-                        "link=True: save it again, without that"
-                    )
+                    return f"file {file['path']!r} {how}"
     return None
 
 

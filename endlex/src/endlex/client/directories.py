@@ -119,24 +119,20 @@ def find_or_claim(
     place = Path(directory).absolute()
     owner = read_run_file(place)
     if owner is None and resume == "must":
-        raise EndlexError(
-            f"{place} holds no run to resume (resume='must'): give the run's directory; a run of "
-            "another machine is joined by its id alone"
-        )
+        remedy = "give the run's directory; a run of another machine is joined by its id alone"
+        raise EndlexError(f"{place} holds no run to resume (resume='must'): {remedy}")
     if owner is not None and resume == "never":
         raise EndlexError(f"{place} holds a run already (resume='never'): give another directory")
     if owner is None:
         owner = claim_directory(place, new_id, project, name or f"run-{new_id}")
-    if owner["project"] != project or name not in (None, owner["name"]):
-        raise EndlexError(
-            f"{place} is the directory of run {owner['name']!r} of project {owner['project']!r}, "
-            f"not of {name or owner['name']!r} of {project!r}: give another directory"
-        )
+    theirs, asked = (owner["name"], owner["project"]), (name or owner["name"], project)
+    if theirs != asked:
+        whose = "run {!r} of project {!r}, not of {!r} of {!r}".format(*theirs, *asked)
+        raise EndlexError(f"{place} is the directory of {whose}: give another directory")
     if run_id not in (None, owner["run"]):
-        raise EndlexError(
-            f"{place} is the directory of the run with id {owner['run']!r}, not {run_id!r}: give "
-            "another directory, or leave the id (ENDLEX_RUN_ID) away"
-        )
+        remedy = "give another directory, or leave the id (ENDLEX_RUN_ID) away"
+        whose = f"the run with id {owner['run']!r}, not {run_id!r}"
+        raise EndlexError(f"{place} is the directory of {whose}: {remedy}")
     register(place)
     return place, owner
 
@@ -213,10 +209,8 @@ def register(directory: Path) -> None:
         with path.open("ab", buffering=0) as file:
             file.write(b"\n" + line + b"\n")  # apart from a line that was torn
     except (OSError, RuntimeError) as error:
-        warn(
-            f"cannot note {directory} in the list of this machine's runs ({error}): "
-            "`endlex verify` finds it there only if you name it"
-        )
+        fault = f"cannot note {directory} in the list of this machine's runs ({error})"
+        warn(f"{fault}: `endlex verify` finds it there only if you name it")
 
 
 def registered() -> list[Path]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from endlex import protocol
 from endlex.client import directories, process
@@ -20,9 +20,6 @@ from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.log import Log
 from endlex.client.process import UNFINISHED, status_of, warn, warn_once
 from endlex.protocol import EndlexError, Status, check_name
-
-if TYPE_CHECKING:
-    from endlex.client.environment import Console
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +44,7 @@ class Run(Log):
         next `save` or `finish` for what is inside their values."""
         self.url: str | None = None
         """The address of the run's page; None while the run is not sent to a server."""
-        self._console: Console | None = None
+        self._console: Any = None  # of `environment`, which takes long to import
 
     @property
     def online(self) -> bool:

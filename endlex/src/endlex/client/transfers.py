@@ -31,12 +31,7 @@ from endlex.client.shipper.send_checkpoints import (
     Uploader,
     in_parallel,
 )
-from endlex.client.shipper.send_journals import (
-    JournalShipper,
-    SessionDiffers,
-    SessionShipper,
-    renew_session,
-)
+from endlex.client.shipper.send_journals import JournalShipper, SessionShipper
 from endlex.client.transport import Backoff, Retry, Transport, quoted
 from endlex.client.verify import fetch_manifest
 from endlex.protocol import EndlexError, ManifestFile, check_checkpoint_name, check_run_id
@@ -63,21 +58,16 @@ class Patience:
         self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
     ) -> None:
         self._seconds, self._progress = seconds, progress
-        self._reached = list[object]()
         self._start_over()
 
-    def _start_over(self) -> None:
+    def _start_over(self, *reached: Any) -> None:
+        self._reached = reached
         self._backoff, self._deadline, self._faults = Backoff(longest=5.0), math.inf, 0
 
     def report(self, *arguments: Any) -> None:
-        """Call `progress`, and start over if it is told of more than the last time.
-
-        Its last argument is the total; those before it say how far the work is.
-        """
-        *reached, _total = arguments
-        if reached != self._reached:
-            self._reached = reached
-            self._start_over()
+        """Call `progress`, whose last argument is a total; start over if the others changed."""
+        if self._reached != arguments[:-1]:
+            self._start_over(*arguments[:-1])
         self._progress(*arguments)
 
     def keep_trying(self, act: Callable[[], T]) -> T:
@@ -127,7 +117,7 @@ def sync_directory(
         with control.holding(lock):
             try:
                 if resend:
-                    _renew_differing(directory, run, transport)
+                    journals.renew_differing()
                 _send_journals(directory, journals, waiter)
                 _send_checkpoints(directory, shipper, waiter, drop_failed)
             finally:
@@ -151,16 +141,6 @@ def _take_over(directory: Path) -> tuple[bool, IO[str]]:
         if lock is not None:
             return had_shipper, lock
     raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
-
-
-def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
-    """Give journals that differ from the server's copies another session id."""
-    for path in session_files(directory):
-        try:
-            SessionShipper(run, path, transport).ask()
-        except SessionDiffers:
-            if not writer_is_alive(path):
-                renew_session(path)
 
 
 def _send_journals(directory: Path, journals: JournalShipper, patience: Patience) -> None:

@@ -72,15 +72,12 @@ class Refused(TransportError):
 class Answer(NamedTuple):
     """A request that went well."""
 
-    content: Any
-    """Decoded from JSON; None if there was none."""
-    date: str | None = None
-    """When the server sent it, as it says."""
+    content: Any  # decoded from JSON; None if there was none
+    date: str | None = None  # when the server sent it, as it says
 
 
 class _Local(threading.local):
-    connection: http.client.HTTPConnection | None = None
-    """A thread's connection, if one is open."""
+    connection: http.client.HTTPConnection | None = None  # a thread's, if one is open
 
 
 class Transport:
@@ -121,9 +118,6 @@ class Transport:
         self._local = _Local()
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
-
-    def __repr__(self) -> str:
-        return f"Transport({self.url!r})"
 
     @property
     def is_local(self) -> bool:

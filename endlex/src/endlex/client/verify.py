@@ -34,8 +34,7 @@ class Missing:
     """Why a directory may not be deleted yet; as text, one line for people."""
 
     kind: Kind
-    name: str
-    """A session, a checkpoint, or what lives: a session, or `shipper`."""
+    name: str  # a session, a checkpoint, or what lives: a session, or `shipper`
     reason: str
     remedy: Remedy = "sync"
 
@@ -48,8 +47,7 @@ class LetGo:
     """A checkpoint that the server published and that a rule or a person removed since."""
 
     name: str
-    removed: float
-    """Unix seconds."""
+    removed: float  # Unix seconds
     reason: str
 
 

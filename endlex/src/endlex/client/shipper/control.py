@@ -46,8 +46,7 @@ class Holder(NamedTuple):
 
     pid: int
     kind: str
-    name: str
-    """As `process_name` has it."""
+    name: str  # as `process_name` has it
 
 
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:

@@ -61,10 +61,9 @@ class SessionShipper:
         except (KeyError, TypeError, ValueError) as error:
             raise self._transport.ill_answer() from error
         if offset and _digest(self.path, min(offset, length)) != theirs:
-            raise SessionDiffers(
-                f"the server's copy of session {self.session} differs from {self.path}: to keep "
-                "both, send the file as a new session with `endlex sync --resend DIR`"
-            )
+            remedy = "to keep both, send the file as a new session with `endlex sync --resend DIR`"
+            copy = f"the server's copy of session {self.session}"
+            raise SessionDiffers(f"{copy} differs from {self.path}: {remedy}")
         self.acknowledged = offset
         return offset
 
@@ -137,10 +136,8 @@ def read_batch(path: Path, start: int, size: int) -> bytes:
         return batch
     if len(batch) < MAX_BATCH_BYTES:
         return b""
-    raise EndlexError(
-        f"{path} has a line of more than {MAX_BATCH_BYTES:,} bytes from byte {start} on: the file "
-        "was altered"
-    )
+    large = f"a line of more than {MAX_BATCH_BYTES:,} bytes from byte {start} on"
+    raise EndlexError(f"{path} has {large}: the file was altered")
 
 
 def _digest(path: Path, length: int) -> str:
@@ -166,6 +163,15 @@ class JournalShipper:
         self._oom_kills = oom_kills()
         self.sessions: dict[str, SessionShipper] = {}
         self.denied = False  # whether the last refusal was of the token
+
+    def renew_differing(self) -> None:
+        """Give journals that differ from the server's copies another session id."""
+        for path in session_files(self._directory):
+            try:
+                SessionShipper(self._run, path, self._transport).ask()
+            except SessionDiffers:
+                if not writer_is_alive(path):
+                    renew_session(path)
 
     def tick(self) -> bool:
         """Look at every session once; whether there is more to send right away.
