@@ -2,19 +2,7 @@
 
 A run's directory holds one journal file per session (a process that writes), and a journal is a
 file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 1, 2, ... within
-the session) and `time` (Unix seconds); the other keys depend on the type:
-
-    session     protocol, run, project, name, config, tags, group, notes, host, pid,
-                process, rank, kind
-    config      config: keys that were set or changed since, with their values
-    metrics     step, values {name: number}
-    text        step, name, text
-    table       step, name, columns, rows
-    checkpoint  step, name, files [{path, bytes}], aliases, metadata
-    media       step, name, kind, mime, bytes, parts [{sha256, bytes}], caption
-    alert       title, text, level
-    finish      status, reason
-
+the session) and `time` (Unix seconds); endlex/docs/protocol.md lists the other keys of each type.
 `session` is the first of every session. A journal's content is its bytes up to the last line end:
 what follows is torn. Readers keep and ignore types that they do not know.
 
@@ -35,16 +23,9 @@ from typing import Any, Literal, TypedDict
 
 PROTOCOL = 2
 
-SESSION = "session"
-CONFIG = "config"
-METRICS = "metrics"
-TEXT = "text"
-TABLE = "table"
-CHECKPOINT = "checkpoint"
-MEDIA = "media"
-ALERT = "alert"
-FINISH = "finish"
-
+SESSION, CONFIG, METRICS, TEXT, TABLE = "session", "config", "metrics", "text", "table"
+CHECKPOINT, MEDIA, ALERT, FINISH = "checkpoint", "media", "alert", "finish"
+"""Types of record."""
 CONSOLE, EXCEPTION = "run/console", "run/exception"
 ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages"
 """Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
@@ -76,10 +57,7 @@ REMOVED = "removed"
 """State of a checkpoint that was published and that a rule or a person removed since."""
 
 RUN_FILE = "run.json"
-JOURNAL_DIR = "journal"
-STAGED_DIR = "staged"
-MEDIA_DIR = "media"
-MANIFEST_DIR = "manifests"
+JOURNAL_DIR, STAGED_DIR, MEDIA_DIR, MANIFEST_DIR = "journal", "staged", "media", "manifests"
 
 MAX_NAME_CHARS = 200  # length of a project's, run's or metric's name
 MAX_STEP = 2**62
@@ -198,52 +176,52 @@ def check_manifest(value: Any) -> Manifest:
         EndlexError: a key is missing or wrong, two files share a path, or a file's parts do not
             add up to it.
     """
-    if not isinstance(value, dict):
-        raise EndlexError(f"a manifest is a JSON object, not {type(value).__name__}")
-    if value.get("protocol") != PROTOCOL:
-        theirs = f"the manifest's protocol is {value.get('protocol')!r}"
-        ours = f"this version of Endlex speaks {PROTOCOL}: upgrade the older side"
-        raise EndlexError(f"{theirs}, and {ours}")
+    _ensure(isinstance(value, dict), f"a manifest is a JSON object, not {type(value).__name__}")
+    theirs = f"the manifest's protocol is {value.get('protocol')!r}"
+    ours = f"this version of Endlex speaks {PROTOCOL}: upgrade the older side"
+    _ensure(value.get("protocol") == PROTOCOL, f"{theirs}, and {ours}")
     check_checkpoint_name(value.get("name", ""))
     _check_count(value.get("step"), "step")
     created, aliases, files = value.get("created"), value.get("aliases"), value.get("files")
-    if not isinstance(created, int | float) or not math.isfinite(created):
-        raise EndlexError(f"the manifest's created is {created!r}, not a time in Unix seconds")
-    if not isinstance(aliases, list) or not isinstance(value.get("metadata"), dict):
-        raise EndlexError("a manifest has a list of aliases and an object of metadata")
+    is_time = isinstance(created, int | float) and math.isfinite(created)
+    _ensure(is_time, f"the manifest's created is {created!r}, not a time in Unix seconds")
+    are_there = isinstance(aliases, list) and isinstance(value.get("metadata"), dict)
+    _ensure(are_there, "a manifest has a list of aliases and an object of metadata")
     for alias in aliases:
         check_checkpoint_name(alias)
-    if not isinstance(files, list) or not 0 < len(files) <= MAX_FILES:
-        raise EndlexError(f"a checkpoint has 1 to {MAX_FILES:,} files")
+    has_files = isinstance(files, list) and 0 < len(files) <= MAX_FILES
+    _ensure(has_files, f"a checkpoint has 1 to {MAX_FILES:,} files")
     for file in files:
         _check_file(file)
     _check_distinct([file["path"] for file in files])
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[no-any-return]
+
+
+def _ensure(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise EndlexError(otherwise)
 
 
 def _check_count(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise EndlexError(f"{what} is {value!r}; it must be a whole number from 0")
-    return value
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    _ensure(is_count, f"{what} is {value!r}; it must be a whole number from 0")
+    return int(value)
 
 
 def _check_file(file: Any) -> None:
-    if not isinstance(file, dict) or not isinstance(file.get("parts"), list):
-        raise EndlexError("each file of a manifest is an object with path, bytes, sha256, parts")
+    has_parts = isinstance(file, dict) and isinstance(file.get("parts"), list)
+    _ensure(has_parts, "each file of a manifest is an object with path, bytes, sha256, parts")
     path = check_checkpoint_path(file.get("path", ""))
     size = _check_count(file.get("bytes"), f"the size of {path!r}")
     check_sha256(file.get("sha256", ""))
-    held = 0
+    held, limits = 0, f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes"
     for part in file["parts"]:
-        if not isinstance(part, dict):
-            raise EndlexError(f"a part of {path!r} is not an object with sha256 and bytes")
+        _ensure(isinstance(part, dict), f"a part of {path!r} is not an object of sha256 and bytes")
         check_sha256(part.get("sha256", ""))
-        part_bytes = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
-        if not 0 < part_bytes <= MAX_PART_BYTES:
-            raise EndlexError(f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes")
-        held += part_bytes
-    if held != size:
-        raise EndlexError(f"{path!r} has {size:,} bytes, but its parts have {held:,}")
+        length = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
+        _ensure(0 < length <= MAX_PART_BYTES, limits)
+        held += length
+    _ensure(held == size, f"{path!r} has {size:,} bytes, but its parts have {held:,}")
 
 
 def _check_distinct(paths: list[str]) -> None:

@@ -223,7 +223,6 @@ def _add_record(
     summary["updated"] = max(summary["updated"], record.get("time", 0))
     if record["type"] == protocol.CONFIG or (record["type"] == SESSION and kind != SYSTEM):
         summary["config"] = summary["config"] | (record.get("config") or {})
-    if record["type"] == SESSION and kind != SYSTEM:
         for key in ("tags", "group", "notes", "host"):
             summary[key] = summary[key] or record.get(key) or summary[key]
     elif record["type"] == METRICS:
@@ -235,10 +234,9 @@ def _add_record(
             names.append(record.get("name"))
     elif record["type"] == CHECKPOINT:
         size = sum(file.get("bytes", 0) for file in record.get("files", []))
-        kept = {key: record.get(key) for key in ("name", "step", "aliases", "metadata")}
-        summary["checkpoints"].append(
-            {**kept, "created": record["time"], "bytes": size, "state": "local"}
-        )
+        found = {key: record.get(key) for key in ("name", "step", "aliases", "metadata")}
+        found |= {"created": record["time"], "bytes": size, "state": "local"}
+        summary["checkpoints"].append(found)
 
 
 def values_of(record: dict[str, Any]) -> Iterator[tuple[str, float]]:

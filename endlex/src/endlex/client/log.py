@@ -1,10 +1,8 @@
 """What a trainer logs, step by step: metrics, texts, tables, pictures, alerts.
 
-    media/SHA256    a part of a logged file that the server does not have yet
-
-The journal names a logged file's parts; equal files are kept and sent once. Figures and arrays
-become PNG images: of matplotlib, PIL, plotly (with kaleido), NumPy, torch and what else
-`numpy.asarray` takes.
+A logged file's parts are kept below `media`, by hash, until they are sent; equal files are kept and
+sent once. Figures and arrays become PNG images: of matplotlib, PIL, plotly (with kaleido), NumPy,
+torch and what else `numpy.asarray` takes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
 from endlex.client import checkpoints
 from endlex.client.directories import require_run_file
@@ -34,7 +34,7 @@ from endlex.client.shipper.send_checkpoints import (
 from endlex.client.shipper.send_journals import JournalShipper, SessionShipper
 from endlex.client.transport import Backoff, Retry, Transport, quoted
 from endlex.client.verify import fetch_manifest
-from endlex.protocol import EndlexError, ManifestFile, check_checkpoint_name, check_run_id
+from endlex.protocol import EndlexError, ManifestFile, Part, check_checkpoint_name, check_run_id
 from endlex.reading import content_length, session_files, writer_is_alive
 
 CONNECTIONS = 4
@@ -218,11 +218,7 @@ def push_checkpoint(
     patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
 
 
-class _Piece(NamedTuple):
-    path: str
-    offset: int
-    bytes: int
-    sha256: str
+_Piece = tuple[str, int, Part]  # a file's path, an offset in it, and the part that is there
 
 
 def pull_checkpoint(
@@ -254,16 +250,16 @@ def pull_checkpoint(
     building = directory.parent / f".{directory.name}.{name}.partial"
     pieces = [piece for file in wanted for piece in _pieces(building, file)]
     total = sum(file["bytes"] for file in manifest["files"])
-    done = total - sum(piece.bytes for piece in pieces)
+    done = total - sum(part["bytes"] for _, _, part in pieces)
     waiter = Patience(patience, progress)
     waiter.report(done, total)
     where, lock = quoted("runs", run, "checkpoints", name), threading.Lock()
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
-        waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
+        waiter.keep_trying(lambda: _fetch(*piece, building, where, transport))
         with lock:
-            done += piece.bytes
+            done += piece[2]["bytes"]
             waiter.report(done, total)
 
     in_parallel(fetch, pieces, CONNECTIONS)
@@ -295,25 +291,26 @@ def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
         content.truncate(file["bytes"])
         for part in file["parts"]:
             if hashlib.sha256(content.read(part["bytes"])).hexdigest() != part["sha256"]:
-                yield _Piece(file["path"], offset, part["bytes"], part["sha256"])
+                yield file["path"], offset, part
             offset += part["bytes"]
 
 
-def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> None:
-    path = f"{where}/files{quoted(*piece.path.split('/'))}"
+def _fetch(
+    path: str, offset: int, part: Part, building: Path, where: str, transport: Transport
+) -> None:
+    source, end = f"{where}/files{quoted(*path.split('/'))}", offset + part["bytes"]
     digest, held = hashlib.sha256(), 0
-    with (building / piece.path).open("r+b") as file:
-        file.seek(piece.offset)
-        end = piece.offset + piece.bytes
-        with transport.download(path, start=piece.offset, end=end) as blocks:
+    with (building / path).open("r+b") as file:
+        file.seek(offset)
+        with transport.download(source, start=offset, end=end) as blocks:
             for block in blocks:
                 held += len(block)
-                if held > piece.bytes:
+                if held > part["bytes"]:
                     break
                 digest.update(block)
                 file.write(block)
-    if held != piece.bytes or digest.hexdigest() != piece.sha256:
-        raise Retry(f"{transport.url} sent something else than part {piece.sha256} of {path}")
+    if held != part["bytes"] or digest.hexdigest() != part["sha256"]:
+        raise Retry(f"{transport.url} sent something else than part {part['sha256']} of {source}")
 
 
 def _publish(source: Path, target: Path, file: ManifestFile) -> None:

@@ -83,14 +83,8 @@ class _Local(threading.local):
 class Transport:
     """A connection to a server for each thread that asks, through HTTPS_PROXY or HTTP_PROXY if set.
 
-    Certificates are checked against the system's, or those of SSL_CERT_FILE.
-
-    Args:
-        url: `http://` or `https://`, a host, and the path under which the server lives, if any.
-        token: sent with each request, if given.
-
-    Raises:
-        EndlexError: the URL or the token is not one.
+    Certificates are checked against the system's, or those of SSL_CERT_FILE. The URL has the path
+    under which the server lives, if any. A URL or token that is not one raises an `EndlexError`.
     """
 
     def __init__(
@@ -139,11 +133,10 @@ class Transport:
         body: Body = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Ask, and return the answer.
+        """Ask, and return the answer; `json_body` is sent in place of `body`.
 
         Args:
             path: below `/api/v1`, its parts quoted (`quoted`); `/health` is at the top.
-            json_body: sent in place of `body`.
 
         Raises:
             Retry: no answer, or a 5xx, 408, 425 or 429.

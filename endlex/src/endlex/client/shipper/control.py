@@ -196,8 +196,7 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
         EndlexError: a foreground one (`endlex sync`) is at work, or one on another machine or in
             another container, where its process id means nothing here.
     """
-    had_one, told = False, 0
-    deadline = time.monotonic() + seconds
+    had_one, told, deadline = False, 0, time.monotonic() + seconds
     while (found := shipper_process(directory)) is not None:
         had_one, (pid, kind, name) = True, found
         who = process.describe(name)
