@@ -37,8 +37,7 @@ TRAINER, SYSTEM = "trainer", "system"
 Status = Literal["finished", "failed", "interrupted"]  # how a session says that it ended
 STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
 CRASHED = "crashed"  # status of a session whose writer is gone without having recorded its end
-LOST = "lost"
-"""Status of a session whose machine the server has not heard of for a while; it may return."""
+LOST = "lost"  # status of a session of which the server has heard nothing lately; it may return
 
 Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
 SCOPES: dict[Scope, str] = {
@@ -53,8 +52,7 @@ SCOPES: dict[Scope, str] = {
 REPLACES = "replaces"
 """Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
 KEEP = "keep"  # alias of checkpoints that no rule removes; the only one that several may have
-REMOVED = "removed"
-"""State of a checkpoint that was published and that a rule or a person removed since."""
+REMOVED = "removed"  # state of a published checkpoint that a rule or a person removed since
 
 RUN_FILE = "run.json"
 JOURNAL_DIR, STAGED_DIR, MEDIA_DIR, MANIFEST_DIR = "journal", "staged", "media", "manifests"
@@ -62,11 +60,9 @@ JOURNAL_DIR, STAGED_DIR, MEDIA_DIR, MANIFEST_DIR = "journal", "staged", "media",
 MAX_NAME_CHARS = 200  # length of a project's, run's or metric's name
 MAX_STEP = 2**62
 MAX_TEXT_CHARS = 1_000_000  # length of one logged text
-MAX_CONSOLE_CHARS = 4 * 2**20
-"""Length of one session's console output; then only its last lines are kept."""
+MAX_CONSOLE_CHARS = 4 * 2**20  # of one session's output; then only its last lines are kept
 MAX_REASON_CHARS = 1000
-MAX_BATCH_BYTES = 8 * 2**20
-"""Size of one batch of journal lines, uncompressed, and so of one record."""
+MAX_BATCH_BYTES = 8 * 2**20  # of one batch of journal lines, uncompressed, and so of one record
 PART_BYTES = 16 * 2**20  # size of every part of a file but its last, as the client cuts them
 MAX_PART_BYTES = 32 * 2**20  # size of the largest part that a server takes
 MAX_PARTS_ASKED = 4096  # most parts that one "which are missing?" request may ask about

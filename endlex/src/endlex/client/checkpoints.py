@@ -38,8 +38,7 @@ from endlex.protocol import (
     check_checkpoint_path,
 )
 
-FICLONE = 0x40049409
-"""The request of linux/fs.h that makes one file's content another's, copied when written."""
+FICLONE = 0x40049409  # of linux/fs.h: makes one file's content another's, copied when written
 GIVEN_UP, DAMAGED = ".given-up", ".damaged"
 """Ends of names: of a note that a checkpoint was given up; of a part of media that is damaged."""
 
@@ -91,9 +90,6 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
 
     Links are followed, but not to a directory that is around them, and out of `source` only with
     `outside_links`. Links to nothing, sockets and pipes are left out with a warning.
-
-    Raises:
-        EndlexError: there is nothing at `source`, or a link leads out of it.
     """
     if source.is_file():
         yield check_checkpoint_path(source.name), source

@@ -27,8 +27,7 @@ from endlex.client.process import FULL, fsync, try_lock, warn_once
 from endlex.protocol import FINISH, MAX_BATCH_BYTES, EndlexError
 from endlex.reading import session_files, session_number
 
-LARGEST_EXACT = 2**53
-"""Whole numbers up to here are kept exactly; larger ones as floats, as every reader has them."""
+LARGEST_EXACT = 2**53  # larger whole numbers are kept as floats, as every reader has them
 DEEPEST = 50  # levels of nested values; what is deeper is kept as text
 
 
@@ -205,9 +204,8 @@ class Journal:
     def append(self, kind: str, content: Mapping[str, Any], moment: float | None = None) -> None:
         """Write one record; when this returns, killing the process does not lose it.
 
-        Args:
-            content: what JSON cannot hold is stored as its `str`, or as `protocol` says.
-            moment: when it was, in Unix seconds; now if not given.
+        What JSON cannot hold is stored as its `str`, or as `protocol` says. The moment is in Unix
+        seconds, by default now.
 
         Raises:
             EndlexError: the record is too large to be sent. Nothing is written.

@@ -166,8 +166,7 @@ class Log:
     ) -> None:
         """Record how values are distributed, as a table of low, high and count.
 
-        Args:
-            values: numbers in any shape; or counts, where `edges` (one more) are given.
+        The values are numbers in any shape; or counts, where `edges` (one more) are given.
         """
         self._record(protocol.TABLE, name, step, lambda _: count_values(values, bins, edges))
 
@@ -207,10 +206,7 @@ class Log:
     def alert(
         self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning"
     ) -> None:
-        """Raise an alert: the server shows it, and sends it where its alerts go.
-
-        The same title within a minute counts once.
-        """
+        """Raise an alert, which the server sends on; the same title within a minute counts once."""
         if self._journal is None or self._is_over():
             return
         now = time.monotonic()

@@ -50,19 +50,16 @@ def replace_unencodable() -> None:
             stream.reconfigure(errors="replace")
 
 
-TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What `flock` answers if another process has the lock; anything else means that there is none."""
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # another process has the lock
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-"""How a directory that can only be read, such as a snapshot, refuses: it is sent all the same."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # as a snapshot, which is sent all the same
 
 
 def try_lock(file: Any, *, shared: bool = False) -> bool | None:
-    """Lock an open file until it is closed.
+    """Lock an open file until it is closed; return False if another process has the lock.
 
-    Returns:
-        False if another process has the lock; None if files cannot be locked here.
+    None means that files cannot be locked here.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -44,8 +44,7 @@ PATIENCE_SECONDS = 60.0
 
 T = TypeVar("T")
 SyncProgress = Callable[[str, int, int], None]
-"""Called with what is sent ("journal" or a checkpoint's name), the bytes that have arrived, and
-all bytes."""
+"""Called with what is sent ("journal" or a checkpoint), the bytes that have arrived, all bytes."""
 
 
 class Patience:
@@ -93,15 +92,14 @@ def sync_directory(
     drop_failed: bool = False,
     resend: bool = False,
 ) -> set[str]:
-    """Send what is there now, and return when the server has acknowledged and published it.
+    """Send what is there now, and wait until the server has acknowledged and published it.
+
+    The published checkpoints are returned: a directory that can only be read still holds them.
 
     Args:
         patience: seconds without any progress after which a fault of the network is raised.
         drop_failed: give up the checkpoints and media that can never be sent.
         resend: send journals that differ from the server's copies as new sessions.
-
-    Returns:
-        The checkpoints that were published: a directory that can only be read still holds them.
 
     Raises:
         EndlexError: the directory is no run's, another `endlex sync` is at work there, the server

@@ -25,7 +25,7 @@ READ_SECONDS = 60.0
 SEND_BYTES = 256 * 1024
 """Bytes of a body sent at a time: the wait is bounded for each, not for the whole."""
 LARGEST_ANSWER = 64 * 2**20
-HINTS = {
+HINTS = {  # remedies, by a part of the system's message
     "Connection refused": "is `endlex serve` running there?",
     "signed certificate": "the server's certificate is self-signed, or signed by an authority of "
     "your own: set SSL_CERT_FILE to its file",
@@ -39,7 +39,6 @@ HINTS = {
     "name resolution": "is there a network? Behind a proxy, set HTTPS_PROXY",
     "no answer in time": "behind a proxy, set HTTPS_PROXY",
 }
-"""Remedies, by a part of the system's message."""
 REFUSED_SECONDS = 30.0  # seconds until something that the server refused is tried again
 
 Body = bytes | memoryview | None
@@ -155,9 +154,7 @@ class Transport:
     ) -> Iterator[Iterator[bytes]]:
         """Ask for bytes `start` to `end` (excluded) of a file; the blocks are yielded as they come.
 
-        Raises:
-            Retry: no answer, a cut one, or one that says later.
-            Refused: any other status than 200 or 206, or a 200 where a range was asked for.
+        It raises what `request` does, and `Refused` for a 200 where a range was asked for.
         """
         is_range = bool(start) or end is not None
         headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if is_range else {}

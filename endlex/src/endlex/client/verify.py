@@ -64,16 +64,12 @@ class Comparison:
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
     """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
 
-    Args:
-        published: checkpoints that are known to be, though they are still staged.
+    The `published` checkpoints are there, though they are still staged.
     """
-    missing = [
-        found
-        for found in compare_directory(directory, transport).missing
-        if found.kind != "checkpoint" or found.name not in published
-    ]
-    if any(found.kind == "live" for found in missing):
-        missing = [found for found in missing if found.remedy == "resend"]
+    missing = compare_directory(directory, transport).missing
+    missing = [one for one in missing if one.kind != "checkpoint" or one.name not in published]
+    if any(one.kind == "live" for one in missing):
+        missing = [one for one in missing if one.remedy == "resend"]
     if missing:
         raise EndlexError("; ".join(map(str, missing)))
 
@@ -167,8 +163,7 @@ def _compare_checkpoint(
 ) -> Missing | LetGo | None:
     """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose.
 
-    Args:
-        saved: when, in Unix seconds, and the word with which it replaces others.
+    `saved` is when that was, in Unix seconds, and the word with which it replaces others.
     """
     ours = None
     try:
@@ -212,10 +207,7 @@ class Unknown(EndlexError):
 def fetch_manifest(run: str, name: str, transport: Transport) -> tuple[Manifest, LetGo | None]:
     """Return the manifest of a checkpoint that the server has published, and if it was removed.
 
-    Raises:
-        Unknown: there is none of this name.
-        EndlexError: it is not published.
-        Retry: the server is not there.
+    It raises `Unknown` if there is none of this name, and `EndlexError` if it is not published.
     """
     try:
         answer = transport.request("GET", quoted("runs", run, "checkpoints", name))

@@ -31,14 +31,11 @@ from endlex.reading import content_length, session_files
 
 LOCK_FILE, STATE_FILE, LOG_FILE = "shipper.lock", "shipper.json", "shipper.log"
 FINISH_SECONDS = 4.0  # how long the end of a run waits for the server to have everything
-BEGIN_SECONDS = 1.0
-"""Seconds without a living shipper, at a run's end, after which another one is started."""
+BEGIN_SECONDS = 1.0  # without a living shipper, at a run's end, until another one is started
 SHIPPER_POLL_SECONDS = 0.02
 NAMING_POLLS = 10
-DONE, STOPPED = "done", "stopped"
-"""States of a shipper that ended: because nothing was left to do, or because it was asked to."""
-FOREGROUND, BACKGROUND = "foreground", "background"
-"""Kinds of holder: `endlex sync`, and a shipper that a trainer started."""
+DONE, STOPPED = "done", "stopped"  # how a shipper ended: nothing was left, or it was asked to
+FOREGROUND, BACKGROUND = "foreground", "background"  # `endlex sync`, and a trainer's shipper
 
 
 class Holder(NamedTuple):
@@ -192,9 +189,8 @@ def restart_shipper_if_killed(directory: Path) -> None:
 def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     """End the directory's background shipper, and return whether there was one.
 
-    Raises:
-        EndlexError: a foreground one (`endlex sync`) is at work, or one on another machine or in
-            another container, where its process id means nothing here.
+    It raises an `EndlexError` if that is an `endlex sync`, or is on another machine or in another
+    container, where its process id means nothing here.
     """
     had_one, told, deadline = False, 0, time.monotonic() + seconds
     while (found := shipper_process(directory)) is not None:

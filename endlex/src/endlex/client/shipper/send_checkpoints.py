@@ -27,16 +27,13 @@ from endlex.protocol import MAX_PARTS_ASKED, MEDIA_DIR, STAGED_DIR, EndlexError,
 
 CONNECTIONS = 2
 ROUNDS = 5  # times that missing parts are sent before that counts as a fault
-VERIFY_SECONDS = (0.05, 2.0)
-"""First and longest wait between questions whether the server has verified a checkpoint."""
+VERIFY_SECONDS = (0.05, 2.0)  # first and longest wait while the server verifies a checkpoint
 STAGED_POLL_SECONDS = 0.5
 STOP_SECONDS = 2.0
-ALL_MEDIA = "media/"
-"""Stands for all waiting media among the checkpoints, whose names have no slash."""
+ALL_MEDIA = "media/"  # all waiting media, among the checkpoints, whose names have no slash
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with the number of bytes that have arrived, and of all bytes."""
+Progress = Callable[[int, int], None]  # called with the bytes that have arrived, and all bytes
 
 
 class _Place(NamedTuple):
@@ -157,9 +154,7 @@ class Uploader:
     def send_media(self, directory: Path) -> None:
         """Send the media that wait in a run's directory.
 
-        Raises:
-            CheckpointFailed: a logged file was damaged before it was sent. It is put aside, and the
-                others are sent first.
+        Those that were damaged here are put aside; then `CheckpointFailed` names them.
         """
         folder, places, damaged = directory / MEDIA_DIR, dict[str, _Place](), set[str]()
         for name in checkpoints.waiting_media(directory):
@@ -252,9 +247,8 @@ class CheckpointShipper:
     def send(self, name: str, progress: Progress = lambda done, total: None) -> None:
         """Send one of those that wait, and note how that went.
 
-        Raises:
-            TransportError, OSError: not now.
-            EndlexError: it never can be sent; a `CheckpointFailed` if that is due to its files.
+        A `TransportError` or `OSError` may pass. It can never be sent after another `EndlexError`:
+        a `CheckpointFailed` if that is due to its files.
         """
 
         def note(done: int, total: int) -> None:

@@ -44,11 +44,7 @@ class SessionShipper:
         self.retry_at = self.beat_at = 0.0
 
     def ask(self) -> int:
-        """Ask the server how much it has, and compare that with the journal by hash.
-
-        Raises:
-            SessionDiffers: what both have is not the same.
-        """
+        """Ask the server how much it has; another content there raises `SessionDiffers`."""
         length = content_length(self.path)
         where, query = f"{self._where}/journal", {"upto": length}
         try:
@@ -70,9 +66,7 @@ class SessionShipper:
     def ship(self) -> int:
         """Send the next batch, and return its bytes: 0 if there is nothing to send.
 
-        Raises:
-            TransportError: it did not arrive; `acknowledged` is right all the same.
-            EndlexError: the journal has a line that no server takes.
+        If it did not arrive (`TransportError`), `acknowledged` is right all the same.
         """
         start = self.ask() if self.acknowledged is None else self.acknowledged
         if not (batch := read_batch(self.path, start, BATCH_BYTES)):
@@ -174,11 +168,7 @@ class JournalShipper:
                     renew_session(path)
 
     def tick(self) -> bool:
-        """Look at every session once; whether there is more to send right away.
-
-        Raises:
-            Retry: the server is not there, or says later.
-        """
+        """Look at every session once; return whether there is more to send right away."""
         for path in session_files(self._directory):
             if path.stem not in self.sessions:
                 self.sessions[path.stem] = SessionShipper(self._run, path, self._transport)
