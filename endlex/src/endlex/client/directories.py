@@ -87,9 +87,7 @@ def claim_directory(
         write_whole(temporary, json.dumps(content).encode())
         try:
             os.link(temporary, directory / RUN_FILE)
-        except FileExistsError:
-            pass
-        except OSError:  # no hard links here; two processes at the same moment are rarer than that
+        except OSError:  # it is there, or no hard links are: then two at one moment are rare
             if not (directory / RUN_FILE).exists():
                 temporary.replace(directory / RUN_FILE)
     finally:

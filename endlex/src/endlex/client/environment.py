@@ -219,8 +219,7 @@ class Console:
 
 def _wrap(stream: Any, listen: Callable[[str], None]) -> Any:
     """Call `listen` with what is written; return None where the stream cannot be wrapped."""
-    if not callable(write := getattr(stream, "write", None)):
-        return None
+    write: Any = getattr(stream, "write", None)
 
     def tell(text: Any) -> Any:
         written = write(text)

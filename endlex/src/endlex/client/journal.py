@@ -185,13 +185,11 @@ class Journal:
         self.session = session or f"{number:06d}-{os.urandom(6).hex()}"
         self.path = folder / f"{self.session}.jsonl"
         self.number = session_number(self.path)
-        self.inherited = False
-        self._heads: dict[str, str] = {}
-        self._numbers = itertools.count()
+        self.inherited, self._backlog = False, b""
+        self._heads, self._numbers = dict[str, str](), itertools.count()
         self.lock = threading.RLock()
         """Held while a record is written. A signal handler may log in the middle of that."""
         self.count = 0  # how many records were appended
-        self._backlog = b""
         hidden = folder / f".{self.session}.new"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(hidden, flags, 0o644)

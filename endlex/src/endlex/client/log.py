@@ -20,7 +20,7 @@ from typing import Any, Literal
 from endlex import protocol
 from endlex.client.journal import Journal, as_list, as_number, tidy_name
 from endlex.client.process import warn, write_whole
-from endlex.protocol import MAX_STEP, MAX_TEXT_CHARS, METRICS, EndlexError
+from endlex.protocol import MAX_STEP, MAX_TEXT_CHARS, MEDIA, METRICS, EndlexError
 from endlex.reading import last_step
 
 HISTOGRAM = ["low", "high", "count"]  # columns of the tables that hold histograms
@@ -49,6 +49,10 @@ class Log:
 
     def __init__(self, journal: Journal | None, name: str, strict: bool) -> None:
         self.directory, self.name = None if journal is None else journal.directory, name
+        self.disabled = journal is None
+        """Whether nothing is recorded: by `mode`, or because another rank does."""
+        self.session = "" if journal is None else journal.session
+        """This session's id, unlike any other's; empty for a disabled run."""
         self.refused = Counter[str]()
         """How often something could not be recorded as it was, by name."""
         self._journal, self._strict, self._finished = journal, strict, False
@@ -56,16 +60,6 @@ class Log:
         self._last_step: int | None = None
         self._next_watch = math.inf
         self._alerts = dict[str, float]()
-
-    @property
-    def disabled(self) -> bool:
-        """Whether nothing is recorded: by `mode`, or because another rank does."""
-        return self._journal is None
-
-    @property
-    def session(self) -> str:
-        """This session's id, unlike any other's; empty for a disabled run."""
-        return self._journal.session if self._journal else ""
 
     def log(
         self, values: Mapping[str, Any], *, step: int | None = None, commit: bool | None = None
@@ -179,17 +173,13 @@ class Log:
             image: a path, a PIL image, a figure of matplotlib or plotly, or an array: [H, W] or
                 [H, W, 1, 3 or 4], uint8, or floats from 0 to 1; [3, H, W] as torch has it, too.
         """
-        self._record(
-            protocol.MEDIA, name, step, lambda at: keep_media(at, *encode_image(image), caption)
-        )
+        self._record(MEDIA, name, step, lambda at: keep_media(at, *encode_image(image), caption))
 
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
         """Record a file of one step; its suffix says what it is: audio, video, an image."""
-        self._record(
-            protocol.MEDIA, name, step, lambda at: keep_media(at, *read_file(path), caption)
-        )
+        self._record(MEDIA, name, step, lambda at: keep_media(at, *read_file(path), caption))
 
     def _record(
         self, kind: str, name: str, step: int | None, content: Callable[[Path], dict[str, Any]]

@@ -269,7 +269,7 @@ def init(
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
-    words = [*as_list(tags or ()), *([job_type] if job_type else [])]
+    words = as_list(tags or ()) + as_list(job_type or ())
     start = directories.session_start(
         owner,
         protocol.TRAINER,

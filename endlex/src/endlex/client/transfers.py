@@ -23,14 +23,8 @@ from typing import IO, Any, TypeVar
 from endlex.client import checkpoints
 from endlex.client.directories import require_run_file
 from endlex.client.process import fsync
-from endlex.client.shipper import control
-from endlex.client.shipper.send_checkpoints import (
-    ALL_MEDIA,
-    CheckpointShipper,
-    Progress,
-    Uploader,
-    in_parallel,
-)
+from endlex.client.shipper import control, send_checkpoints
+from endlex.client.shipper.send_checkpoints import CheckpointShipper, Progress
 from endlex.client.shipper.send_journals import JournalShipper, SessionShipper
 from endlex.client.transport import Backoff, Retry, Transport, quoted
 from endlex.client.verify import fetch_manifest
@@ -171,7 +165,7 @@ def _send_checkpoints(
         except checkpoints.CheckpointFailed as error:
             if drop_failed:
                 del shipper.states[name]
-                if name != ALL_MEDIA:
+                if name != send_checkpoints.ALL_MEDIA:
                     checkpoints.give_up(directory, name, str(error))
         except (EndlexError, OSError):
             continue  # it is among the states
@@ -212,7 +206,7 @@ def push_checkpoint(
     }
     root = source if source.is_dir() else source.parent
     manifest, patience = checkpoints.build_manifest(root, note), Patience(progress=progress)
-    uploader = Uploader(transport, patience.report)
+    uploader = send_checkpoints.Uploader(transport, patience.report)
     patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
 
 
@@ -260,7 +254,7 @@ def pull_checkpoint(
             done += piece[2]["bytes"]
             waiter.report(done, total)
 
-    in_parallel(fetch, pieces, CONNECTIONS)
+    send_checkpoints.in_parallel(fetch, pieces, CONNECTIONS)
     for file in wanted:
         _publish(building / file["path"], directory / file["path"], file)
     shutil.rmtree(building, ignore_errors=True)

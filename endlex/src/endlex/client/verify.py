@@ -23,7 +23,6 @@ OTHER_STARTS = tuple(
 )
 """How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
-Kind = Literal["journal", "checkpoint", "media", "live"]
 Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]
 """What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server;
 to look at the journal."""
@@ -33,7 +32,7 @@ to look at the journal."""
 class Missing:
     """Why a directory may not be deleted yet; as text, one line for people."""
 
-    kind: Kind
+    kind: Literal["journal", "checkpoint", "media", "live"]
     name: str  # a session, a checkpoint, or what lives: a session, or `shipper`
     reason: str
     remedy: Remedy = "sync"
@@ -57,8 +56,7 @@ class Comparison:
 
     missing: list[Missing] = field(default_factory=list)
     let_go: list[LetGo] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
-    """Checkpoints that somebody decided to do without, since they could not be sent."""
+    given_up: list[str] = field(default_factory=list)  # checkpoints that could not be sent
 
 
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:

@@ -125,8 +125,7 @@ def main(arguments: list[str]) -> int:
     """Ship the directory that is named; the exit status is 1 if that cannot begin."""
     replace_unencodable()  # in the log
     directory = Path(arguments[0])
-    url = server_url()
-    if url is None:
+    if (url := server_url()) is None:
         control.say("there is no ENDLEX_URL to send to")
         return 1
     lock = control.take_lock(directory, control.BACKGROUND, seconds=LOCK_SECONDS)
@@ -136,8 +135,7 @@ def main(arguments: list[str]) -> int:
     # A handler would run in the main thread, which may hold the lock inside `stop`: a thread of its
     # own waits for the signal instead.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    wait = threading.Thread(target=_stop_on_sigterm, args=(stop,), daemon=True)
-    wait.start()
+    threading.Thread(target=_stop_on_sigterm, args=(stop,), daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     with control.holding(lock):

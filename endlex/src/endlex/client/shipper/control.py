@@ -17,15 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client import process
-from endlex.client.checkpoints import (
-    DAMAGED,
-    damaged_media,
-    read_note,
-    staged_change,
-    staged_names,
-    waiting_media,
-)
+from endlex.client import checkpoints, process
 from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
 
@@ -124,11 +116,10 @@ def say(message: str) -> None:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """Return what the shipper last published: sessions, checkpoints, error; empty if nothing."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         state = json.loads((directory / STATE_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        return state if isinstance(state, dict) else {}
+    return {}
 
 
 def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
@@ -141,10 +132,10 @@ def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
 def failed_checkpoints(directory: Path) -> dict[str, str]:
     """Return the staged checkpoints that can never be published as they are, with the reasons."""
     found, states = dict[str, str](), read_state(directory).get("checkpoints", {})
-    for name in staged_names(directory):
+    for name in checkpoints.staged_names(directory):
         state = states.get(name, {})
         reason = state.get("error") if state.get("state") == "failed" else None
-        if reason := reason or staged_change(directory, name):
+        if reason := reason or checkpoints.staged_change(directory, name):
             found[name] = str(reason)
     return found
 
@@ -243,10 +234,10 @@ def _acknowledged(directory: Path, journal: Path) -> int:
 
 def _count_files(directory: Path) -> int:
     """Return how many files of checkpoints and media wait, and can be sent."""
-    files = len(waiting_media(directory))
-    for name in set(staged_names(directory)) - set(failed_checkpoints(directory)):
+    files = len(checkpoints.waiting_media(directory))
+    for name in set(checkpoints.staged_names(directory)) - set(failed_checkpoints(directory)):
         try:
-            files += len(read_note(directory, name)["files"])
+            files += len(checkpoints.read_note(directory, name)["files"])
         except EndlexError:  # the shipper says what is wrong with it
             files += 1
     return files
@@ -275,8 +266,9 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
         time.sleep(SHIPPER_POLL_SECONDS)
     for name, reason in failed_checkpoints(directory).items():
         process.warn(f"checkpoint {name} cannot be sent: {reason}")
-    for sha256 in damaged_media(directory):
-        process.warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
+    for sha256 in checkpoints.damaged_media(directory):
+        where = f"{MEDIA_DIR}/{sha256}{checkpoints.DAMAGED}"
+        process.warn(f"a logged file was damaged before it was sent: {where}")
     if left:
         error = read_state(directory).get("error")
         process.warn(

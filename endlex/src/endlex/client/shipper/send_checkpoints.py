@@ -62,8 +62,7 @@ class Uploader:
     def publish(self, run: str, manifest: Manifest, root: Path, note: Staged) -> None:
         """Send what the server lacks of a checkpoint, and return when it is published there.
 
-        Args:
-            root: holds the files, which must still be what the note says.
+        The files below `root` must still be what the note says.
 
         Raises:
             CheckpointFailed: it can never be published.
