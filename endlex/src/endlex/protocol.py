@@ -149,9 +149,8 @@ check_checkpoint_name = partial(
 def check_checkpoint_path(path: str) -> str:
     """Return `path` if it is safe as a file's path inside a checkpoint, on any system.
 
-    Raises:
-        EndlexError: it is absolute, too long, has an empty, `.` or `..` component, a backslash, a
-            drive letter, or characters that no file's name should have.
+    It may not be absolute or too long, nor have an empty, `.` or `..` component, a backslash, a
+    drive letter, or characters that no file's name should have.
     """
     fault = ""
     if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH_CHARS:
@@ -168,9 +167,7 @@ def check_checkpoint_path(path: str) -> str:
 def check_manifest(value: Any) -> Manifest:
     """Return `value`, decoded from JSON, if it is a whole and consistent manifest.
 
-    Raises:
-        EndlexError: a key is missing or wrong, two files share a path, or a file's parts do not
-            add up to it.
+    Its keys must be there, its paths differ, and each file's parts add up to the file.
     """
     _ensure(isinstance(value, dict), f"a manifest is a JSON object, not {type(value).__name__}")
     theirs = f"the manifest's protocol is {value.get('protocol')!r}"

@@ -26,7 +26,6 @@ from endlex.protocol import PROTOCOL, RUN_FILE, EndlexError, check_name, check_r
 
 Mode = Literal["online", "offline", "disabled"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-TOKEN_FILE = ".config/endlex/token"
 
 
 class RunFile(TypedDict):
@@ -155,8 +154,8 @@ def runs_folder() -> Path:
 
 def given_run_id(run: str | None = None) -> str | None:
     """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none."""
-    run = run or os.environ.get("ENDLEX_RUN_ID") or None
-    return None if run is None else check_run_id(run)
+    run = run or os.environ.get("ENDLEX_RUN_ID")
+    return check_run_id(run) if run else None
 
 
 def server_url() -> str | None:
@@ -167,7 +166,7 @@ def server_token() -> str | None:
     """Return the token of `ENDLEX_TOKEN` or of the file `~/.config/endlex/token`, if any."""
     token = os.environ.get("ENDLEX_TOKEN", "").strip()
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        token = token or (Path.home() / TOKEN_FILE).read_text().strip()
+        token = token or (Path.home() / ".config" / "endlex" / "token").read_text().strip()
     return token or None
 
 

@@ -49,12 +49,9 @@ class Log:
 
     def __init__(self, journal: Journal | None, name: str, strict: bool) -> None:
         self.directory, self.name = None if journal is None else journal.directory, name
-        self.disabled = journal is None
-        """Whether nothing is recorded: by `mode`, or because another rank does."""
-        self.session = "" if journal is None else journal.session
-        """This session's id, unlike any other's; empty for a disabled run."""
-        self.refused = Counter[str]()
-        """How often something could not be recorded as it was, by name."""
+        self.disabled = journal is None  # by `mode`, or because another rank records
+        self.session = "" if journal is None else journal.session  # its id, unlike any other's
+        self.refused = Counter[str]()  # how often something was not recorded as it was, by name
         self._journal, self._strict, self._finished = journal, strict, False
         self._keys = _Keys(self._accept)
         self._last_step: int | None = None

@@ -42,8 +42,7 @@ class Run(Log):
         self.config = RunConfig(as_config(config), self._record_config)
         """As given to `init`. What is changed here is recorded: at once for its own keys, at the
         next `save` or `finish` for what is inside their values."""
-        self.url: str | None = None
-        """The address of the run's page; None while the run is not sent to a server."""
+        self.url: str | None = None  # of the run's page; None while nothing is sent to a server
         self._console: Any = None  # of `environment`, which takes long to import
 
     @property

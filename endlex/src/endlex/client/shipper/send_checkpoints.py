@@ -62,12 +62,9 @@ class Uploader:
     def publish(self, run: str, manifest: Manifest, root: Path, note: Staged) -> None:
         """Send what the server lacks of a checkpoint, and return when it is published there.
 
-        The files below `root` must still be what the note says.
-
-        Raises:
-            CheckpointFailed: it can never be published.
-            Retry: not now.
-            Refused: the token does not allow it, or the server does not know the run.
+        The files below `root` must still be what the note says. It raises `CheckpointFailed` if it
+        can never be published, `Retry` if not now, and `Refused` if the token does not allow it or
+        the server does not know the run.
         """
         files = {file["path"]: file for file in note["files"]}
         places = dict[str, _Place]()
