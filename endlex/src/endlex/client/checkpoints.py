@@ -99,10 +99,8 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
     root = source.resolve()
     for inside, path in _files_in(source, "", (root,)):
         if not outside_links and not (place := path.resolve()).is_relative_to(root):
-            remedy = "give outside_links=True if that belongs to the checkpoint"
-            raise EndlexError(
-                f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}: {remedy}"
-            )
+            fault = f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}"
+            raise EndlexError(f"{fault}: give outside_links=True if that belongs to the checkpoint")
         yield inside, path
 
 

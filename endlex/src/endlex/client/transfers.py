@@ -42,10 +42,7 @@ SyncProgress = Callable[[str, int, int], None]
 
 
 class Patience:
-    """Try again after faults of the network, a few times, until nothing got further for a while.
-
-    The time counts from the first fault after progress.
-    """
+    """Try again after faults of the network, a few times, until nothing got further for a while."""
 
     def __init__(
         self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
@@ -249,12 +246,12 @@ def pull_checkpoint(
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
-        waiter.keep_trying(lambda: _fetch(*piece, building, where, transport))
+        waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
         with lock:
             done += piece[2]["bytes"]
             waiter.report(done, total)
 
-    send_checkpoints.in_parallel(fetch, pieces, CONNECTIONS)
+    send_checkpoints.in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
         _publish(building / file["path"], directory / file["path"], file)
     shutil.rmtree(building, ignore_errors=True)
@@ -287,9 +284,8 @@ def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
             offset += part["bytes"]
 
 
-def _fetch(
-    path: str, offset: int, part: Part, building: Path, where: str, transport: Transport
-) -> None:
+def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> None:
+    path, offset, part = piece
     source, end = f"{where}/files{quoted(*path.split('/'))}", offset + part["bytes"]
     digest, held = hashlib.sha256(), 0
     with (building / path).open("r+b") as file:

@@ -211,9 +211,6 @@ class Unsent(NamedTuple):
     bytes: int
     files: int
 
-    def __bool__(self) -> bool:
-        return bool(self.bytes or self.files)
-
 
 def unsent(directory: Path) -> Unsent:
     """Return what the server has not acknowledged, as far as this side knows."""
@@ -269,7 +266,7 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
     for sha256 in checkpoints.damaged_media(directory):
         where = f"{MEDIA_DIR}/{sha256}{checkpoints.DAMAGED}"
         process.warn(f"a logged file was damaged before it was sent: {where}")
-    if left:
+    if any(left):
         error = read_state(directory).get("error")
         process.warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "

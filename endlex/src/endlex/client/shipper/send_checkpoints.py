@@ -129,7 +129,7 @@ class Uploader:
                 held += places[sha256].length - start
                 self.progress(held, total)
 
-        in_parallel(send, missing, CONNECTIONS)
+        in_parallel(send, missing, CONNECTIONS, self.transport)
 
     def _send_part(self, sha256: str, place: _Place, start: int) -> None:
         with checkpoints.open_unchanged(place.root, place.file) as file:
@@ -184,15 +184,24 @@ def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], di
     return missing, partial
 
 
-def in_parallel(act: Callable[[T], None], items: Sequence[T], threads: int) -> None:
+def in_parallel(
+    act: Callable[[T], None], items: Sequence[T], threads: int, transport: Transport
+) -> None:
     """Act on each item, several at a time in threads; the first fault ends all, and is raised."""
+    left = iter(items)
+
+    def work() -> None:
+        with contextlib.closing(transport):  # this thread's connection
+            for item in left:  # shared by the threads
+                act(item)
+
     with ThreadPoolExecutor(threads) as pool:
-        acts = [pool.submit(act, item) for item in items]
+        works = [pool.submit(work) for _ in range(min(threads, len(items)))]
         try:
-            wait(acts, return_when=FIRST_EXCEPTION)
-        finally:  # at Ctrl-C, too
-            pool.shutdown(cancel_futures=True)
-    failed = [error for one in acts if not one.cancelled() and (error := one.exception())]
+            wait(works, return_when=FIRST_EXCEPTION)
+        finally:  # after a fault, or at Ctrl-C: the others find nothing left
+            list(left)
+    failed = [error for one in works if (error := one.exception())]
     if failed:
         raise next((error for error in failed if not isinstance(error, Retry)), failed[0])
 
