@@ -274,12 +274,13 @@ def read_points(directory: Path) -> dict[str, Points]:
     trainer = defaultdict[str, Points](dict)
     machine = defaultdict[str, list[tuple[float, int, float]]](list)
     for path in session_files(directory):
-        seen = defaultdict[str, Points](dict) if session_kind(path) == SYSTEM else trainer
+        is_machine = session_kind(path) == SYSTEM
+        seen = defaultdict[str, Points](dict) if is_machine else trainer
         for record in iter_session(path):
             if record["type"] == METRICS:
                 for name, value in values_of(record):
                     seen[name][record["step"]] = (record["time"], value)
-        for name, points in seen.items() if seen is not trainer else ():
+        for name, points in seen.items() if is_machine else ():
             machine[name] += [(time, step, value) for step, (time, value) in sorted(points.items())]
     return {**trainer, **{name: _in_seconds(rows) for name, rows in machine.items()}}
 

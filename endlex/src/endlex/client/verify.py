@@ -59,6 +59,9 @@ class Comparison:
     given_up: list[str] = field(default_factory=list)  # checkpoints that could not be sent
 
 
+_Saved = tuple[float, Any]  # when, in Unix seconds, and the word with which it replaces others
+
+
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
     """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
 
@@ -81,7 +84,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     """
     run, shipper = require_run_file(directory)["run"], shipper_process(directory)
     missing, let_go = list[Missing](), list[LetGo]()
-    saved, media, damaged_lines = dict[str, Any](), dict[str, str](), list[Missing]()
+    saved, media, damaged_lines = dict[str, _Saved](), dict[str, str](), list[Missing]()
     for path in session_files(directory):
         missing += _compare_journal(run, path, transport, shipper is not None)
         damaged_lines += _read_journal(path, saved, media)
@@ -120,7 +123,7 @@ def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> 
             yield Missing("journal", path.stem, f"{left:,} bytes are not sent")
 
 
-def _read_journal(path: Path, saved: dict[str, Any], media: dict[str, str]) -> Iterator[Missing]:
+def _read_journal(path: Path, saved: dict[str, _Saved], media: dict[str, str]) -> Iterator[Missing]:
     """Add the records of checkpoints by name, and the names of logged files by their parts' hashes.
 
     Yields the lines that cannot be read, and so may name something more.
@@ -157,12 +160,9 @@ def _compare_media(
 
 
 def _compare_checkpoint(
-    run: str, directory: Path, name: str, saved: tuple[float, Any] | None, transport: Transport
+    run: str, directory: Path, name: str, saved: _Saved | None, transport: Transport
 ) -> Missing | LetGo | None:
-    """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose.
-
-    `saved` is when that was, in Unix seconds, and the word with which it replaces others.
-    """
+    """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose."""
     ours = None
     try:
         ours = checkpoints.load_manifest(directory, name)

@@ -77,7 +77,8 @@ class Uploader:
         for _ in range(ROUNDS):
             if self._commit(run, manifest):
                 total = sum(place.length for place in places.values())
-                return self.progress(total, total)
+                self.progress(total, total)
+                return
             self._send_parts(places)
         raise Retry(f"{self.transport.url} says again and again that parts are missing")
 

@@ -22,7 +22,6 @@ from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
 from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 BATCH_BYTES = 2**20
-DEFLATE_LEVEL = 6
 HEARTBEAT_SECONDS = 20.0
 
 
@@ -74,7 +73,7 @@ class SessionShipper:
         query = {"offset": start, "crc": f"{zlib.crc32(batch):08x}"}
         headers, body = {"Content-Type": "application/x-ndjson"}, batch
         if not self._transport.is_local:
-            body = zlib.compress(batch, DEFLATE_LEVEL)
+            body = zlib.compress(batch)
             headers["Content-Encoding"] = "deflate"
         try:
             answer = self._transport.request(
