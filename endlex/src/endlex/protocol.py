@@ -24,8 +24,7 @@ from typing import Any, Literal, TypedDict
 PROTOCOL = 2
 
 SESSION, CONFIG, METRICS, TEXT, TABLE = "session", "config", "metrics", "text", "table"
-CHECKPOINT, MEDIA, ALERT, FINISH = "checkpoint", "media", "alert", "finish"
-"""Types of record."""
+CHECKPOINT, MEDIA, ALERT, FINISH = "checkpoint", "media", "alert", "finish"  # types of record
 CONSOLE, EXCEPTION = "run/console", "run/exception"
 ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages"
 """Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
