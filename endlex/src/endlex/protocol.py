@@ -2,19 +2,7 @@
 
 A run's directory holds one journal file per session (a process that writes), and a journal is a
 file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 1, 2, ... within
-the session) and `time` (Unix seconds); the other keys depend on the type:
-
-    session     protocol, run, project, name, config, tags, group, notes, host, pid,
-                process, rank, kind
-    config      config: keys that were set or changed since, with their values
-    metrics     step, values {name: number}
-    text        step, name, text
-    table       step, name, columns, rows
-    checkpoint  step, name, files [{path, bytes}], aliases, metadata
-    media       step, name, kind, mime, bytes, parts [{sha256, bytes}], caption
-    alert       title, text, level
-    finish      status, reason
-
+the session) and `time` (Unix seconds); endlex/docs/protocol.md lists the other keys of each type.
 `session` is the first of every session. A journal's content is its bytes up to the last line end:
 what follows is torn. Readers keep and ignore types that they do not know.
 
@@ -30,38 +18,25 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 PROTOCOL = 2
 
-SESSION = "session"
-CONFIG = "config"
-METRICS = "metrics"
-TEXT = "text"
-TABLE = "table"
-CHECKPOINT = "checkpoint"
-MEDIA = "media"
-ALERT = "alert"
-FINISH = "finish"
-
+SESSION, CONFIG, METRICS, TEXT, TABLE = "session", "config", "metrics", "text", "table"
+CHECKPOINT, MEDIA, ALERT, FINISH = "checkpoint", "media", "alert", "finish"  # types of record
 CONSOLE, EXCEPTION = "run/console", "run/exception"
 ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages"
 """Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
 was. Their steps are the session's number, of the console's chunks a million times that and more."""
-LEVELS = ("info", "warning", "error")
-"""Levels of an alert."""
-
-TRAINER = "trainer"
-SYSTEM = "system"
+LEVELS = ("info", "warning", "error")  # levels of an alert
+TRAINER, SYSTEM = "trainer", "system"
 """Kinds of session: what the trainer logs, and what the shipper measures of its machine."""
 
-Status = Literal["finished", "failed", "interrupted"]
-"""How a session says that it ended."""
+Status = Literal["finished", "failed", "interrupted"]  # how a session says that it ended
 STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
-CRASHED = "crashed"
-"""Status of a session whose writer is gone without having recorded its end."""
-LOST = "lost"
-"""Status of a session whose machine the server has not heard of for a while; it may return."""
+CRASHED = "crashed"  # status of a session whose writer is gone without having recorded its end
+LOST = "lost"  # status of a session of which the server has heard nothing lately; it may return
 
 Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
 SCOPES: dict[Scope, str] = {
@@ -75,37 +50,23 @@ SCOPES: dict[Scope, str] = {
 
 REPLACES = "replaces"
 """Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
-KEEP = "keep"
-"""Alias of checkpoints that no rule removes; the only one that several may have."""
-REMOVED = "removed"
-"""State of a checkpoint that was published and that a rule or a person removed since."""
+KEEP = "keep"  # alias of checkpoints that no rule removes; the only one that several may have
+REMOVED = "removed"  # state of a published checkpoint that a rule or a person removed since
 
 RUN_FILE = "run.json"
-JOURNAL_DIR = "journal"
-STAGED_DIR = "staged"
-MEDIA_DIR = "media"
-MANIFEST_DIR = "manifests"
+JOURNAL_DIR, STAGED_DIR, MEDIA_DIR, MANIFEST_DIR = "journal", "staged", "media", "manifests"
 
-MAX_NAME_CHARS = 200
-"""Length of a project's, run's or metric's name."""
+MAX_NAME_CHARS = 200  # length of a project's, run's or metric's name
 MAX_STEP = 2**62
-MAX_TEXT_CHARS = 1_000_000
-"""Length of one logged text."""
-MAX_CONSOLE_CHARS = 4 * 2**20
-"""Length of one session's console output; then only its last lines are kept."""
+MAX_TEXT_CHARS = 1_000_000  # length of one logged text
+MAX_CONSOLE_CHARS = 4 * 2**20  # of one session's output; then only its last lines are kept
 MAX_REASON_CHARS = 1000
-MAX_BATCH_BYTES = 8 * 2**20
-"""Size of one batch of journal lines, uncompressed, and so of one record."""
-PART_BYTES = 16 * 2**20
-"""Size of every part of a file but its last, as the client cuts them."""
-MAX_PART_BYTES = 32 * 2**20
-"""Size of the largest part that a server takes."""
-MAX_PARTS_ASKED = 4096
-"""Most parts that one "which are missing?" request may ask about."""
-MAX_FILES = 10_000
-"""Most files in one checkpoint."""
-MAX_PATH_CHARS = 400
-"""Length of a file's path inside a checkpoint."""
+MAX_BATCH_BYTES = 8 * 2**20  # of one batch of journal lines, uncompressed, and so of one record
+PART_BYTES = 16 * 2**20  # size of every part of a file but its last, as the client cuts them
+MAX_PART_BYTES = 32 * 2**20  # size of the largest part that a server takes
+MAX_PARTS_ASKED = 4096  # most parts that one "which are missing?" request may ask about
+MAX_FILES = 10_000  # most files in one checkpoint
+MAX_PATH_CHARS = 400  # length of a file's path inside a checkpoint
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -164,110 +125,95 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def check_run_id(run: str) -> str:
-    """Return `run` if it is a run's id, or raise an `EndlexError`."""
-    return _check(RUN_ID, run, "run id", "8 to 32 lower-case letters and digits")
-
-
-def check_session_id(session: str) -> str:
-    """Return `session` if it is a session's id, or raise an `EndlexError`."""
-    rule = "1 to 64 lower-case letters, digits and dashes"
-    return _check(SESSION_ID, session, "session id", rule)
-
-
-def check_sha256(digest: str) -> str:
-    """Return `digest` if it is a SHA-256 in hexadecimal, or raise an `EndlexError`."""
-    return _check(SHA256, digest, "SHA-256", "64 lower-case hexadecimal digits")
-
-
-def check_checkpoint_name(name: str) -> str:
-    """Return `name` if it may name a checkpoint, or raise an `EndlexError`."""
-    rule = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
-    return _check(CHECKPOINT_NAME, name, "checkpoint name", rule)
-
-
-def _check(pattern: re.Pattern[str], value: str, what: str, rule: str) -> str:
+def _check(pattern: re.Pattern[str], what: str, rule: str, value: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise EndlexError(f"{what} {str(value)[:80]!r} must be {rule}")
     return value
 
 
+check_run_id = partial(_check, RUN_ID, "run id", "8 to 32 lower-case letters and digits")
+check_session_id = partial(
+    _check, SESSION_ID, "session id", "1 to 64 lower-case letters, digits and dashes"
+)
+check_sha256 = partial(_check, SHA256, "SHA-256", "64 lower-case hexadecimal digits")
+check_checkpoint_name = partial(
+    _check,
+    CHECKPOINT_NAME,
+    "checkpoint name",
+    "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot",
+)
+"""Each returns its argument, or raises an `EndlexError`."""
+
+
 def check_checkpoint_path(path: str) -> str:
     """Return `path` if it is safe as a file's path inside a checkpoint, on any system.
 
-    Raises:
-        EndlexError: it is absolute, too long, has an empty, `.` or `..` component, a backslash, a
-            drive letter, or characters that no file's name should have.
+    It may not be absolute or too long, nor have an empty, `.` or `..` component, a backslash, a
+    drive letter, or characters that no file's name should have.
     """
+    fault = ""
     if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH_CHARS:
-        raise EndlexError(
-            f"path {str(path)[:80]!r} in a checkpoint must have 1 to {MAX_PATH_CHARS} characters"
-        )
-    bad = any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in path)
-    if bad or "\\" in path or path[1:2] == ":":
-        raise EndlexError(f"path {path!r} in a checkpoint has a character that is not allowed")
-    if any(component in ("", ".", "..") for component in path.split("/")):
-        raise EndlexError(
-            f"path {path!r} in a checkpoint must be relative, without empty, . or .. components"
-        )
+        fault = f"must have 1 to {MAX_PATH_CHARS} characters"
+    elif re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]", path) or path[1:2] == ":":
+        fault = "has a character that is not allowed"
+    elif not {"", ".", ".."}.isdisjoint(path.split("/")):
+        fault = "must be relative, without empty, . or .. components"
+    if fault:
+        raise EndlexError(f"path {str(path)[:MAX_PATH_CHARS]!r} in a checkpoint {fault}")
     return path
 
 
 def check_manifest(value: Any) -> Manifest:
     """Return `value`, decoded from JSON, if it is a whole and consistent manifest.
 
-    Raises:
-        EndlexError: a key is missing or wrong, two files share a path, or a file's parts do not
-            add up to it.
+    Its keys must be there, its paths differ, and each file's parts add up to the file.
     """
-    if not isinstance(value, dict):
-        raise EndlexError(f"a manifest is a JSON object, not {type(value).__name__}")
-    if value.get("protocol") != PROTOCOL:
-        raise EndlexError(
-            f"the manifest's protocol is {value.get('protocol')!r}, and this version of Endlex "
-            f"speaks {PROTOCOL}: upgrade the older side"
-        )
+    _ensure(isinstance(value, dict), f"a manifest is a JSON object, not {type(value).__name__}")
+    theirs = f"the manifest's protocol is {value.get('protocol')!r}"
+    ours = f"this version of Endlex speaks {PROTOCOL}: upgrade the older side"
+    _ensure(value.get("protocol") == PROTOCOL, f"{theirs}, and {ours}")
     check_checkpoint_name(value.get("name", ""))
     _check_count(value.get("step"), "step")
-    created, aliases = value.get("created"), value.get("aliases")
-    if not isinstance(created, int | float) or not math.isfinite(created):
-        raise EndlexError(f"the manifest's created is {created!r}, not a time in Unix seconds")
-    if not isinstance(aliases, list) or not isinstance(value.get("metadata"), dict):
-        raise EndlexError("a manifest has a list of aliases and an object of metadata")
+    created, aliases, files = value.get("created"), value.get("aliases"), value.get("files")
+    is_time = isinstance(created, int | float) and math.isfinite(created)
+    _ensure(is_time, f"the manifest's created is {created!r}, not a time in Unix seconds")
+    are_there = isinstance(aliases, list) and isinstance(value.get("metadata"), dict)
+    _ensure(are_there, "a manifest has a list of aliases and an object of metadata")
     for alias in aliases:
         check_checkpoint_name(alias)
-    files = value.get("files")
-    if not isinstance(files, list) or not 0 < len(files) <= MAX_FILES:
-        raise EndlexError(f"a checkpoint has 1 to {MAX_FILES:,} files")
+    has_files = isinstance(files, list) and 0 < len(files) <= MAX_FILES
+    _ensure(has_files, f"a checkpoint has 1 to {MAX_FILES:,} files")
     for file in files:
         _check_file(file)
     _check_distinct([file["path"] for file in files])
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[no-any-return]
+
+
+def _ensure(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise EndlexError(otherwise)
 
 
 def _check_count(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise EndlexError(f"{what} is {value!r}; it must be a whole number from 0")
-    return value
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    _ensure(is_count, f"{what} is {value!r}; it must be a whole number from 0")
+    return int(value)
 
 
 def _check_file(file: Any) -> None:
-    if not isinstance(file, dict) or not isinstance(file.get("parts"), list):
-        raise EndlexError("each file of a manifest is an object with path, bytes, sha256, parts")
+    has_parts = isinstance(file, dict) and isinstance(file.get("parts"), list)
+    _ensure(has_parts, "each file of a manifest is an object with path, bytes, sha256, parts")
     path = check_checkpoint_path(file.get("path", ""))
     size = _check_count(file.get("bytes"), f"the size of {path!r}")
     check_sha256(file.get("sha256", ""))
-    held = 0
+    held, limits = 0, f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes"
     for part in file["parts"]:
-        if not isinstance(part, dict):
-            raise EndlexError(f"a part of {path!r} is not an object with sha256 and bytes")
+        _ensure(isinstance(part, dict), f"a part of {path!r} is not an object of sha256 and bytes")
         check_sha256(part.get("sha256", ""))
-        part_bytes = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
-        if not 0 < part_bytes <= MAX_PART_BYTES:
-            raise EndlexError(f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes")
-        held += part_bytes
-    if held != size:
-        raise EndlexError(f"{path!r} has {size:,} bytes, but its parts have {held:,}")
+        length = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
+        _ensure(0 < length <= MAX_PART_BYTES, limits)
+        held += length
+    _ensure(held == size, f"{path!r} has {size:,} bytes, but its parts have {held:,}")
 
 
 def _check_distinct(paths: list[str]) -> None:
@@ -281,15 +227,12 @@ def _check_distinct(paths: list[str]) -> None:
 
 def move_aliases(checkpoints: list[dict[str, Any]]) -> None:
     """Leave each alias with the checkpoint that has it now: the newest published one, else any."""
-    owners: dict[str, dict[str, Any]] = {}
+    owners = dict[str, dict[str, Any]]()
     for checkpoint in sorted(checkpoints, key=lambda c: (c["state"] == "published", c["created"])):
         owners |= dict.fromkeys(checkpoint["aliases"] or (), checkpoint)
-    for checkpoint in checkpoints:
-        checkpoint["aliases"] = [
-            alias
-            for alias in checkpoint["aliases"] or ()
-            if alias == KEEP or owners[alias] is checkpoint
-        ]
+    for one in checkpoints:
+        aliases = one["aliases"] or ()
+        one["aliases"] = [name for name in aliases if name == KEEP or owners[name] is one]
 
 
 def encode_number(value: float) -> float | str:

@@ -9,50 +9,32 @@ import contextlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from endlex import protocol
 from endlex.client.directories import require_run_file
 from endlex.client.process import is_running, try_lock
-from endlex.protocol import (
-    CHECKPOINT,
-    CONFIG,
-    CRASHED,
-    FINISH,
-    JOURNAL_DIR,
-    MAX_BATCH_BYTES,
-    MAX_REASON_CHARS,
-    METRICS,
-    NON_FINITE,
-    SESSION,
-    SESSION_ID,
-    STATUSES,
-    SYSTEM,
-    TABLE,
-    TEXT,
-    EndlexError,
-    decode_number,
-    encode_number,
-    move_aliases,
-)
+from endlex.protocol import CHECKPOINT, METRICS, SESSION, SYSTEM, EndlexError
 
 
 def session_files(directory: Path) -> list[Path]:
-    """The journals of a run's directory, in the order in which their sessions began."""
-    paths = (directory / JOURNAL_DIR).glob("*.jsonl")
-    found = [path for path in paths if SESSION_ID.fullmatch(path.stem)]
+    """Return the journals of a run's directory, in the order in which their sessions began."""
+    paths = (directory / protocol.JOURNAL_DIR).glob("*.jsonl")
+    found = [path for path in paths if protocol.SESSION_ID.fullmatch(path.stem)]
     return sorted(found, key=lambda path: (session_number(path), path.stem))
 
 
 def session_number(path: Path) -> int:
-    """The number that a session's id begins with; 0 if it has none."""
+    """Return the number that a session's id begins with; 0 if it has none."""
     number = path.stem.partition("-")[0]
     return int(number) if number.isdecimal() else 0
 
 
 def content_length(path: Path) -> int:
-    """Bytes of a journal up to its last line end; what follows is torn, or not yet written."""
+    """Return a journal's bytes up to its last line end."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
@@ -66,17 +48,11 @@ def content_length(path: Path) -> int:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of one session, oldest first, without changing them.
-
-    Raises:
-        EndlexError: a line before the last line end is damaged; the message gives its number.
-    """
+    """Yield the records of one session, oldest first; a damaged line raises an `EndlexError`."""
     for number, (_, record) in enumerate(iter_lines(path), 1):
         if record is None:
-            raise EndlexError(
-                f"{path}, line {number} is not a record: the file was altered, or the disk is "
-                "failing"
-            )
+            reason = "the file was altered, or the disk is failing"
+            raise EndlexError(f"{path}, line {number} is not a record: {reason}")
         yield record
 
 
@@ -100,20 +76,20 @@ def read_run(directory: Path | str) -> Iterator[dict[str, Any]]:
     nothing.
 
     Raises:
-        EndlexError: as `read_journal`.
+        EndlexError: a line is damaged; the message gives its number.
         OSError: a file cannot be read.
     """
     for path in session_files(Path(directory)):
         for record in read_journal(path):
             values = record.get("values")
             if record["type"] == METRICS and isinstance(values, dict):
-                for name in [name for name, value in values.items() if isinstance(value, str)]:
-                    values[name] = NON_FINITE.get(values[name], values[name])
+                words = {name: word for name, word in values.items() if isinstance(word, str)}
+                values |= {name: protocol.NON_FINITE.get(w, w) for name, w in words.items()}
             yield record
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, or None if it is not one."""
+    """Return the record of one line, or None if it is not one."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -122,9 +98,9 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def first_record(path: Path) -> dict[str, Any] | None:
-    """The record that says whose session this is, or None while it is not written."""
+    """Return the record that says whose session this is, or None while it is not written."""
     with path.open("rb") as file:
-        line = file.readline(MAX_BATCH_BYTES)
+        line = file.readline(protocol.MAX_BATCH_BYTES)
     return parse_record(line) if line.endswith(b"\n") else None
 
 
@@ -146,7 +122,7 @@ def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]
 
 
 def last_step(directory: Path) -> int:
-    """The last step that a run's trainers logged metrics of, or -1."""
+    """Return the last step that a run's trainers logged metrics of, or -1."""
     for path in reversed(session_files(directory)):
         if session_kind(path) == SYSTEM:
             continue  # whose steps are seconds
@@ -157,9 +133,9 @@ def last_step(directory: Path) -> int:
 
 
 def end_status(path: Path) -> str | None:
-    """How the session says that it ended, or None if it has not said."""
+    """Return how the session says that it ended, or None if it has not said."""
     last = next(iter_last_records(path, 4096), {})
-    ended = last.get("type") == FINISH and last.get("status") in STATUSES
+    ended = last.get("type") == protocol.FINISH and last.get("status") in protocol.STATUSES
     return str(last["status"]) if ended else None
 
 
@@ -169,17 +145,16 @@ def gone_status(path: Path) -> str:
     An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
     """
     begun = first_record(path) or {}
-    ended = begun.get("ended")
-    if ended in STATUSES:
+    if (ended := begun.get("ended")) in protocol.STATUSES:
         return str(ended)
-    return "interrupted" if begun.get("kind") == SYSTEM else CRASHED
+    return "interrupted" if begun.get("kind") == SYSTEM else protocol.CRASHED
 
 
 def gone_reason(path: Path) -> str:
     """Return why such a writer is gone: the stack that a signal left behind."""
     with contextlib.suppress(OSError):
-        stack = path.with_suffix(".fault").read_text(errors="replace")[:MAX_REASON_CHARS].strip()
-        if stack:
+        text = path.with_suffix(".fault").read_text(errors="replace")
+        if stack := text[: protocol.MAX_REASON_CHARS].strip():
             said = "" if stack.startswith("Fatal") else "ended by a signal (SIGTERM or SIGHUP)\n"
             return said + stack
     return "killed (SIGKILL, or its machine stopped)"
@@ -209,7 +184,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         **{"tags": [], "group": None, "notes": None, "host": "", "config": {}},
         **{"texts": [], "tables": [], "checkpoints": []},
     }
-    metrics: dict[str, dict[int, float]] = {}
+    metrics = dict[str, dict[int, float]]()
     sessions = [_read_session(path, summary, metrics) for path in session_files(directory)]
     trainers = [session for session in sessions if session["kind"] != SYSTEM]
     # The newest trainer speaks for the run; of several ranks the first.
@@ -218,7 +193,7 @@ def summarize(directory: Path) -> dict[str, Any]:
     if sessions and sessions[0]["started"]:
         summary["created"] = sessions[0]["started"]
     summary["sessions"] = sessions
-    move_aliases(summary["checkpoints"])
+    protocol.move_aliases(summary["checkpoints"])
     summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]
     summary["summary"] = {m["name"]: m["last"] for m in summary["metrics"]}
     return summary
@@ -246,25 +221,22 @@ def _add_record(
     summary: dict[str, Any], metrics: dict[str, dict[int, float]], record: dict[str, Any], kind: str
 ) -> None:
     summary["updated"] = max(summary["updated"], record.get("time", 0))
-    if record["type"] == SESSION and kind != SYSTEM:
+    if record["type"] == protocol.CONFIG or (record["type"] == SESSION and kind != SYSTEM):
         summary["config"] = summary["config"] | (record.get("config") or {})
         for key in ("tags", "group", "notes", "host"):
             summary[key] = summary[key] or record.get(key) or summary[key]
-    elif record["type"] == CONFIG:
-        summary["config"] = summary["config"] | (record.get("config") or {})
     elif record["type"] == METRICS:
         for name, value in values_of(record):
             metrics.setdefault(name, {})[record["step"]] = value
-    elif record["type"] in (TEXT, TABLE):
+    elif record["type"] in (protocol.TEXT, protocol.TABLE):
         names = summary[f"{record['type']}s"]
         if record.get("name") not in names:
             names.append(record.get("name"))
     elif record["type"] == CHECKPOINT:
         size = sum(file.get("bytes", 0) for file in record.get("files", []))
-        kept = {key: record.get(key) for key in ("name", "step", "aliases", "metadata")}
-        summary["checkpoints"].append(
-            {**kept, "created": record["time"], "bytes": size, "state": "local"}
-        )
+        found = {key: record.get(key) for key in ("name", "step", "aliases", "metadata")}
+        found |= {"created": record["time"], "bytes": size, "state": "local"}
+        summary["checkpoints"].append(found)
 
 
 def values_of(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -273,26 +245,24 @@ def values_of(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         return
     for name, value in (record.get("values") or {}).items():
         try:
-            yield name, float(decode_number(value))
+            yield name, float(protocol.decode_number(value))
         except (EndlexError, TypeError, ValueError, OverflowError):
             continue
 
 
 def _describe(name: str, series: dict[int, float]) -> dict[str, Any]:
-    finite = [value for value in series.values() if math.isfinite(value)]
-    last_step = max(series)
+    finite, last = [value for value in series.values() if math.isfinite(value)], max(series)
     return {
         "name": name,
         "count": len(series),
-        "last": encode_number(series[last_step]),
+        "last": protocol.encode_number(series[last]),
         "min": min(finite, default=None),
         "max": max(finite, default=None),
-        "last_step": last_step,
+        "last_step": last,
     }
 
 
-Points = dict[int, tuple[float, float]]
-"""Time and value by step."""
+Points = dict[int, tuple[float, float]]  # time and value by step
 
 
 def read_points(directory: Path) -> dict[str, Points]:
@@ -301,20 +271,18 @@ def read_points(directory: Path) -> dict[str, Points]:
     The steps of the machine's own metrics are seconds since their session began; they continue from
     session to session, as the server exports them.
     """
-    trainer: dict[str, Points] = {}
-    machine: dict[str, list[tuple[float, int, float]]] = {}
+    trainer = defaultdict[str, Points](dict)
+    machine = defaultdict[str, list[tuple[float, int, float]]](list)
     for path in session_files(directory):
         is_machine = session_kind(path) == SYSTEM
-        seen: dict[str, Points] = {}
+        seen = defaultdict[str, Points](dict) if is_machine else trainer
         for record in iter_session(path):
             if record["type"] == METRICS:
                 for name, value in values_of(record):
-                    found = seen if is_machine else trainer
-                    found.setdefault(name, {})[record["step"]] = (record["time"], value)
-        for name, points in seen.items():
-            rows = ((time, step, value) for step, (time, value) in sorted(points.items()))
-            machine.setdefault(name, []).extend(rows)
-    return trainer | {name: _in_seconds(rows) for name, rows in machine.items()}
+                    seen[name][record["step"]] = (record["time"], value)
+        for name, points in seen.items() if is_machine else ():
+            machine[name] += [(time, step, value) for step, (time, value) in sorted(points.items())]
+    return {**trainer, **{name: _in_seconds(rows) for name, rows in machine.items()}}
 
 
 def _in_seconds(rows: list[tuple[float, int, float]]) -> Points:

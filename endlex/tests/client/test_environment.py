@@ -192,3 +192,15 @@ def test_the_end_of_a_forked_child_is_not_the_runs(tmp_path: Path) -> None:
     assert run_script(tmp_path, script).returncode == -signal.SIGKILL
     (journal,) = session_files(tmp_path)
     assert gone_reason(journal).startswith("killed (SIGKILL")
+
+
+def test_a_forked_child_that_begins_a_run_leaves_its_own_stack(tmp_path: Path) -> None:
+    script = (
+        "import signal\nchild = os.fork()\nif not child:\n"
+        f"    endlex.init('p', 'child', directory={str(tmp_path / 'child')!r})\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "assert os.waitpid(child, 0)[1] == signal.SIGTERM"
+    )
+    assert run_script(tmp_path / "parent", script).returncode == 0
+    (journal,) = session_files(tmp_path / "child")
+    assert gone_reason(journal).startswith("ended by a signal (SIGTERM or SIGHUP)")

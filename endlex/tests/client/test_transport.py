@@ -53,8 +53,8 @@ def test_one_connection_serves_many_requests_and_survives_its_idle_end(
     for _ in range(5):
         transport.request("POST", "/parts/missing", json_body={"parts": []})
     assert len(accepted) == 1
-    assert transport._connection is not None
-    transport._connection.sock.shutdown(socket.SHUT_RDWR)  # as a server closes idle ones
+    assert transport._local.connection is not None
+    transport._local.connection.sock.shutdown(socket.SHUT_RDWR)  # as a server closes idle ones
     transport.request("POST", "/parts/missing", json_body={"parts": []})
     assert len(accepted) == 2
 

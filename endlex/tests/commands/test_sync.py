@@ -119,7 +119,7 @@ def test_what_a_sync_sent_counts_as_sent_afterwards(cli: Any, train: Any, online
     assert before.records == 8  # a session, five steps, a checkpoint, an end
     assert before.files == 1
     assert cli("sync", directory)[0] == 0
-    assert not unsent(directory)
+    assert not any(unsent(directory))
     assert read_state(directory)["state"] == "done"
 
 

@@ -20,35 +20,25 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, cast
 
+from endlex import protocol
 from endlex.client.process import READ_ONLY, warn, write_whole
 from endlex.protocol import (
-    CHECKPOINT_NAME,
     MANIFEST_DIR,
-    MAX_FILES,
-    MEDIA_DIR,
     PART_BYTES,
-    PROTOCOL,
-    REPLACES,
-    SHA256,
     STAGED_DIR,
     EndlexError,
     Manifest,
-    ManifestFile,
-    Part,
     check_checkpoint_name,
     check_checkpoint_path,
-    check_manifest,
 )
 
-FICLONE = 0x40049409
-"""The request of linux/fs.h that makes one file's content another's, copied when written."""
+FICLONE = 0x40049409  # of linux/fs.h: makes one file's content another's, copied when written
 GIVEN_UP, DAMAGED = ".given-up", ".damaged"
 """Ends of names: of a note that a checkpoint was given up; of a part of media that is damaged."""
 
@@ -87,12 +77,11 @@ class Staged(TypedDict):
 
 
 def describe_file(inside: str, status: os.stat_result) -> StagedFile:
-    """Return what a note says of a file."""
     return {"path": inside, "bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
 def _is_as_saved(file: StagedFile, status: os.stat_result) -> bool:
-    """Whether a file's size and time are those of its note, whatever else the note holds."""
+    # A note of a later version may hold more.
     return (file.get("bytes"), file.get("changed")) == (status.st_size, status.st_mtime_ns)
 
 
@@ -101,9 +90,6 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
 
     Links are followed, but not to a directory that is around them, and out of `source` only with
     `outside_links`. Links to nothing, sockets and pipes are left out with a warning.
-
-    Raises:
-        EndlexError: there is nothing at `source`, or a link leads out of it.
     """
     if source.is_file():
         yield check_checkpoint_path(source.name), source
@@ -113,10 +99,8 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
     root = source.resolve()
     for inside, path in _files_in(source, "", (root,)):
         if not outside_links and not (place := path.resolve()).is_relative_to(root):
-            raise EndlexError(
-                f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}: give "
-                "outside_links=True if that belongs to the checkpoint"
-            )
+            fault = f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}"
+            raise EndlexError(f"{fault}: give outside_links=True if that belongs to the checkpoint")
         yield inside, path
 
 
@@ -135,27 +119,18 @@ def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[t
 def stage(
     directory: Path, source: Path, note: Staged, *, link: bool, outside_links: bool
 ) -> Staged | None:
-    """Keep `source` as a checkpoint of a run's directory until it is sent.
+    """Keep `source` as a checkpoint of a run's directory until it is sent; `Run.save` says how.
 
-    Args:
-        note: without files. A name that the directory has used already gets `-2`, `-3` and so on;
-            an empty one is made from the path and the step.
-        link: whether the files are never rewritten in place, so that links to them are enough.
-
-    Returns:
-        The whole note, or None if a directory holds no files.
-
-    Raises:
-        EndlexError: the path does not exist, or a name or alias is not one.
+    Takes the note without files, and perhaps without a name, and returns the whole one; None if
+    `source` is a directory without files.
     """
     for alias in note["aliases"]:
         check_checkpoint_name(alias)
     name = check_checkpoint_name(note["name"] or _name_of(source, note["step"]))
     found = list(files_of(source, outside_links))
-    if len(found) > MAX_FILES:
-        raise EndlexError(
-            f"{str(source)!r} has {len(found):,} files; a checkpoint has at most {MAX_FILES:,}"
-        )
+    if len(found) > protocol.MAX_FILES:
+        limit = f"a checkpoint has at most {protocol.MAX_FILES:,}"
+        raise EndlexError(f"{str(source)!r} has {len(found):,} files; {limit}")
     if not found:
         return None
     folder = directory / STAGED_DIR
@@ -177,8 +152,8 @@ def stage(
 def _name_of(source: Path, step: int) -> str:
     """Return a name from the path, with the step unless it ends with that already."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
-    digits = stem[len(stem.rstrip("0123456789")) :]
-    return stem if digits and int(digits) == step else f"{stem}-{step}"
+    digits = re.search(r"[0-9]+$", stem)
+    return stem if digits and int(digits[0]) == step else f"{stem}-{step}"
 
 
 def has_saved(directory: Path, name: str) -> bool:
@@ -190,26 +165,22 @@ def has_saved(directory: Path, name: str) -> bool:
 def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not _clone(source, target, source.stat()):
-        first, second = (os.link, _copy) if link else (_copy, os.link)
+    if not _clone(source, target):
+        # Copies are of the content alone: exFAT and the like refuse permissions.
+        ways: list[Callable[[Path, Path], object]] = [shutil.copyfile, os.link]
+        first, second = reversed(ways) if link else ways
         try:
             first(source, target)
         except OSError:  # no links to there, or no space for a copy
+            target.unlink(missing_ok=True)
             second(source, target)
     return describe_file(inside, target.stat())
 
 
-def _copy(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)  # the content alone: exFAT and the like refuse permissions
-    except OSError:
-        target.unlink(missing_ok=True)
-        raise
-
-
-def _clone(source: Path, target: Path, status: os.stat_result) -> bool:
+def _clone(source: Path, target: Path) -> bool:
     """Share the content until one side writes; where that works, later writes are harmless."""
-    if sys.platform != "linux" or not stat.S_ISREG(status.st_mode) or not status.st_size:
+    status = source.stat()
+    if sys.platform != "linux" or not status.st_size:
         return False
     try:
         with source.open("rb") as content, target.open("xb") as clone:
@@ -227,7 +198,6 @@ def note_path(directory: Path, name: str) -> Path:
 
 
 def read_note(directory: Path, name: str) -> Staged:
-    """Return the note of a staged checkpoint."""
     path = note_path(directory, name)
     try:
         note = json.loads(path.read_bytes())
@@ -240,28 +210,25 @@ def read_note(directory: Path, name: str) -> Staged:
 
 def staged_names(directory: Path) -> list[str]:
     """Return the names of the checkpoints that wait to be sent, oldest first."""
-
-    def saved(name: str) -> tuple[int, str]:
-        try:
-            return note_path(directory, name).stat().st_mtime_ns, name
-        except OSError:
-            return 0, name
-
-    folders = filter(Path.is_dir, (directory / STAGED_DIR).glob("*"))
-    return sorted((f.name for f in folders if CHECKPOINT_NAME.fullmatch(f.name)), key=saved)
+    found = []
+    for path in filter(Path.is_dir, (directory / STAGED_DIR).glob("*")):
+        if protocol.CHECKPOINT_NAME.fullmatch(name := path.name):
+            saved = 0
+            with contextlib.suppress(OSError):  # it is being removed
+                saved = note_path(directory, name).stat().st_mtime_ns
+            found.append((saved, name))
+    return [name for _, name in sorted(found)]
 
 
 def staged_change(directory: Path, name: str) -> str | None:
     """Return what happened to a staged checkpoint's files since they were saved, or None."""
+    how = "was rewritten in place after it was saved with link=True: save it again, without that"
     with contextlib.suppress(EndlexError):  # it is being removed: the server has it
         for file in read_note(directory, name)["files"]:
             with contextlib.suppress(OSError):  # likewise
                 status = (directory / STAGED_DIR / name / file["path"]).stat()
                 if not _is_as_saved(file, status):
-                    return (
-                        f"file {file['path']!r} was rewritten in place after it was saved with "
-                        "link=True: save it again, without that"
-                    )
+                    return f"file {file['path']!r} {how}"
     return None
 
 
@@ -282,7 +249,7 @@ def drop_replaced(directory: Path) -> list[str]:
     for name in reversed(names) if len(names) > 1 else ():  # twice a second: one alone is not read
         word = None
         with contextlib.suppress(EndlexError, KeyError, AttributeError):  # sending it reports that
-            word = read_note(directory, name)["metadata"].get(REPLACES)
+            word = read_note(directory, name)["metadata"].get(protocol.REPLACES)
         if isinstance(word, str) and word in newest:
             unstage(directory, name)
             dropped.append(name)
@@ -297,7 +264,7 @@ def give_up(directory: Path, name: str, reason: str) -> None:
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"reason": reason}).encode())
     manifest_path(directory, name).unlink(missing_ok=True)
-    (directory / MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
+    (directory / protocol.MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
     unstage(directory, name)
 
 
@@ -309,16 +276,16 @@ def given_up(directory: Path) -> set[str]:
 
 def waiting_media(directory: Path) -> list[str]:
     """Return the parts of media, by hash, that wait in a run's directory."""
-    return [p.name for p in (directory / MEDIA_DIR).glob("*") if SHA256.fullmatch(p.name)]
+    names = [path.name for path in (directory / protocol.MEDIA_DIR).glob("*")]
+    return list(filter(protocol.SHA256.fullmatch, names))
 
 
 def damaged_media(directory: Path) -> list[str]:
     """Return the parts of media, by hash, that were damaged before they could be sent."""
-    return [path.stem for path in (directory / MEDIA_DIR).glob(f"*{DAMAGED}")]
+    return [path.stem for path in (directory / protocol.MEDIA_DIR).glob(f"*{DAMAGED}")]
 
 
 def manifest_path(directory: Path, name: str) -> Path:
-    """Return where the hashes of a checkpoint are kept."""
     return directory / MANIFEST_DIR / f"{name}.json"
 
 
@@ -326,7 +293,7 @@ def load_manifest(directory: Path, name: str) -> Manifest | None:
     """Return the manifest of a checkpoint, or None if it was not hashed here."""
     path = manifest_path(directory, name)
     try:
-        return check_manifest(json.loads(path.read_bytes()))
+        return protocol.check_manifest(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (ValueError, EndlexError) as error:
@@ -352,7 +319,7 @@ def staged_manifest(directory: Path, note: Staged) -> Manifest:
 def build_manifest(root: Path, note: Staged) -> Manifest:
     """Hash a checkpoint's files, which are below `root`, whole and in parts; read each once."""
     return {
-        "protocol": PROTOCOL,
+        "protocol": protocol.PROTOCOL,
         "name": note["name"],
         "step": note["step"],
         "created": note["created"],
@@ -362,8 +329,8 @@ def build_manifest(root: Path, note: Staged) -> Manifest:
     }
 
 
-def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
-    whole, parts = hashlib.sha256(), list[Part]()
+def _hash_file(root: Path, file: StagedFile) -> protocol.ManifestFile:
+    whole, parts = hashlib.sha256(), list[protocol.Part]()
     with open_unchanged(root, file) as content:
         while part := content.read(PART_BYTES):
             whole.update(part)

@@ -7,8 +7,8 @@
     shipper.lock .json .log  the process that sends all this: its lock, state and log
 
 The same directory is the same run. Another machine joins a run by its id. `endlex verify` must know
-every run on the machine, wherever it was recorded: `endlex.init` adds each directory to the list
-`endlex/directories` under `XDG_STATE_HOME` (or `~/.local/state`), one path per line, as JSON.
+every run on the machine: `endlex.init` adds each directory to the list `endlex/directories` under
+`XDG_STATE_HOME` (or `~/.local/state`), one path per line, as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
@@ -27,7 +26,6 @@ from endlex.protocol import PROTOCOL, RUN_FILE, EndlexError, check_name, check_r
 
 Mode = Literal["online", "offline", "disabled"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-TOKEN_FILE = ".config/endlex/token"
 
 
 class RunFile(TypedDict):
@@ -39,36 +37,22 @@ class RunFile(TypedDict):
     created: float
 
 
-def session_start(
-    owner: RunFile,
-    kind: str,
-    *,
-    config: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = (),
-    group: str | None = None,
-    notes: str | None = None,
-    rank: int = 0,
-) -> dict[str, Any]:
-    """Return what the first record of a session says when this process writes it."""
+def session_start(owner: RunFile, kind: str, **given: Any) -> dict[str, Any]:
+    """Return the first record of a session that this process writes, with the given values."""
     return {
         "protocol": PROTOCOL,
-        "run": owner["run"],
-        "project": owner["project"],
-        "name": owner["name"],
-        "config": config or {},
-        "tags": list(tags),
-        "group": group,
-        "notes": notes,
+        **{key: owner[key] for key in ("run", "project", "name")},
+        **{"config": {}, "tags": [], "group": None, "notes": None},
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
-        "rank": rank,
-        "kind": kind,
+        **{"rank": 0, "kind": kind},
+        **given,
     }
 
 
 def read_run_file(directory: Path | str) -> RunFile | None:
-    """Return the id, project and name of the run that a directory holds; None if it holds none."""
+    """Return whose run a directory holds; None if it holds none."""
     path = Path(directory) / RUN_FILE
     try:
         content = json.loads(path.read_bytes())
@@ -78,15 +62,12 @@ def read_run_file(directory: Path | str) -> RunFile | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, EndlexError) as error:
-        raise EndlexError(
-            f"{path} does not say whose run this is ({error}): restore it, or give another "
-            "directory"
-        ) from error
+        remedy = "restore it, or give another directory"
+        raise EndlexError(f"{path} does not say whose run this is ({error}): {remedy}") from error
     return cast(RunFile, content)
 
 
 def require_run_file(directory: Path) -> RunFile:
-    """Return the content of run.json, which says whose directory this is."""
     owner = read_run_file(directory)
     if owner is None:
         raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")
@@ -96,11 +77,7 @@ def require_run_file(directory: Path) -> RunFile:
 def claim_directory(
     directory: Path, run: str, project: str, name: str, created: float | None = None
 ) -> RunFile:
-    """Write `run.json`, once and whole; of several processes the first one's stays.
-
-    Args:
-        created: Unix seconds; now if not given.
-    """
+    """Write `run.json`, once and whole; of several processes the first one's stays."""
     directory.mkdir(parents=True, exist_ok=True)
     created = time.time() if created is None else created
     content: RunFile = {"run": run, "project": project, "name": name, "created": created}
@@ -109,9 +86,7 @@ def claim_directory(
         write_whole(temporary, json.dumps(content).encode())
         try:
             os.link(temporary, directory / RUN_FILE)
-        except FileExistsError:
-            pass
-        except OSError:  # no hard links here; two processes at the same moment are rarer than that
+        except OSError:  # it is there, or no hard links are: then two at one moment are rare
             if not (directory / RUN_FILE).exists():
                 temporary.replace(directory / RUN_FILE)
     finally:
@@ -141,30 +116,25 @@ def find_or_claim(
     place = Path(directory).absolute()
     owner = read_run_file(place)
     if owner is None and resume == "must":
-        raise EndlexError(
-            f"{place} holds no run to resume (resume='must'): give the run's directory; a run of "
-            "another machine is joined by its id alone"
-        )
+        remedy = "give the run's directory; a run of another machine is joined by its id alone"
+        raise EndlexError(f"{place} holds no run to resume (resume='must'): {remedy}")
     if owner is not None and resume == "never":
         raise EndlexError(f"{place} holds a run already (resume='never'): give another directory")
     if owner is None:
         owner = claim_directory(place, new_id, project, name or f"run-{new_id}")
-    if owner["project"] != project or name not in (None, owner["name"]):
-        raise EndlexError(
-            f"{place} is the directory of run {owner['name']!r} of project {owner['project']!r}, "
-            f"not of {name or owner['name']!r} of {project!r}: give another directory"
-        )
+    theirs, asked = (owner["name"], owner["project"]), (name or owner["name"], project)
+    if theirs != asked:
+        whose = "run {!r} of project {!r}, not of {!r} of {!r}".format(*theirs, *asked)
+        raise EndlexError(f"{place} is the directory of {whose}: give another directory")
     if run_id not in (None, owner["run"]):
-        raise EndlexError(
-            f"{place} is the directory of the run with id {owner['run']!r}, not {run_id!r}: give "
-            "another directory, or leave the id (ENDLEX_RUN_ID) away"
-        )
+        remedy = "give another directory, or leave the id (ENDLEX_RUN_ID) away"
+        whose = f"the run with id {owner['run']!r}, not {run_id!r}"
+        raise EndlexError(f"{place} is the directory of {whose}: {remedy}")
     register(place)
     return place, owner
 
 
 def _newest_directory(folder: Path, project: str, name: str | None) -> Path | None:
-    """Return the directory of the newest run of a project, and of a name if one is given."""
     found = []
     for path in folder.glob(f"*/{RUN_FILE}"):
         with contextlib.suppress(EndlexError):
@@ -179,18 +149,16 @@ def _as_file_name(name: str) -> str:
 
 
 def runs_folder() -> Path:
-    """Return the folder for runs that were given no directory."""
     return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 
 def given_run_id(run: str | None = None) -> str | None:
     """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none."""
-    run = run or os.environ.get("ENDLEX_RUN_ID") or None
-    return None if run is None else check_run_id(run)
+    run = run or os.environ.get("ENDLEX_RUN_ID")
+    return check_run_id(run) if run else None
 
 
 def server_url() -> str | None:
-    """Return the server that `ENDLEX_URL` names, if any."""
     return os.environ.get("ENDLEX_URL", "").strip() or None
 
 
@@ -198,7 +166,7 @@ def server_token() -> str | None:
     """Return the token of `ENDLEX_TOKEN` or of the file `~/.config/endlex/token`, if any."""
     token = os.environ.get("ENDLEX_TOKEN", "").strip()
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        token = token or (Path.home() / TOKEN_FILE).read_text().strip()
+        token = token or (Path.home() / ".config" / "endlex" / "token").read_text().strip()
     return token or None
 
 
@@ -208,7 +176,6 @@ def is_on(name: str) -> bool:
 
 
 def chosen_mode(given: str | None) -> Mode:
-    """Return the mode that was given, or that of the environment."""
     mode = given or os.environ.get("ENDLEX_MODE") or ("online" if server_url() else "offline")
     if mode not in get_args(Mode):
         raise EndlexError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
@@ -224,7 +191,6 @@ def environment_number(name: str) -> int:
 
 
 def registry() -> Path:
-    """Return where the list is."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "endlex" / "directories"
 
@@ -236,21 +202,17 @@ def register(directory: Path) -> None:
         if path.exists() and line in path.read_bytes().splitlines():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, b"\n" + line + b"\n")  # apart from a line that was torn
-        finally:
-            os.close(descriptor)
+        path.touch(0o600)
+        with path.open("ab", buffering=0) as file:
+            file.write(b"\n" + line + b"\n")  # apart from a line that was torn
     except (OSError, RuntimeError) as error:
-        warn(
-            f"cannot note {directory} in the list of this machine's runs ({error}): "
-            "`endlex verify` finds it there only if you name it"
-        )
+        fault = f"cannot note {directory} in the list of this machine's runs ({error})"
+        warn(f"{fault}: `endlex verify` finds it there only if you name it")
 
 
 def registered() -> list[Path]:
     """Return the directories of the list, oldest first."""
-    found: dict[Path, None] = {}
+    found = dict[Path, None]()
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         for line in registry().read_bytes().splitlines():
             with contextlib.suppress(ValueError, TypeError):  # empty, or torn by a full disk

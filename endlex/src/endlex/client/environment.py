@@ -6,8 +6,7 @@ left out. Only the changes need a process, `git diff`, for a few milliseconds.
 What it printed: `write` of stdout and stderr is wrapped, on the objects that are there, so handlers
 that hold them are heard too. A chunk of lines is recorded when a line ends a second after the last
 chunk, when it is large, and at the end of the run. What overwrites itself with carriage returns
-counts once, and terminal colours are left out. A run keeps `MAX_CONSOLE_CHARS`, and after that its
-last lines.
+counts once, and terminal colours are left out.
 """
 
 from __future__ import annotations
@@ -25,57 +24,42 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from endlex import protocol
 from endlex.client.journal import Journal
 from endlex.client.process import describe_error
-from endlex.protocol import (
-    CHANGES,
-    CONSOLE,
-    ENVIRONMENT,
-    EXCEPTION,
-    FINISH,
-    MAX_CONSOLE_CHARS,
-    MAX_REASON_CHARS,
-    MAX_TEXT_CHARS,
-    PACKAGES,
-    Status,
-)
+from endlex.protocol import MAX_CONSOLE_CHARS, MAX_TEXT_CHARS
 
 GIT_SECONDS = 5.0
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 CHUNK_SECONDS = 1.0
 CHUNK_CHARS = 8192
-LINE_CHARS = 4000
-"""Most of one line that are kept."""
-LAST_LINES = 50
-"""Kept when there was too much."""
+LINE_CHARS = 4000  # most of one line that are kept
+LAST_LINES = 50  # kept when there was too much
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])")
 CHUNKS_PER_SESSION = 1_000_000
 
 
 def record_environment(journal: Journal, code: bool) -> None:
-    """Record what the run is.
-
-    Args:
-        code: with the uncommitted changes of the program's git checkout.
-    """
-    journal.append_own(ENVIRONMENT, json.dumps(describe_environment(), indent=1))
+    """Record what the run is, with `code` also its git checkout's uncommitted changes."""
+    journal.append_own(protocol.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
     if code and (changes := uncommitted_changes()):
-        journal.append_own(CHANGES, changes)
-    journal.append_own(PACKAGES, installed_packages())
+        journal.append_own(protocol.CHANGES, changes)
+    journal.append_own(protocol.PACKAGES, installed_packages())
 
 
-def record_end(journal: Journal, status: Status, error: BaseException | None) -> None:
+def record_end(journal: Journal, status: protocol.Status, error: BaseException | None) -> None:
     """Record how the run ended, and close its journal."""
-    end: dict[str, Any] = {"status": status}
+    end = {"status": str(status)}
     if error is not None and status != "finished":
-        end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
+        end["reason"] = describe_error(error)[: protocol.MAX_REASON_CHARS]
         if not isinstance(error, SystemExit):
             lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
-            journal.append_own(EXCEPTION, lines)
-    journal.append(FINISH, end)
+            journal.append_own(protocol.EXCEPTION, lines)
+    journal.append(protocol.FINISH, end)
     journal.close()
     journal.path.with_suffix(".fault").unlink(missing_ok=True)
 
@@ -83,9 +67,7 @@ def record_end(journal: Journal, status: Status, error: BaseException | None) ->
 def describe_environment(place: Path | str | None = None) -> dict[str, Any]:
     """Return what there is to know of this process: command, commit, versions, machine.
 
-    Args:
-        place: in the git checkout that counts; that of the program or of the working directory if
-            not given.
+    `place` is in the git checkout that counts, by default the program's or the working directory's.
     """
     root = _checkout(place)
     found = {
@@ -112,19 +94,16 @@ def _head(git: Path) -> tuple[str | None, str | None]:
     head = (git / "HEAD").read_text().strip()
     if not head.startswith("ref:"):
         return head, None
-    name = head.removeprefix("ref:").strip()
+    name, shared = head.removeprefix("ref:").strip(), git / "commondir"
     branch = name.removeprefix("refs/heads/")
-    shared = git / "commondir"
     common = (git / shared.read_text().strip()) if shared.is_file() else git
     for place in (git / name, common / name):
         if place.is_file():
             return place.read_text().strip(), branch
     packed = common / "packed-refs"
-    for line in packed.read_text().splitlines() if packed.is_file() else ():
-        commit, _, packed_name = line.partition(" ")
-        if packed_name == name:
-            return commit, branch
-    return None, branch
+    lines = packed.read_text().splitlines() if packed.is_file() else []
+    found = (line.removesuffix(f" {name}") for line in lines if line.endswith(f" {name}"))
+    return next(found, None), branch
 
 
 def uncommitted_changes(place: Path | str | None = None) -> str:
@@ -134,24 +113,22 @@ def uncommitted_changes(place: Path | str | None = None) -> str:
     root = _checkout(place)
     if root is None:
         return ""
-    command = ["git", "-C", str(root), "diff", "HEAD", "--no-color", "--no-ext-diff"]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
+        changes = subprocess.check_output(
+            ["git", "-C", str(root), "diff", "HEAD", "--no-color", "--no-ext-diff"],
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             timeout=GIT_SECONDS,
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.decode(errors="replace")[:MAX_TEXT_CHARS]
+    return changes.decode(errors="replace")[:MAX_TEXT_CHARS]
 
 
 def installed_packages() -> str:
     """Return `name==version` of each package that can be imported here, one per line, sorted."""
-    found = set()
+    found = set[str]()
     for entry in sys.path:  # by the directories' names: reading every package takes long
         with contextlib.suppress(OSError):
             for path in Path(entry or ".").iterdir():
@@ -162,13 +139,11 @@ def installed_packages() -> str:
 
 
 def _checkout(place: Path | str | None) -> Path | None:
-    program = Path(sys.argv[0]) if sys.argv and sys.argv[0] not in ("", "-c") else None
-    starts = [program and program.parent, Path.cwd()] if place is None else [Path(place)]
-    for here in [start.resolve() for start in starts if start is not None]:
-        for parent in (here, *here.parents):
-            if (parent / ".git").exists():
-                return parent
-    return None
+    starts = [Path.cwd()] if place is None else [Path(place)]
+    if place is None and sys.argv and sys.argv[0] not in ("", "-c"):
+        starts.insert(0, Path(sys.argv[0]).parent)
+    around = ((start, *start.parents) for start in map(Path.resolve, starts))
+    return next((place for place in chain(*around) if (place / ".git").exists()), None)
 
 
 class Console:
@@ -176,12 +151,10 @@ class Console:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self.chunks = 0
-        """How many were recorded."""
-        self._partial: dict[str, str] = {}
-        self._lines: list[str] = []
+        self.chunks = 0  # how many were recorded
+        self._partial, self._lines = dict[str, str](), list[str]()
         self._chars = self._kept = self._left_out = 0
-        self._last: deque[str] = deque(maxlen=LAST_LINES)
+        self._last = deque[str](maxlen=LAST_LINES)
         self._flushed = time.monotonic()
         self._lock = threading.RLock()
         self._busy = False
@@ -227,7 +200,7 @@ class Console:
             number, self.chunks = self.chunks, self.chunks + 1
             step = self._journal.number * CHUNKS_PER_SESSION + number
             with contextlib.suppress(Exception):  # printing must work whatever is wrong here
-                self._journal.append_own(CONSOLE, "\n".join(lines), step)
+                self._journal.append_own(protocol.CONSOLE, "\n".join(lines), step)
 
     def close(self) -> None:
         """Stop listening, and record what is left."""
@@ -246,8 +219,7 @@ class Console:
 
 def _wrap(stream: Any, listen: Callable[[str], None]) -> Any:
     """Call `listen` with what is written; return None where the stream cannot be wrapped."""
-    if not callable(write := getattr(stream, "write", None)):
-        return None
+    write: Any = getattr(stream, "write", None)
 
     def tell(text: Any) -> Any:
         written = write(text)

@@ -1,17 +1,15 @@
 """The journal's one writer: a record is a line, and a line is one `os.write`.
 
-A journal is an append-only file of JSON lines, the only truth about a run. Each recording process
-opens its own, one session, and holds its lock (`flock`) while it lives, so that others see when it
-is gone. The file appears under its name with its lock held and its first record written. There is
-no thread, no queue and no network here. The process may be killed at any moment: what was written
-stays, and at most the last line is torn. `endlex.reading` reads.
+Each recording process opens its own journal, one session, and holds its lock (`flock`) while it
+lives, so that others see when it is gone. The file appears under its name with its lock held and
+its first record written. There is no thread, no queue and no network here. The process may be
+killed at any moment: what was written stays, and at most the last line is torn.
 
 Before that come the functions that turn what a trainer gives into JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -24,78 +22,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from endlex.client.process import FULL, fsync, try_lock, warn, warn_once
-from endlex.protocol import (
-    FINISH,
-    JOURNAL_DIR,
-    MAX_BATCH_BYTES,
-    MAX_NAME_CHARS,
-    MAX_STEP,
-    SESSION,
-    TEXT,
-    EndlexError,
-    check_name,
-    encode_number,
-)
+from endlex import protocol
+from endlex.client.process import FULL, fsync, try_lock, warn_once
+from endlex.protocol import FINISH, MAX_BATCH_BYTES, EndlexError
 from endlex.reading import session_files, session_number
 
-LARGEST_EXACT = 2**53
-"""Whole numbers up to here are kept exactly; larger ones as floats, as every reader has them."""
-DEEPEST = 50
-"""Levels of nested values; what is deeper is kept as text."""
-
-Refuse = Callable[[str, EndlexError], None]
-"""Told the name, and the fault, of what cannot be recorded as it is."""
-
-
-class MetricKeys(dict[str, str]):
-    """A metric's name to the JSON of its key, `"train/loss":`; names are checked when first met."""
-
-    def __init__(self, refuse: Refuse) -> None:
-        super().__init__()
-        self.refuse = refuse
-
-    def __missing__(self, name: str) -> str:
-        good = accepted_name(name, "metric name", self.refuse)
-        self[name] = key = json.dumps(good, ensure_ascii=False) + ":"
-        return key
+LARGEST_EXACT = 2**53  # larger whole numbers are kept as floats, as every reader has them
+DEEPEST = 50  # levels of nested values; what is deeper is kept as text
 
 
 def tidy_name(name: Any, default: str) -> str:
     """Make a name printable and short: one that is too long is cut, and ends with a hash of it."""
     text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
-    if len(text) > MAX_NAME_CHARS:
+    if len(text) > protocol.MAX_NAME_CHARS:
         import hashlib
 
         digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
-        text = f"{text[: MAX_NAME_CHARS - 9]}~{digest}"
+        text = f"{text[: protocol.MAX_NAME_CHARS - 9]}~{digest}"
     return text or default
 
 
-def accepted_name(name: Any, what: str, refuse: Refuse) -> str:
-    """Return `name`, or the nearest good name after telling `refuse` what is wrong with it."""
-    try:
-        return check_name(name, what)
-    except EndlexError as error:
-        good = tidy_name(name, "unnamed")
-        refuse(str(name), EndlexError(f"{error}; it is recorded as {good!r}"))
-        return good
-
-
-def encode_members(keys: MetricKeys, name: str, value: Any) -> list[str]:
-    """Return the JSON members that a metric's value is: one, those of a mapping, or none."""
-    if isinstance(value, Mapping):
-        return [m for k, v in value.items() for m in encode_members(keys, f"{name}/{k}", v)]
-    try:
-        number = encode_number(as_number(value))
-    except Exception:  # whatever some library's tensor raises
-        keys.refuse(str(name), EndlexError(f"metric {name!r} is {value!r:.80}, which is no number"))
-        return []
-    return [keys[name] + (repr(number) if not isinstance(number, str) else f'"{number}"')]
-
-
 def as_number(value: Any) -> float:
-    """Return the number that `value` is, or raise: one of anything, but no text."""
+    """Return the number that `value` is, or raise whatever some library's tensor raises."""
     if type(value) is float or (type(value) is int and abs(value) <= LARGEST_EXACT):
         return value
     if isinstance(value, str | bytes):
@@ -104,17 +52,7 @@ def as_number(value: Any) -> float:
     return float(item() if callable(item) else value)
 
 
-def checked_step(step: Any) -> int:
-    """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
-    with contextlib.suppress(Exception):  # whatever some library's tensor raises
-        whole = int(step)
-        if 0 <= whole <= MAX_STEP and whole == step and not isinstance(step, bool):
-            return whole
-    raise EndlexError(f"step is {step!r:.80}; it must be a whole number from 0 to 2**62")
-
-
 def as_list(given: str | Iterable[str]) -> list[str]:
-    """Return several words, or the one that was given, as a list."""
     return [given] if isinstance(given, str) else list(given)
 
 
@@ -127,7 +65,7 @@ class RunConfig(dict[str, Any]):
         self._recorded = plain(content)
 
     def take_changes(self) -> dict[str, Any]:
-        """Return the keys that have changed since this was asked last, with their values."""
+        """Return what has changed since this was asked last."""
         before, self._recorded = self._recorded, plain(self)
         return {k: v for k, v in self._recorded.items() if k not in before or before[k] != v}
 
@@ -136,7 +74,7 @@ class RunConfig(dict[str, Any]):
         self._changed()
 
     def update(self, *others: Any, allow_val_change: bool = True, **more: Any) -> None:
-        """Do what `dict.update` does; wandb's `allow_val_change` makes no difference."""
+        """Update the dictionary; wandb's `allow_val_change` makes no difference."""
         super().update(*(as_config(other) for other in others), **more)
         self._changed()
 
@@ -148,7 +86,6 @@ class RunConfig(dict[str, Any]):
         return dict, (dict(self),)  # a copy is another one's
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """Do what `dict.setdefault` does."""
         if key not in self:
             self[key] = default
         return self[key]
@@ -202,7 +139,7 @@ def to_json(content: Mapping[Any, Any]) -> str:
 
 def _jsonable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
-        return encode_number(value)
+        return protocol.encode_number(value)
     if value is None or isinstance(value, str | int):
         return value
     if depth > DEEPEST:
@@ -216,8 +153,7 @@ def _jsonable(value: Any, depth: int = 0) -> Any:
     return _jsonable(_default(value), depth + 1)
 
 
-LARGEST_BACKLOG = 16 * 2**20
-"""Bytes of records held in memory while the disk refuses them."""
+LARGEST_BACKLOG = 16 * 2**20  # bytes of records held in memory while the disk refuses them
 
 OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
 """The journals of this process, which a forked child must abandon."""
@@ -243,26 +179,22 @@ class Journal:
         session: str | None = None,
         moment: float | None = None,
     ) -> None:
-        folder = directory / JOURNAL_DIR
+        self.directory, folder = directory, directory / protocol.JOURNAL_DIR
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
         self.session = session or f"{number:06d}-{os.urandom(6).hex()}"
         self.path = folder / f"{self.session}.jsonl"
         self.number = session_number(self.path)
-        self.inherited = False
-        self._heads: dict[str, str] = {}
-        self._numbers = itertools.count()
+        self.inherited, self._backlog = False, b""
+        self._heads, self._numbers = dict[str, str](), itertools.count()
         self.lock = threading.RLock()
         """Held while a record is written. A signal handler may log in the middle of that."""
-        self.count = 0
-        """How many records were appended."""
-        self._backlog = b""
-        self._warned = False
+        self.count = 0  # how many records were appended
         hidden = folder / f".{self.session}.new"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(hidden, flags, 0o644)
         try_lock(self._descriptor)
-        self.append(SESSION, start, moment)
+        self.append(protocol.SESSION, start, moment)
         hidden.rename(self.path)
         _watch_forks()
         OPENED.add(self)
@@ -270,10 +202,8 @@ class Journal:
     def append(self, kind: str, content: Mapping[str, Any], moment: float | None = None) -> None:
         """Write one record; when this returns, killing the process does not lose it.
 
-        Args:
-            kind: the record's type (`protocol.TEXT` and so on).
-            content: the rest; what JSON cannot hold is stored as its `str`, or as `protocol` says.
-            moment: when it was, in Unix seconds; now if not given.
+        What JSON cannot hold is stored as its `str`, or as `protocol` says. The moment is in Unix
+        seconds, by default now.
 
         Raises:
             EndlexError: the record is too large to be sent. Nothing is written.
@@ -284,7 +214,7 @@ class Journal:
     def append_own(self, name: str, text: str, step: int | None = None) -> None:
         """Record a text of Endlex's own; its step is the session's number, if not given."""
         step = self.number if step is None else step
-        self.append(TEXT, {"step": step, "name": name, "text": text})
+        self.append(protocol.TEXT, {"step": step, "name": name, "text": text})
 
     def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
         """Do what `append` does for content that is already JSON: `,"key":value` for each."""
@@ -294,10 +224,8 @@ class Journal:
         if len(members) > MAX_BATCH_BYTES // 4:  # else it is short enough however it is encoded
             size = len(members.encode(errors="replace")) + len(head) + 100
             if size > MAX_BATCH_BYTES:
-                raise EndlexError(
-                    f"a {kind} record of {size:,} bytes is larger than {MAX_BATCH_BYTES:,}: log "
-                    "less at once"
-                )
+                limit = f"is larger than {MAX_BATCH_BYTES:,}: log less at once"
+                raise EndlexError(f"a {kind} record of {size:,} bytes {limit}")
         if self.inherited:
             if kind != FINISH:
                 warn_once("this process was forked from the one that records: it records nothing")
@@ -319,13 +247,11 @@ class Journal:
         except OSError as error:
             is_lost = len(content) > LARGEST_BACKLOG
             self._backlog = (waiting if is_lost else content) + self._backlog
-            if not self._warned:
-                self._warned = True
-                remedy = ": free some space" if error.errno in FULL else ""
-                warn(
-                    f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
-                    f"trying again with each new one{remedy}"
-                )
+            remedy = ": free some space" if error.errno in FULL else ""
+            warn_once(
+                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
+                f"trying again with each new one{remedy}"
+            )
             if is_lost:
                 raise
         else:

@@ -1,52 +1,43 @@
 """What a trainer logs, step by step: metrics, texts, tables, pictures, alerts.
 
-    media/SHA256    a part of a logged file that the server does not have yet
-
-The journal names a logged file's parts; equal files are kept and sent once. Figures and arrays
-become PNG images: of matplotlib, PIL, plotly (with kaleido), NumPy, torch and what else
-`numpy.asarray` takes.
+A logged file's parts are kept below `media`, by hash, until they are sent; equal files are kept and
+sent once. Figures and arrays become PNG images: of matplotlib, PIL, plotly (with kaleido), NumPy,
+torch and what else `numpy.asarray` takes.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from endlex.client.journal import (
-    Journal,
-    MetricKeys,
-    accepted_name,
-    as_list,
-    checked_step,
-    encode_members,
-)
+from endlex import protocol
+from endlex.client.journal import Journal, as_list, as_number, tidy_name
 from endlex.client.process import warn, write_whole
-from endlex.protocol import (
-    ALERT,
-    LEVELS,
-    MAX_STEP,
-    MAX_TEXT_CHARS,
-    MEDIA,
-    MEDIA_DIR,
-    METRICS,
-    PART_BYTES,
-    TABLE,
-    TEXT,
-    EndlexError,
-    Part,
-    check_name,
-)
+from endlex.protocol import MAX_STEP, MAX_TEXT_CHARS, MEDIA, METRICS, EndlexError
 from endlex.reading import last_step
 
-HISTOGRAM = ["low", "high", "count"]
-"""Columns of the tables that hold histograms."""
+HISTOGRAM = ["low", "high", "count"]  # columns of the tables that hold histograms
 PNG, OTHER = "image/png", "application/octet-stream"
 SAME_ALERT_SECONDS = 60.0
+
+
+class _Keys(dict[str, str]):
+    """A metric's name to the JSON of its key, `"train/loss":`; names are checked when first met."""
+
+    def __init__(self, accept: Callable[[str, str], str]) -> None:
+        self._accept = accept
+
+    def __missing__(self, name: str) -> str:
+        good = self._accept(name, "metric name")
+        self[name] = key = json.dumps(good, ensure_ascii=False) + ":"
+        return key
 
 
 class Log:
@@ -56,29 +47,16 @@ class Log:
     strict, it raises an `EndlexError` instead.
     """
 
-    def __init__(
-        self, directory: Path | None, journal: Journal | None, name: str, strict: bool
-    ) -> None:
-        self.directory, self.name = directory, name
-        self.refused: Counter[str] = Counter()
-        """How often something could not be recorded as it was, by name."""
-        self._strict = strict
-        self._journal = journal
-        self._keys = MetricKeys(self._refuse)
+    def __init__(self, journal: Journal | None, name: str, strict: bool) -> None:
+        self.directory, self.name = None if journal is None else journal.directory, name
+        self.disabled = journal is None  # by `mode`, or because another rank records
+        self.session = "" if journal is None else journal.session  # its id, unlike any other's
+        self.refused = Counter[str]()  # how often something was not recorded as it was, by name
+        self._journal, self._strict, self._finished = journal, strict, False
+        self._keys = _Keys(self._accept)
         self._last_step: int | None = None
-        self._finished = False
         self._next_watch = math.inf
-        self._alerts: dict[str, float] = {}
-
-    @property
-    def disabled(self) -> bool:
-        """Whether nothing is recorded: by `mode`, or because another rank does."""
-        return self._journal is None
-
-    @property
-    def session(self) -> str:
-        """This session's id, unlike any other's; empty for a disabled run."""
-        return self._journal.session if self._journal else ""
+        self._alerts = dict[str, float]()
 
     def log(
         self, values: Mapping[str, Any], *, step: int | None = None, commit: bool | None = None
@@ -95,23 +73,43 @@ class Log:
         journal, keys = self._journal, self._keys
         if journal is None or self._is_over():
             return
-        members = []
+        members = list[str]()
         try:
             for name, value in values.items():
                 if type(value) is float and -math.inf < value < math.inf:
                     members.append(keys[name] + repr(value))
                 else:
-                    members += encode_members(keys, name, value)
+                    members += self._encode(name, value)
             with journal.lock:
                 number = self._number(step)
                 self._last_step = number - 1 if commit is False else number
-                journal.append_members(
-                    METRICS, f',"step":{number},"values":{{{",".join(members)}}}'
-                )
+                content = f',"step":{number},"values":{{{",".join(members)}}}'
+                journal.append_members(METRICS, content)
         except (AttributeError, EndlexError, OSError) as error:
             self._refuse("log", error)  # no mapping, too much at once, or a disk that stays full
         if time.monotonic() > self._next_watch:
             self._watch_shipper()
+
+    def _encode(self, name: str, value: Any) -> list[str]:
+        """Return the JSON members that a metric's value is: one, those of a mapping, or none."""
+        if isinstance(value, Mapping):
+            return [m for key, v in value.items() for m in self._encode(f"{name}/{key}", v)]
+        try:
+            number = protocol.encode_number(as_number(value))
+        except Exception:  # whatever some library's tensor raises
+            fault = EndlexError(f"metric {name!r} is {value!r:.80}, which is no number")
+            self._refuse(str(name), fault)
+            return []
+        return [self._keys[name] + json.dumps(number)]
+
+    def _accept(self, name: Any, what: str) -> str:
+        """Return a name, or the nearest good one."""
+        try:
+            return protocol.check_name(name, what)
+        except EndlexError as error:
+            good = tidy_name(name, "unnamed")
+            self._refuse(str(name), EndlexError(f"{error}; it is recorded as {good!r}"))
+            return good
 
     def log_text(self, name: str, text: str, *, step: int | None = None) -> None:
         """Record a text of one step, such as a sample; one that is too long is cut."""
@@ -119,7 +117,7 @@ class Log:
         if len(text) > MAX_TEXT_CHARS:
             message = f"text {name!r} has {len(text):,} characters: the first {MAX_TEXT_CHARS:,}"
             self._refuse(name, EndlexError(f"{message} are kept"))
-        self._record(TEXT, name, step, lambda: {"text": text[:MAX_TEXT_CHARS]})
+        self._record(protocol.TEXT, name, step, lambda _: {"text": text[:MAX_TEXT_CHARS]})
 
     def log_table(
         self,
@@ -136,7 +134,7 @@ class Log:
                 length are left out.
         """
 
-        def content() -> dict[str, Any]:
+        def content(_: Path) -> dict[str, Any]:
             kept, names = [], [str(column) for column in as_list(columns)]
             for number, row in enumerate(map(list, rows)):
                 if len(row) == len(names):
@@ -146,7 +144,7 @@ class Log:
                     self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
             return {"columns": names, "rows": kept}
 
-        self._record(TABLE, name, step, content)
+        self._record(protocol.TABLE, name, step, content)
 
     def log_histogram(
         self,
@@ -159,14 +157,9 @@ class Log:
     ) -> None:
         """Record how values are distributed, as a table of low, high and count.
 
-        Args:
-            values: numbers in any shape; or counts, where `edges` (one more) are given.
+        The values are numbers in any shape; or counts, where `edges` (one more) are given.
         """
-
-        def content() -> dict[str, Any]:
-            return {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)}
-
-        self._record(TABLE, name, step, content)
+        self._record(protocol.TABLE, name, step, lambda _: count_values(values, bins, edges))
 
     def log_image(
         self, name: str, image: Any, *, step: int | None = None, caption: str | None = None
@@ -177,38 +170,30 @@ class Log:
             image: a path, a PIL image, a figure of matplotlib or plotly, or an array: [H, W] or
                 [H, W, 1, 3 or 4], uint8, or floats from 0 to 1; [3, H, W] as torch has it, too.
         """
-        self._record(MEDIA, name, step, lambda: self._keep(encode_image(image), caption))
+        self._record(MEDIA, name, step, lambda at: keep_media(at, *encode_image(image), caption))
 
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
         """Record a file of one step; its suffix says what it is: audio, video, an image."""
-        self._record(MEDIA, name, step, lambda: self._keep(read_file(path), caption))
-
-    def _keep(self, encoded: tuple[bytes, str], caption: str | None) -> dict[str, Any]:
-        assert self.directory is not None
-        return keep_media(self.directory, *encoded, caption)
+        self._record(MEDIA, name, step, lambda at: keep_media(at, *read_file(path), caption))
 
     def _record(
-        self, kind: str, name: str, step: int | None, content: Callable[[], dict[str, Any]]
+        self, kind: str, name: str, step: int | None, content: Callable[[Path], dict[str, Any]]
     ) -> None:
-        """Record something of a name and a step, which is not a metric."""
+        """Record something of a name and a step; `content` is given the run's directory."""
         if self._journal is None or self._is_over():
             return
         try:
-            number = self._number(step, after=0)
-            head = {"step": number, "name": accepted_name(name, f"{kind} name", self._refuse)}
-            self._journal.append(kind, head | content())
+            head = {"step": self._number(step, after=0), "name": self._accept(name, f"{kind} name")}
+            self._journal.append(kind, head | content(self._journal.directory))
         except Exception as error:  # whatever some library's figure raises
             self._refuse(name, error)
 
     def alert(
         self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning"
     ) -> None:
-        """Raise an alert: the server shows it, and sends it where its alerts go.
-
-        The same title within a minute counts once.
-        """
+        """Raise an alert, which the server sends on; the same title within a minute counts once."""
         if self._journal is None or self._is_over():
             return
         now = time.monotonic()
@@ -216,10 +201,11 @@ class Log:
             return
         self._alerts[title] = now
         try:
-            if level not in LEVELS:
-                raise EndlexError(f"level {level!r} must be one of {', '.join(LEVELS)}")
-            content = {"title": check_name(title, "title"), "text": str(text)[:MAX_TEXT_CHARS]}
-            self._journal.append(ALERT, content | {"level": level})
+            if level not in protocol.LEVELS:
+                raise EndlexError(f"level {level!r} must be one of {', '.join(protocol.LEVELS)}")
+            title = protocol.check_name(title, "title")
+            content = {"title": title, "text": str(text)[:MAX_TEXT_CHARS], "level": level}
+            self._journal.append(protocol.ALERT, content)
         except (EndlexError, OSError) as error:
             self._refuse("alert", error)
 
@@ -227,15 +213,17 @@ class Log:
         """Return the step as a number; without a good one, that many `after` the last one."""
         if type(step) is int and 0 <= step <= MAX_STEP:
             return step
+        with suppress(Exception):  # whatever some library's tensor raises
+            if 0 <= step <= MAX_STEP and int(step) == step and not isinstance(step, bool):
+                return int(step)
         latest = self._last_step  # here, or else in a session before this one
         if latest is None:
             latest = last_step(self.directory) if self.directory is not None else -1
         following = min(max(latest + after, 0), MAX_STEP)
-        try:
-            return following if step is None else checked_step(step)
-        except EndlexError as error:
-            self._refuse("step", EndlexError(f"{error}; recorded as step {following}"))
-            return following
+        if step is not None:
+            wrong = f"step is {step!r:.80}; it must be a whole number from 0 to 2**62"
+            self._refuse("step", EndlexError(f"{wrong}; recorded as step {following}"))
+        return following
 
     def _watch_shipper(self) -> None:
         """Look whether the shipper still lives."""
@@ -262,12 +250,12 @@ def keep_media(directory: Path, content: bytes, mime: str, caption: str | None) 
     """Keep a file in a run's directory until it is sent; return what the journal says of it."""
     import hashlib
 
-    parts: list[Part] = []
-    for start in range(0, len(content), PART_BYTES):
-        part = content[start : start + PART_BYTES]
+    parts = list[protocol.Part]()
+    for start in range(0, len(content), protocol.PART_BYTES):
+        part = content[start : start + protocol.PART_BYTES]
         digest = hashlib.sha256(part).hexdigest()
         parts.append({"sha256": digest, "bytes": len(part)})
-        path = directory / MEDIA_DIR / digest
+        path = directory / protocol.MEDIA_DIR / digest
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_whole(path, part)
@@ -284,11 +272,7 @@ def read_file(path: Path | str) -> tuple[bytes, str]:
 
 
 def encode_image(image: Any) -> tuple[bytes, str]:
-    """Return a picture's content and type; `Log.log_image` says what it may be.
-
-    Raises:
-        EndlexError: it is none of these.
-    """
+    """Return a picture's content and type; `Log.log_image` says what it may be."""
     if isinstance(image, str | Path):
         return read_file(image)
     buffer = io.BytesIO()
@@ -342,15 +326,8 @@ def _encode_array(array: Any) -> bytes:
     )
 
 
-def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> list[list[float]]:
-    """Return a histogram's rows; non-finite values are left out.
-
-    Args:
-        edges: if given, `values` are the counts between them.
-
-    Raises:
-        EndlexError: there are no numbers, or the edges do not fit.
-    """
+def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> dict[str, Any]:
+    """Return a histogram as a table; non-finite values are left out."""
     array = as_array(values).ravel()
     if edges is None:
         import numpy as np
@@ -363,5 +340,5 @@ def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> list[
         counts, limits = array, as_array(edges)
         if len(limits) != len(counts) + 1:
             raise EndlexError(f"{len(counts)} counts need {len(counts) + 1} edges")
-    low, high = limits[:-1].tolist(), limits[1:].tolist()
-    return [list(row) for row in zip(low, high, counts.tolist(), strict=True)]
+    rows = zip(limits[:-1].tolist(), limits[1:].tolist(), counts.tolist(), strict=True)
+    return {"columns": HISTOGRAM, "rows": list(map(list, rows))}

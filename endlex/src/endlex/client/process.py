@@ -19,7 +19,6 @@ import faulthandler
 import fcntl
 import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -27,7 +26,7 @@ import traceback
 from collections.abc import Iterator
 from functools import cache, wraps
 from pathlib import Path
-from typing import IO, Any, ClassVar, NoReturn, Protocol
+from typing import IO, Any, NoReturn
 
 from endlex.protocol import EndlexError, Status
 
@@ -51,19 +50,16 @@ def replace_unencodable() -> None:
             stream.reconfigure(errors="replace")
 
 
-TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What `flock` answers if another process has the lock; anything else means that there is none."""
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # another process has the lock
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-"""How a directory that can only be read, such as a snapshot, refuses: it is sent all the same."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # as a snapshot, which is sent all the same
 
 
 def try_lock(file: Any, *, shared: bool = False) -> bool | None:
-    """Lock an open file until it is closed.
+    """Lock an open file until it is closed; return False if another process has the lock.
 
-    Returns:
-        False if another process has the lock; None if files cannot be locked here.
+    None means that files cannot be locked here.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -140,49 +136,9 @@ def describe(name: str) -> str:
     return f"process {pid or 'unknown'}{host and ' on '}{host}{here}"
 
 
-class Stop:
-    """Like `threading.Event`, but without a lock that a signal handler could find taken."""
-
-    def __init__(self) -> None:
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        self._is_set = False
-
-    def set(self) -> None:
-        """Ask everyone to stop."""
-        self._is_set = True
-        with contextlib.suppress(OSError):
-            os.write(self._writing, b"x")
-
-    def is_set(self) -> bool:
-        """Whether someone asked."""
-        return self._is_set
-
-    def wait(self, seconds: float) -> bool:
-        """Wait that long at most, and return whether someone asked; nothing is taken back."""
-        if not self._is_set and seconds > 0:
-            select.select([self._reading], [], [], seconds)
-        return self._is_set
-
-
-class Finishable(Protocol):
-    """A run, as far as this module cares."""
-
-    @property
-    def recorded(self) -> int:
-        """How many records its program made."""
-
-    def finish(self, status: Status = ..., *, error: BaseException | None = ...) -> None:
-        """Record the end."""
-
-
-class _Ending:
-    """What this process knows about its end."""
-
-    unfinished: ClassVar[dict[Finishable, tuple[int, SystemExit] | None]] = {}
-    """The runs; once `sys.exit` was called, with what they had recorded by then, and its error."""
-    faults: ClassVar[list[IO[str]]] = []
-    """The file of `watch_faults`, open for as long as the process lives."""
+UNFINISHED: dict[Any, tuple[int, SystemExit] | None] = {}
+"""The runs of this process that are not finished. Once `sys.exit` was called: with what each had
+recorded by then, and its error."""
 
 
 def status_of(error: BaseException | None) -> Status:
@@ -202,15 +158,10 @@ def describe_error(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split())
 
 
-def finish_at_exit(run: Finishable) -> None:
-    """Finish `run` when the interpreter exits, unless it is finished by then."""
+def finish_at_exit(run: Any) -> None:
+    """Have a `Run` finished when the interpreter exits, unless it left `UNFINISHED` by then."""
     _watch_exit()
-    _Ending.unfinished[run] = None
-
-
-def forget(run: Finishable) -> None:
-    """Leave `run` alone at exit: it is finished."""
-    _Ending.unfinished.pop(run, None)
+    UNFINISHED[run] = None
 
 
 @cache
@@ -221,8 +172,8 @@ def _watch_exit() -> None:
     @wraps(plain_exit)
     def note_exit(status: Any = None, /) -> NoReturn:
         if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
-            for run in list(_Ending.unfinished):  # another thread may finish one meanwhile
-                _Ending.unfinished[run] = run.recorded, SystemExit(status)
+            for run in list(UNFINISHED):  # another thread may finish one meanwhile
+                UNFINISHED[run] = run.recorded, SystemExit(status)
         plain_exit(status)
 
     sys.exit = note_exit
@@ -230,7 +181,7 @@ def _watch_exit() -> None:
 
 def _finish_all() -> None:
     uncaught: BaseException | None = getattr(sys, "last_value", None)
-    for run, left in list(_Ending.unfinished.items()):
+    for run, left in list(UNFINISHED.items()):
         recorded, exited = left or (0, None)
         # If the program recorded more since it called `sys.exit`, something caught that.
         ended = exited if recorded == run.recorded else None
@@ -248,9 +199,9 @@ def watch_faults(path: Path) -> None:
     SIGHUP. A program that has asked for the same itself keeps what it has.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
-        if faulthandler.is_enabled() or _Ending.faults:
+        if faulthandler.is_enabled():
             return
-        _Ending.faults.append(file := path.open("w"))
+        file = path.open("w")  # faulthandler keeps it open
         faulthandler.enable(file, all_threads=False)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:

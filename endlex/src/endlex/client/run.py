@@ -1,8 +1,8 @@
 """What a trainer calls: `init`, then the methods of the `Run` that it returns.
 
-The run that `init` returned last is also the one of `endlex.log` and so on, as wandb's users know
-it. All of them write to the journal and return; a run that is `online` has a process of its own,
-the shipper, which sends what the journal holds.
+The run that `init` returned last is also the one of `endlex.log` and so on. All of them write to
+the journal and return; a run that is `online` has a process of its own, the shipper, which sends
+what the journal holds.
 """
 
 from __future__ import annotations
@@ -11,39 +11,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
-from endlex.client import directories
-from endlex.client.directories import Mode
+from endlex import protocol
+from endlex.client import directories, process
+from endlex.client.directories import Mode, RunFile
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.log import Log
-from endlex.client.process import (
-    finish_at_exit,
-    forget,
-    status_of,
-    warn,
-    warn_once,
-    watch_faults,
-)
-from endlex.protocol import (
-    CHECKPOINT,
-    CONFIG,
-    REPLACES,
-    STATUSES,
-    TRAINER,
-    EndlexError,
-    Status,
-    check_checkpoint_name,
-    check_name,
-)
-
-if TYPE_CHECKING:
-    from endlex.client.environment import Console
+from endlex.client.process import UNFINISHED, status_of, warn, warn_once
+from endlex.protocol import EndlexError, Status, check_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
-WATCH_SECONDS = 60.0
-"""How often `log` looks whether the shipper still lives."""
+WATCH_SECONDS = 60.0  # how often `log` looks whether the shipper still lives
 
 
 class Run(Log):
@@ -56,24 +36,14 @@ class Run(Log):
     current: ClassVar[Run | None] = None
     """The run that `init` returned last."""
 
-    def __init__(
-        self,
-        directory: Path | None,
-        journal: Journal | None,
-        project: str,
-        name: str,
-        config: Any = None,
-        id: str = "",
-        strict: bool = False,
-    ) -> None:
-        super().__init__(directory, journal, name, strict)
-        self.project, self.id = project, id
+    def __init__(self, owner: RunFile, journal: Journal | None, config: Any, strict: bool) -> None:
+        super().__init__(journal, owner["name"], strict)
+        self.project, self.id = owner["project"], owner["run"]
         self.config = RunConfig(as_config(config), self._record_config)
         """As given to `init`. What is changed here is recorded: at once for its own keys, at the
         next `save` or `finish` for what is inside their values."""
-        self.url: str | None = None
-        """The address of the run's page; None while the run is not sent to a server."""
-        self._console: Console | None = None
+        self.url: str | None = None  # of the run's page; None while nothing is sent to a server
+        self._console: Any = None  # of `environment`, which takes long to import
 
     @property
     def online(self) -> bool:
@@ -101,23 +71,19 @@ class Run(Log):
         """Keep a file, or all files of a directory, as a checkpoint, to be sent in the background.
 
         The files are copied (cloned, where the file system can), so you may change or delete them
-        afterwards.
+        afterwards. Returns the checkpoint's name; empty, with a warning, if there are no files.
 
         Args:
             step: by default the last logged one.
-            name: by default made from the path and the step.
+            name: by default made from the path and the step; gets a number if it is taken.
             aliases: such as "best"; an alias moves from the checkpoint that had it before.
                 `endlex prune` keeps checkpoints with the alias "keep".
             metadata: kept with the checkpoint, such as its loss.
             replaces: a word such as "last". Once this checkpoint is published, the server drops
                 the run's older ones that were saved with the same word.
-            link: take hard links instead of copies, for files that are never rewritten in place,
-                though they may be deleted, or replaced by a rename. A link takes no space.
+            link: take hard links, which take no space, instead of copies: for files that are
+                never rewritten in place, though they may be deleted, or replaced by a rename.
             outside_links: follow symbolic links that lead out of the directory, too.
-
-        Returns:
-            The checkpoint's name: `name`, with a number after it if the directory has one already.
-            Empty, with a warning, if a directory holds no files.
 
         Raises:
             EndlexError: the path does not exist, a name is not one, a link leads out of the
@@ -128,11 +94,11 @@ class Run(Log):
             return name or ""
         if self._finished:
             raise self._is_finished()
-        assert self.directory is not None
         from endlex.client.checkpoints import Staged, stage
 
         if replaces is not None:
-            metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
+            protocol.check_checkpoint_name(replaces)
+            metadata = {**(metadata or {}), protocol.REPLACES: replaces}
         self._record_config()
         asked: Staged = {
             "name": name or "",
@@ -142,15 +108,16 @@ class Run(Log):
             "metadata": plain(metadata or {}),
             "files": [],
         }
-        note = stage(self.directory, Path(path), asked, link=link, outside_links=outside_links)
+        at = self._journal.directory
+        note = stage(at, Path(path), asked, link=link, outside_links=outside_links)
         if note is None:
-            reason = f"{str(path)!r} holds no files: nothing to save"
-            self._refuse(str(path), EndlexError(reason))
+            fault = EndlexError(f"{str(path)!r} holds no files: nothing to save")
+            self._refuse(str(path), fault)
             return ""
         files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
-        kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
-        announced = {"step": note["step"], "name": note["name"], "files": files, **kept}
-        self._journal.append(CHECKPOINT, announced)
+        record = {**note, "files": files}
+        kept = ("step", "name", "files", "aliases", "metadata")
+        self._journal.append(protocol.CHECKPOINT, {key: record[key] for key in kept})
         return note["name"]
 
     def has_saved(self, name: str) -> bool:
@@ -168,8 +135,8 @@ class Run(Log):
         Raises:
             EndlexError: `status` is not one.
         """
-        if status not in STATUSES:
-            raise EndlexError(f"status {status!r} must be one of {', '.join(STATUSES)}")
+        if status not in protocol.STATUSES:
+            raise EndlexError(f"status {status!r} must be one of {', '.join(protocol.STATUSES)}")
         if self._finished or self._journal is None:
             self._finished = True
             return
@@ -186,22 +153,23 @@ class Run(Log):
         if self.refused:
             names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
-        forget(self)
-        if self.online and not self._journal.inherited and self.directory is not None:
+        UNFINISHED.pop(self, None)
+        if self.online and not self._journal.inherited:
             from endlex.client.shipper.control import wait_until_shipped
 
-            wait_until_shipped(self.directory, self._journal.path)
+            wait_until_shipped(self._journal.directory, self._journal.path)
 
-    def _begin(self, journal: Journal, environment: bool, code: bool, console: bool) -> None:
+    def _begin(self, is_first: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
         from endlex.client.environment import Console, record_environment
 
-        watch_faults(journal.path.with_suffix(".fault"))
-        if environment:
-            record_environment(journal, code)
+        assert self._journal is not None
+        process.watch_faults(self._journal.path.with_suffix(".fault"))
+        if is_first and directories.is_on("ENVIRONMENT"):
+            record_environment(self._journal, code)
         if console:
-            self._console = Console(journal)
-        finish_at_exit(self)
+            self._console = Console(self._journal)
+        process.finish_at_exit(self)
 
     def go_online(self, url: str) -> None:
         """Have a shipper send what this run records; without one it is recorded all the same."""
@@ -214,10 +182,10 @@ class Run(Log):
         from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
 
         self._next_watch = time.monotonic() + WATCH_SECONDS
-        if self.directory is None or self._journal is None or self._journal.inherited:
+        if self._journal is None or self._journal.inherited:
             return
         try:
-            (start_shipper if begin else restart_shipper_if_killed)(self.directory)
+            (start_shipper if begin else restart_shipper_if_killed)(self._journal.directory)
         except (OSError, ValueError) as error:
             warn(f"the shipper does not start ({error})")
 
@@ -226,7 +194,7 @@ class Run(Log):
             return
         try:
             if changed := self.config.take_changes():
-                self._journal.append(CONFIG, {"config": changed})
+                self._journal.append(protocol.CONFIG, {"config": changed})
         except (EndlexError, OSError) as error:
             self._refuse("config", error)
 
@@ -261,13 +229,11 @@ def init(
 
     Args:
         project: name under which runs are listed together.
-        name: the run's name; by default that of the directory's run, or one made from its id.
-        config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
-            is kept as its `str`.
+        name: by default that of the directory's run, or one made from its id.
+        config: a mapping, a dataclass or a namespace; what JSON cannot hold is kept as its `str`.
         directory: the run's own directory, made if missing; by default one under `dir`.
         dir: where runs' directories go; by default `$ENDLEX_DIR` or `./endlex-runs`.
-        id: that of the run to resume when its directory is on another machine; also taken from
-            `ENDLEX_RUN_ID`.
+        id: that of a run whose directory is on another machine; by default `$ENDLEX_RUN_ID`.
         resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
             or True resumes the newest run of that project and name in `dir`. By default, or with
             "allow", a run is resumed if the directory holds one.
@@ -275,8 +241,7 @@ def init(
         group: name of the group to which the run belongs, such as a sweep's.
         job_type: what the run is for, such as "train"; kept as a tag.
         notes: free text, shown on the run's page.
-        all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
-            in a session of its own.
+        all_ranks: record on every rank (variable `RANK`) in its own session, not on rank 0 alone.
         mode: `online` sends to the server of `ENDLEX_URL`, `offline` leaves that to `endlex sync`,
             `disabled` records nothing. By default `ENDLEX_MODE`, else `online` if there is a URL.
         strict: raise an `EndlexError` for what cannot be recorded as it is, instead of a warning.
@@ -291,36 +256,30 @@ def init(
         TypeError: an argument is unknown here and to wandb.
     """
     _ignore(of_wandb)
-    mode = directories.chosen_mode(mode)
+    mode, rank = directories.chosen_mode(mode), directories.environment_number("RANK")
     check_name(project, "project")
     if name is not None:
         check_name(name, "run name")
-    rank = directories.environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
-        Run.current = Run(None, None, project, name or "", config, strict=strict)
+        nobody: RunFile = {"run": "", "project": project, "name": name or "", "created": 0.0}
+        Run.current = Run(nobody, None, config, strict)
         return Run.current
     run_id = directories.given_run_id(id)
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
-    words = [*as_list(tags or ()), *([job_type] if job_type else [])]
+    words = as_list(tags or ()) + as_list(job_type or ())
     start = directories.session_start(
         owner,
-        TRAINER,
+        protocol.TRAINER,
         config=as_config(config),
         tags=[check_name(tag, "tag") for tag in words],
         group=None if group is None else str(group),
         notes=None if notes is None else str(notes),
         rank=rank,
     )
-    journal = Journal(place, start)
-    run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
-    run._begin(
-        journal,
-        environment=rank == 0 and directories.is_on("ENVIRONMENT"),
-        code=save_code,
-        console=directories.is_on("CONSOLE") if console is None else console,
-    )
+    run = Run(owner, Journal(place, start), config, strict)
+    run._begin(rank == 0, save_code, directories.is_on("CONSOLE") if console is None else console)
     if mode == "online" and (url := directories.server_url()):
         run.go_online(url)
     Run.current = run

@@ -3,9 +3,9 @@
 A sync sends all that a run's directory holds. A shipper that is at work there is ended first, and
 started again afterwards if a trainer still writes; so a new address or token counts at once.
 
-Of a pull, ranges come in parallel; each is verified, and a file appears whole or not at all. Files
-are built in a hidden directory beside the target. What an attempt that was cut left there is hashed
-part by part, and only the rest is asked for. Ctrl-C loses nothing of any of them.
+The ranges of a pull come in parallel; each is verified, and a file appears whole or not at all.
+Files are built in a hidden directory beside the target. What an attempt that was cut left there is
+hashed part by part, and only the rest is asked for. Ctrl-C loses nothing of any of them.
 """
 
 from __future__ import annotations
@@ -18,45 +18,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
-from endlex.client.checkpoints import (
-    CheckpointFailed,
-    Staged,
-    build_manifest,
-    damaged_media,
-    describe_file,
-    drop_replaced,
-    files_of,
-    give_up,
-)
+from endlex.client import checkpoints
 from endlex.client.directories import require_run_file
 from endlex.client.process import fsync
-from endlex.client.shipper.control import (
-    DONE,
-    FOREGROUND,
-    holding,
-    start_shipper,
-    stop_shipper,
-    take_lock,
-    write_state,
-)
-from endlex.client.shipper.send_checkpoints import (
-    ALL_MEDIA,
-    CheckpointShipper,
-    Progress,
-    Uploader,
-    in_parallel,
-)
-from endlex.client.shipper.send_journals import (
-    JournalShipper,
-    SessionDiffers,
-    SessionShipper,
-    renew_session,
-)
+from endlex.client.shipper import control, send_checkpoints
+from endlex.client.shipper.send_checkpoints import CheckpointShipper, Progress
+from endlex.client.shipper.send_journals import JournalShipper, SessionShipper
 from endlex.client.transport import Backoff, Retry, Transport, quoted
 from endlex.client.verify import fetch_manifest
-from endlex.protocol import EndlexError, ManifestFile, check_checkpoint_name, check_run_id
+from endlex.protocol import EndlexError, ManifestFile, Part, check_checkpoint_name, check_run_id
 from endlex.reading import content_length, session_files, writer_is_alive
 
 CONNECTIONS = 4
@@ -66,37 +38,26 @@ PATIENCE_SECONDS = 60.0
 
 T = TypeVar("T")
 SyncProgress = Callable[[str, int, int], None]
-"""Called with what is sent ("journal" or a checkpoint's name), the bytes that have arrived, and
-all bytes."""
+"""Called with what is sent ("journal" or a checkpoint), the bytes that have arrived, all bytes."""
 
 
 class Patience:
-    """Try again after faults of the network, a few times, until nothing got further for a while.
-
-    The time counts from the first fault after progress.
-    """
+    """Try again after faults of the network, a few times, until nothing got further for a while."""
 
     def __init__(
         self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
     ) -> None:
         self._seconds, self._progress = seconds, progress
-        self._reached: list[object] = []
         self._start_over()
 
-    def _start_over(self) -> None:
-        self._backoff = Backoff(longest=5.0)
-        self._deadline = math.inf
-        self._faults = 0
+    def _start_over(self, *reached: Any) -> None:
+        self._reached = reached
+        self._backoff, self._deadline, self._faults = Backoff(longest=5.0), math.inf, 0
 
     def report(self, *arguments: Any) -> None:
-        """Call `progress`, and start over if it is told of more than the last time.
-
-        Its last argument is the total; those before it say how far the work is.
-        """
-        *reached, _total = arguments
-        if reached != self._reached:
-            self._reached = reached
-            self._start_over()
+        """Call `progress`, whose last argument is a total; start over if the others changed."""
+        if self._reached != arguments[:-1]:
+            self._start_over(*arguments[:-1])
         self._progress(*arguments)
 
     def keep_trying(self, act: Callable[[], T]) -> T:
@@ -122,15 +83,14 @@ def sync_directory(
     drop_failed: bool = False,
     resend: bool = False,
 ) -> set[str]:
-    """Send what is there now, and return when the server has acknowledged and published it.
+    """Send what is there now, and wait until the server has acknowledged and published it.
+
+    The published checkpoints are returned: a directory that can only be read still holds them.
 
     Args:
         patience: seconds without any progress after which a fault of the network is raised.
         drop_failed: give up the checkpoints and media that can never be sent.
         resend: send journals that differ from the server's copies as new sessions.
-
-    Returns:
-        The checkpoints that were published: a directory that can only be read still holds them.
 
     Raises:
         EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
@@ -140,45 +100,36 @@ def sync_directory(
     run = require_run_file(directory)["run"]
     had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, run, transport)
-    checkpoints = CheckpointShipper(directory, run, transport)
+    shipper = CheckpointShipper(directory, run, transport)
     waiter = Patience(patience, progress)
     try:
-        with holding(lock):
+        with control.holding(lock):
             try:
                 if resend:
-                    _renew_differing(directory, run, transport)
+                    journals.renew_differing()
                 _send_journals(directory, journals, waiter)
-                _send_checkpoints(directory, checkpoints, waiter, drop_failed)
+                _send_checkpoints(directory, shipper, waiter, drop_failed)
             finally:
-                states = {"sessions": journals.states(), "checkpoints": checkpoints.states}
-                write_state(directory, DONE, {"url": transport.url, "error": None, **states})
+                states = {"sessions": journals.states(), "checkpoints": shipper.states}
+                content = {"url": transport.url, "error": None, **states}
+                control.write_state(directory, control.DONE, content)
     finally:
         if had_shipper and journals.has_live_trainer():
-            start_shipper(directory, url=transport.url)
-    if errors := journals.errors() + checkpoints.errors():
+            control.start_shipper(directory, url=transport.url)
+    if errors := journals.errors() + shipper.errors():
         raise EndlexError("; ".join(dict.fromkeys(errors)))
-    return {name for name, s in checkpoints.states.items() if s["state"] == "published"}
+    return {name for name, state in shipper.states.items() if state["state"] == "published"}
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
     """Return whether a shipper had to give up the directory's lock, and the lock."""
     had_shipper = False
     for _ in range(ATTEMPTS):  # another one may have waited for the first
-        had_shipper |= stop_shipper(directory)
-        lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
+        had_shipper |= control.stop_shipper(directory)
+        lock = control.take_lock(directory, control.FOREGROUND, seconds=LOCK_SECONDS)
         if lock is not None:
             return had_shipper, lock
     raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
-
-
-def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
-    """Give journals that differ from the server's copies another session id."""
-    for path in session_files(directory):
-        try:
-            SessionShipper(run, path, transport).ask()
-        except SessionDiffers:
-            if not writer_is_alive(path):
-                renew_session(path)
 
 
 def _send_journals(directory: Path, journals: JournalShipper, patience: Patience) -> None:
@@ -200,23 +151,23 @@ def _send_journals(directory: Path, journals: JournalShipper, patience: Patience
 
 
 def _send_checkpoints(
-    directory: Path, checkpoints: CheckpointShipper, patience: Patience, drop_failed: bool
+    directory: Path, shipper: CheckpointShipper, patience: Patience, drop_failed: bool
 ) -> None:
-    drop_replaced(directory)
-    for name in checkpoints.waiting():
+    checkpoints.drop_replaced(directory)
+    for name in shipper.waiting():
         try:
-            patience.keep_trying(partial(checkpoints.send, name, partial(patience.report, name)))
+            patience.keep_trying(partial(shipper.send, name, partial(patience.report, name)))
         except Retry:
             raise
-        except CheckpointFailed as error:
+        except checkpoints.CheckpointFailed as error:
             if drop_failed:
-                del checkpoints.states[name]
-                if name != ALL_MEDIA:
-                    give_up(directory, name, str(error))
+                del shipper.states[name]
+                if name != send_checkpoints.ALL_MEDIA:
+                    checkpoints.give_up(directory, name, str(error))
         except (EndlexError, OSError):
             continue  # it is among the states
-    for sha256 in damaged_media(directory) if drop_failed else ():
-        give_up(directory, sha256, "damaged before it was sent")
+    for sha256 in checkpoints.damaged_media(directory) if drop_failed else ():
+        checkpoints.give_up(directory, sha256, "damaged before it was sent")
 
 
 def push_checkpoint(
@@ -238,29 +189,25 @@ def push_checkpoint(
         EndlexError: there is nothing to push, a name is not one or taken, or the server refuses.
     """
     check_run_id(run)
-    states = [(inside, path.stat()) for inside, path in files_of(source)]
+    states = [(inside, path.stat()) for inside, path in checkpoints.files_of(source)]
     if not states:
         raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
-    note: Staged = {
+    note: checkpoints.Staged = {
         "name": check_checkpoint_name(name),
         "step": step,
         # That of the newest file, not now, so that the same push again is the same manifest.
         "created": max(state.st_mtime for _, state in states),
         "aliases": [check_checkpoint_name(alias) for alias in aliases],
         "metadata": {},
-        "files": [describe_file(*state) for state in states],
+        "files": [checkpoints.describe_file(*state) for state in states],
     }
     root = source if source.is_dir() else source.parent
-    manifest, patience = build_manifest(root, note), Patience(progress=progress)
-    uploader = Uploader(transport, patience.report)
+    manifest, patience = checkpoints.build_manifest(root, note), Patience(progress=progress)
+    uploader = send_checkpoints.Uploader(transport, patience.report)
     patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
 
 
-class _Piece(NamedTuple):
-    path: str
-    offset: int
-    bytes: int
-    sha256: str
+_Piece = tuple[str, int, Part]  # a file's path, an offset in it, and the part that is there
 
 
 def pull_checkpoint(
@@ -276,7 +223,6 @@ def pull_checkpoint(
 
     Args:
         directory: made if missing. A file that is there already is kept if it is the same.
-        progress: called with the bytes that are here, and all bytes.
         patience: seconds without any progress after which a fault of the network is raised.
 
     Raises:
@@ -285,27 +231,29 @@ def pull_checkpoint(
         Retry: the server could not be reached for too long; call again to resume.
     """
     directory = directory.absolute()
-    manifest = fetch_manifest(run, name, transport)
+    manifest, let_go = fetch_manifest(run, name, transport)
+    if let_go is not None:
+        gone = f"checkpoint {name!r} of run {run} is no longer on the server: {let_go.reason}"
+        raise EndlexError(gone)
     wanted = [file for file in manifest["files"] if not _is_there(directory, file)]
     building = directory.parent / f".{directory.name}.{name}.partial"
     pieces = [piece for file in wanted for piece in _pieces(building, file)]
     total = sum(file["bytes"] for file in manifest["files"])
-    done = total - sum(piece.bytes for piece in pieces)
+    done = total - sum(part["bytes"] for _, _, part in pieces)
     waiter = Patience(patience, progress)
     waiter.report(done, total)
-    where = quoted("runs", run, "checkpoints", name)
-    lock = threading.Lock()
+    where, lock = quoted("runs", run, "checkpoints", name), threading.Lock()
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
         waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
         with lock:
-            done += piece.bytes
+            done += piece[2]["bytes"]
             waiter.report(done, total)
 
-    in_parallel(fetch, pieces, CONNECTIONS, transport)
+    send_checkpoints.in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
-        _publish(building, directory, file)
+        _publish(building / file["path"], directory / file["path"], file)
     shutil.rmtree(building, ignore_errors=True)
     return [directory / file["path"] for file in manifest["files"]]
 
@@ -326,37 +274,34 @@ def _hash(path: Path) -> str:
 
 def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
     """Make room for a file, and yield the parts of it that are not there yet."""
-    path = building / file["path"]
+    path, offset = building / file["path"], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("r+b" if path.exists() else "w+b") as content:
         content.truncate(file["bytes"])
-        offset = 0
         for part in file["parts"]:
-            content.seek(offset)
             if hashlib.sha256(content.read(part["bytes"])).hexdigest() != part["sha256"]:
-                yield _Piece(file["path"], offset, part["bytes"], part["sha256"])
+                yield file["path"], offset, part
             offset += part["bytes"]
 
 
 def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> None:
-    path = f"{where}/files{quoted(*piece.path.split('/'))}"
+    path, offset, part = piece
+    source, end = f"{where}/files{quoted(*path.split('/'))}", offset + part["bytes"]
     digest, held = hashlib.sha256(), 0
-    end = piece.offset + piece.bytes
-    with (building / piece.path).open("r+b") as file:
-        file.seek(piece.offset)
-        with transport.download(path, start=piece.offset, end=end) as blocks:
+    with (building / path).open("r+b") as file:
+        file.seek(offset)
+        with transport.download(source, start=offset, end=end) as blocks:
             for block in blocks:
                 held += len(block)
-                if held > piece.bytes:
+                if held > part["bytes"]:
                     break
                 digest.update(block)
                 file.write(block)
-    if held != piece.bytes or digest.hexdigest() != piece.sha256:
-        raise Retry(f"{transport.url} sent something else than part {piece.sha256} of {path}")
+    if held != part["bytes"] or digest.hexdigest() != part["sha256"]:
+        raise Retry(f"{transport.url} sent something else than part {part['sha256']} of {source}")
 
 
-def _publish(building: Path, directory: Path, file: ManifestFile) -> None:
-    source, target = building / file["path"], directory / file["path"]
+def _publish(source: Path, target: Path, file: ManifestFile) -> None:
     if _hash(source) != file["sha256"]:
         raise EndlexError(f"{file['path']!r} came with the wrong hash: pull it again")
     with source.open("rb") as content:

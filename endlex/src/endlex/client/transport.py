@@ -1,8 +1,8 @@
 """HTTP to the server, with the standard library: connections kept alive, with bounded waits.
 
-A fault is one of two kinds, and what to do about it is in the type: `Retry` (no answer, or one
-that says later) is tried again with a growing wait (`Backoff`),
-and `Refused` will not be cured by asking again soon. No message holds the token.
+A fault is one of two kinds: `Retry` (no answer, or one that says later) is tried again with a
+growing wait (`Backoff`), and `Refused` will not be cured by asking again soon. No message holds the
+token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ READ_SECONDS = 60.0
 SEND_BYTES = 256 * 1024
 """Bytes of a body sent at a time: the wait is bounded for each, not for the whole."""
 LARGEST_ANSWER = 64 * 2**20
-HINTS = {
+HINTS = {  # remedies, by a part of the system's message
     "Connection refused": "is `endlex serve` running there?",
     "signed certificate": "the server's certificate is self-signed, or signed by an authority of "
     "your own: set SSL_CERT_FILE to its file",
@@ -39,10 +39,7 @@ HINTS = {
     "name resolution": "is there a network? Behind a proxy, set HTTPS_PROXY",
     "no answer in time": "behind a proxy, set HTTPS_PROXY",
 }
-"""Remedies, by a part of the system's message."""
-LONGEST_WAIT = 30.0
-REFUSED_SECONDS = 30.0
-"""Seconds until something that the server refused is tried again."""
+REFUSED_SECONDS = 30.0  # seconds until something that the server refused is tried again
 
 Body = bytes | memoryview | None
 
@@ -74,23 +71,19 @@ class Refused(TransportError):
 class Answer(NamedTuple):
     """A request that went well."""
 
-    content: Any
-    """Decoded from JSON; None if there was none."""
-    date: str | None = None
-    """When the server sent it, as it says."""
+    content: Any  # decoded from JSON; None if there was none
+    date: str | None = None  # when the server sent it, as it says
+
+
+class _Local(threading.local):
+    connection: http.client.HTTPConnection | None = None  # a thread's, if one is open
 
 
 class Transport:
     """A connection to a server for each thread that asks, through HTTPS_PROXY or HTTP_PROXY if set.
 
-    Certificates are checked against the system's, or those of SSL_CERT_FILE.
-
-    Args:
-        url: `http://` or `https://`, a host, and the path under which the server lives, if any.
-        token: sent with each request, if given.
-
-    Raises:
-        EndlexError: the URL or the token is not one.
+    Certificates are checked against the system's, or those of SSL_CERT_FILE. The URL has the path
+    under which the server lives, if any. A URL or token that is not one raises an `EndlexError`.
     """
 
     def __init__(
@@ -107,21 +100,17 @@ class Transport:
             raise EndlexError(f"the server's URL {shown!r} must look like https://host[:port]")
         if token is not None and not _is_token(token):
             raise EndlexError("the token holds characters that no token has: copy it again")
+        self.host, self._secure = parts.hostname, parts.scheme == "https"
         try:
-            self.port = parts.port or (443 if parts.scheme == "https" else 80)
+            self.port = parts.port or (443 if self._secure else 80)
         except ValueError as error:
             raise EndlexError(f"the server's URL {url!r} has no valid port") from error
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-        self.host, self._secure = parts.hostname, parts.scheme == "https"
-        self._prefix = parts.path.rstrip("/")
-        self._token = token
+        self._prefix, self._token = parts.path.rstrip("/"), token
+        self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self._connect_seconds, self._read_seconds = connect_seconds, read_seconds
-        self._local = threading.local()
+        self._local = _Local()
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
-
-    def __repr__(self) -> str:
-        return f"Transport({self.url!r})"
 
     @property
     def is_local(self) -> bool:
@@ -143,11 +132,10 @@ class Transport:
         body: Body = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Ask, and return the answer.
+        """Ask, and return the answer; `json_body` is sent in place of `body`.
 
         Args:
             path: below `/api/v1`, its parts quoted (`quoted`); `/health` is at the top.
-            json_body: sent in place of `body`.
 
         Raises:
             Retry: no answer, or a 5xx, 408, 425 or 429.
@@ -166,17 +154,13 @@ class Transport:
     ) -> Iterator[Iterator[bytes]]:
         """Ask for bytes `start` to `end` (excluded) of a file; the blocks are yielded as they come.
 
-        Raises:
-            Retry: no answer, a cut one, or one that says later.
-            Refused: any other status than 200 or 206, or a 200 where a range was asked for.
+        It raises what `request` does, and `Refused` for a 200 where a range was asked for.
         """
         is_range = bool(start) or end is not None
-        last = "" if end is None else end - 1
-        response = self._open(
-            "GET", path, None, {"Range": f"bytes={start}-{last}"} if is_range else {}
-        )
+        headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if is_range else {}
+        response = self._open("GET", path, None, headers)
         try:
-            if response.status not in (200, 206) or (is_range and response.status != 206):
+            if response.status != 206 and (is_range or response.status != 200):
                 self._judge(response, f"GET {path}")
                 raise Refused(f"{self.url} sent no part of {path}", response.status, {})
             yield self._blocks(response)
@@ -199,11 +183,9 @@ class Transport:
         content = b"".join(itertools.islice(self._blocks(response), LARGEST_ANSWER // SEND_BYTES))
         if response.will_close or not response.isclosed():
             self.close()
-        try:
-            decoded = json.loads(content) if content else None
-        except ValueError:
-            decoded = None
-        status = response.status
+        decoded, status = None, response.status
+        with suppress(ValueError):  # also where there is none
+            decoded = json.loads(content)
         if 200 <= status < 300:
             return Answer(decoded, response.getheader("Date"))
         said = decoded if isinstance(decoded, dict) else {}
@@ -227,17 +209,13 @@ class Transport:
             headers["Authorization"] = f"Bearer {self._token}"
         if body is not None:
             headers["Content-Length"] = str(len(body))
-        reused = self._connection is not None
+        reused = self._local.connection is not None
         try:
-            try:
-                return self._send(method, target, body, headers)
-            except ConnectionError:
-                if not reused:
-                    raise
-                self.close()  # the server closed it while it idled
-                return self._send(method, target, body, headers)
+            return self._send(method, target, body, headers)
         except BaseException as error:
             self.close()
+            if reused and isinstance(error, ConnectionError):  # the server closed it while it idled
+                return self._open(method, path, body, headers)
             if isinstance(error, OSError | http.client.HTTPException | UnicodeError):
                 raise self._unreachable(error) from error
             raise
@@ -245,7 +223,7 @@ class Transport:
     def _send(
         self, method: str, target: str, body: Body, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
-        connection = self._connection
+        connection = self._local.connection
         if connection is None:
             connection = self._local.connection = self._new_connection()
             connection.connect()
@@ -265,24 +243,18 @@ class Transport:
             return response
         return connection.getresponse()
 
-    @property
-    def _connection(self) -> http.client.HTTPConnection | None:
-        """This thread's connection, if one is open."""
-        return getattr(self._local, "connection", None)
-
     def _new_connection(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        seconds = self._connect_seconds
         proxy = None if self.is_local else proxy_for(self.url)
         if proxy is None:
-            return kind(self.host, self.port, timeout=seconds)
+            return kind(self.host, self.port, timeout=self._connect_seconds)
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         headers = {}
         if parts.username:
             secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             basic = base64.b64encode(secret.encode()).decode()
             headers = {"Proxy-Authorization": f"Basic {basic}"}
-        connection = kind(parts.hostname or "", parts.port or 80, timeout=seconds)
+        connection = kind(parts.hostname or "", parts.port or 80, timeout=self._connect_seconds)
         if self._secure:
             connection.set_tunnel(self.host, self.port, headers)
         else:
@@ -296,14 +268,14 @@ class Transport:
         return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}{hint}")
 
     def ill_answer(self) -> Retry:
-        """Return the error for an answer that went well and that no Endlex server gives."""
+        """Return the error for an answer that no Endlex server gives."""
         return Retry(f"{self.url} does not answer like an Endlex server")
 
     def close(self) -> None:
         """Close this thread's connection; its next request opens another one."""
-        if self._connection is not None:
+        if self._local.connection is not None:
             with suppress(OSError):
-                self._connection.close()
+                self._local.connection.close()
             self._local.connection = None
 
 
@@ -327,15 +299,15 @@ def quoted(*parts: str) -> str:
 
 
 class Backoff:
-    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
+    """Waits that double from 0.2 s, each shortened at random by up to a half."""
 
-    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
-        self._first, self._longest = first, longest
-        self._next = first
+    def __init__(self, longest: float = 30.0) -> None:
+        self._longest = longest
+        self.reset()
 
     def reset(self) -> None:
         """Start over: something worked."""
-        self._next = self._first
+        self._next = 0.2
 
     def wait(self, error: Retry) -> float:
         """Return the seconds to wait now; at least those that the server asked for."""

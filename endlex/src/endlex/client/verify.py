@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from endlex.client.checkpoints import (
-    damaged_media,
-    given_up,
-    load_manifest,
-    staged_names,
-    waiting_media,
-)
+from endlex import protocol
+from endlex.client import checkpoints
 from endlex.client.directories import require_run_file
 from endlex.client.process import describe
 from endlex.client.shipper.control import failed_checkpoints, shipper_process
 from endlex.client.shipper.send_checkpoints import missing_parts
 from endlex.client.shipper.send_journals import SessionDiffers, SessionShipper
 from endlex.client.transport import Refused, Transport, TransportError, quoted
-from endlex.protocol import (
-    CHECKPOINT,
-    MANIFEST_DIR,
-    MEDIA,
-    METRICS,
-    REMOVED,
-    REPLACES,
-    SYSTEM,
-    TABLE,
-    TEXT,
-    EndlexError,
-    Manifest,
-    check_manifest,
-    check_sha256,
-)
+from endlex.protocol import CHECKPOINT, REPLACES, EndlexError, Manifest
 from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
 
-OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
+OTHER_STARTS = tuple(
+    f'{{"type":"{kind}",'.encode() for kind in (protocol.METRICS, protocol.TEXT, protocol.TABLE)
+)
 """How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
-Kind = Literal["journal", "checkpoint", "media", "live"]
 Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]
 """What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server;
 to look at the journal."""
@@ -51,9 +32,8 @@ to look at the journal."""
 class Missing:
     """Why a directory may not be deleted yet; as text, one line for people."""
 
-    kind: Kind
-    name: str
-    """A session, a checkpoint, or what lives: a session, or `shipper`."""
+    kind: Literal["journal", "checkpoint", "media", "live"]
+    name: str  # a session, a checkpoint, or what lives: a session, or `shipper`
     reason: str
     remedy: Remedy = "sync"
 
@@ -66,8 +46,7 @@ class LetGo:
     """A checkpoint that the server published and that a rule or a person removed since."""
 
     name: str
-    removed: float
-    """Unix seconds."""
+    removed: float  # Unix seconds
     reason: str
 
 
@@ -77,23 +56,21 @@ class Comparison:
 
     missing: list[Missing] = field(default_factory=list)
     let_go: list[LetGo] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
-    """Checkpoints that somebody decided to do without, since they could not be sent."""
+    given_up: list[str] = field(default_factory=list)  # checkpoints that could not be sent
+
+
+_Saved = tuple[float, Any]  # when, in Unix seconds, and the word with which it replaces others
 
 
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
     """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
 
-    Args:
-        published: checkpoints that are known to be, though they are still staged.
+    The `published` checkpoints are there, though they are still staged.
     """
-    missing = [
-        found
-        for found in compare_directory(directory, transport).missing
-        if found.kind != "checkpoint" or found.name not in published
-    ]
-    if any(found.kind == "live" for found in missing):
-        missing = [found for found in missing if found.remedy == "resend"]
+    missing = compare_directory(directory, transport).missing
+    missing = [one for one in missing if one.kind != "checkpoint" or one.name not in published]
+    if any(one.kind == "live" for one in missing):
+        missing = [one for one in missing if one.remedy == "resend"]
     if missing:
         raise EndlexError("; ".join(map(str, missing)))
 
@@ -106,29 +83,27 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     checkpoint wait, no trainer write and no shipper work.
     """
     run, shipper = require_run_file(directory)["run"], shipper_process(directory)
-    missing = [
-        found
-        for path in session_files(directory)
-        for found in _compare_journal(run, path, transport, shipper is not None)
-    ]
-    staged, failed = staged_names(directory), failed_checkpoints(directory)
-    missing += [
-        Missing("checkpoint", name, f"it cannot be sent: {failed[name]}", "drop")
-        if name in failed
-        else Missing("checkpoint", name, "not sent yet, or not published")
-        for name in staged
-    ]
-    named, dropped = _read_journals(directory), given_up(directory)
-    hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
-    let_go: list[LetGo] = []
-    for name in sorted({*named.checkpoints, *hashed} - {*staged, *dropped}):
-        saved = named.checkpoints.get(name, _Saved())
-        found = _compare_checkpoint(run, directory, name, saved, transport)
+    missing, let_go = list[Missing](), list[LetGo]()
+    saved, media, damaged_lines = dict[str, _Saved](), dict[str, str](), list[Missing]()
+    for path in session_files(directory):
+        missing += _compare_journal(run, path, transport, shipper is not None)
+        damaged_lines += _read_journal(path, saved, media)
+    staged, failed = checkpoints.staged_names(directory), failed_checkpoints(directory)
+    for name in staged:
+        if name in failed:
+            reason = f"it cannot be sent: {failed[name]}"
+            missing.append(Missing("checkpoint", name, reason, "drop"))
+        else:
+            missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
+    dropped = checkpoints.given_up(directory)
+    hashed = {path.stem for path in (directory / protocol.MANIFEST_DIR).glob("*.json")}
+    for name in sorted({*saved, *hashed} - {*staged, *dropped}):
+        found = _compare_checkpoint(run, directory, name, saved.get(name), transport)
         if isinstance(found, LetGo):
             let_go.append(found)
         elif found is not None:
             missing.append(found)
-    missing += [*_compare_media(directory, named.media, dropped, transport), *named.damaged]
+    missing += [*_compare_media(directory, media, dropped, transport), *damaged_lines]
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason, "wait"))
@@ -136,7 +111,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
 
 
 def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> Iterator[Missing]:
-    is_shippers = shipper and session_kind(path) == SYSTEM
+    is_shippers = shipper and session_kind(path) == protocol.SYSTEM
     if not is_shippers and writer_is_alive(path):
         yield Missing("live", path.stem, "a process still writes this session: end it", "wait")
     try:
@@ -148,53 +123,33 @@ def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> 
             yield Missing("journal", path.stem, f"{left:,} bytes are not sent")
 
 
-class _Saved(NamedTuple):
-    """A checkpoint as its journal record describes it."""
+def _read_journal(path: Path, saved: dict[str, _Saved], media: dict[str, str]) -> Iterator[Missing]:
+    """Add the records of checkpoints by name, and the names of logged files by their parts' hashes.
 
-    time: float = math.inf
-    replaces: str | None = None
-
-
-@dataclass(frozen=True)
-class _Named:
-    """What a run's journals name."""
-
-    checkpoints: dict[str, _Saved] = field(default_factory=dict)
-    media: dict[str, str] = field(default_factory=dict)
-    """Names of logged files, by the hash of each part."""
-    damaged: list[Missing] = field(default_factory=list)
-    """Lines that cannot be read, and so may name something more."""
-
-    def add(self, record: Any) -> None:
-        """Add what a record names; raises what reading a damaged one raises."""
-        if record["type"] == CHECKPOINT:
-            replaces = (record.get("metadata") or {}).get(REPLACES)
-            self.checkpoints[record["name"]] = _Saved(float(record["time"]), replaces)
-        elif record["type"] == MEDIA:
-            for part in record["parts"]:
-                self.media[check_sha256(part["sha256"])] = str(record["name"])
-
-
-def _read_journals(directory: Path) -> _Named:
-    named = _Named()
-    for path in session_files(directory):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
-                    continue
-                try:
-                    named.add(parse_record(line))
-                except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
-                    reason = f"line {number} is damaged and may name a checkpoint or a logged file"
-                    named.damaged.append(Missing("journal", path.stem, reason, "look"))
-    return named
+    Yields the lines that cannot be read, and so may name something more.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
+                continue
+            try:
+                record: Any = parse_record(line)
+                if record["type"] == CHECKPOINT:
+                    replaces = (record.get("metadata") or {}).get(REPLACES)
+                    saved[record["name"]] = (float(record["time"]), replaces)
+                elif record["type"] == protocol.MEDIA:
+                    for part in record["parts"]:
+                        media[protocol.check_sha256(part["sha256"])] = str(record["name"])
+            except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
+                reason = f"line {number} is damaged and may name a checkpoint or a logged file"
+                yield Missing("journal", path.stem, reason, "look")
 
 
 def _compare_media(
     directory: Path, media: dict[str, str], dropped: set[str], transport: Transport
 ) -> Iterator[Missing]:
     """Yield the logged files of which the server lacks a part; `media` has their names by hash."""
-    waiting, damaged = waiting_media(directory), damaged_media(directory)
+    waiting, damaged = checkpoints.waiting_media(directory), checkpoints.damaged_media(directory)
     lacking, _ = missing_parts(transport, list(dict.fromkeys([*media, *damaged])))
     for sha256 in dict.fromkeys([*lacking, *waiting]):
         name = media.get(sha256, sha256)
@@ -205,19 +160,17 @@ def _compare_media(
 
 
 def _compare_checkpoint(
-    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+    run: str, directory: Path, name: str, saved: _Saved | None, transport: Transport
 ) -> Missing | LetGo | None:
     """Return what is wrong with a checkpoint that was sent, or that it was removed on purpose."""
-    ours, let_go = None, None
+    ours = None
     try:
-        ours = load_manifest(directory, name)
-        theirs = fetch_manifest(run, name, transport)
+        ours = checkpoints.load_manifest(directory, name)
+        theirs, let_go = fetch_manifest(run, name, transport)
     except TransportError:
         raise
-    except Removed as error:
-        theirs, let_go = error.manifest, error.let_go
     except EndlexError as error:
-        if _is_replaced(run, saved, transport):
+        if saved is not None and _is_replaced(run, *saved, transport):
             return None
         if ours is not None and isinstance(error, Unknown):
             reason = f"{error}, though it was published there once"
@@ -228,15 +181,15 @@ def _compare_checkpoint(
     return let_go
 
 
-def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
-    """Whether the server has a later checkpoint that was saved to replace this one."""
-    if saved.replaces is None:
+def _is_replaced(run: str, time: float, word: Any, transport: Transport) -> bool:
+    """Whether the server has a checkpoint saved after `time` to replace those of this word."""
+    if word is None:
         return False
     try:
         return any(
             other["state"] == "published"
-            and other["created"] > saved.time
-            and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+            and other["created"] > time
+            and (other["metadata"] or {}).get(REPLACES) == word
             for other in transport.request("GET", quoted("runs", run, "checkpoints")).content
         )
     except Refused:
@@ -245,26 +198,14 @@ def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
         raise transport.ill_answer() from error
 
 
-class Removed(EndlexError):
-    """The server published this checkpoint, with this manifest, and removed it since on purpose."""
-
-    def __init__(self, message: str, let_go: LetGo, manifest: Manifest) -> None:
-        super().__init__(message)
-        self.let_go, self.manifest = let_go, manifest
-
-
 class Unknown(EndlexError):
     """The server knows no checkpoint of this name."""
 
 
-def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
-    """Return the manifest of a checkpoint that the server has published.
+def fetch_manifest(run: str, name: str, transport: Transport) -> tuple[Manifest, LetGo | None]:
+    """Return the manifest of a checkpoint that the server has published, and if it was removed.
 
-    Raises:
-        Unknown: there is none of this name.
-        Removed: a rule or a person removed it.
-        EndlexError: it is not published.
-        Retry: the server is not there.
+    It raises `Unknown` if there is none of this name, and `EndlexError` if it is not published.
     """
     try:
         answer = transport.request("GET", quoted("runs", run, "checkpoints", name))
@@ -274,14 +215,13 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
         raise
     content = answer.content if isinstance(answer.content, dict) else {}
     state = content.get("state")
-    if state not in ("published", REMOVED):
+    if state not in ("published", protocol.REMOVED):
         raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
-    manifest = check_manifest(content)
+    manifest = protocol.check_manifest(content)
     if manifest["name"] != name:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
-    if state == REMOVED:
-        reason, removed = str(content.get("reason")), content.get("removed")
-        moment = float(removed) if isinstance(removed, int | float) else 0.0
-        message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
-        raise Removed(message, LetGo(name, moment, reason), manifest)
-    return manifest
+    if state == "published":
+        return manifest, None
+    removed = content.get("removed")
+    moment = float(removed) if isinstance(removed, int | float) else 0.0
+    return manifest, LetGo(name, moment, str(content.get("reason")))

@@ -3,12 +3,11 @@
     python -m endlex.client.shipper DIR        with ENDLEX_URL and ENDLEX_TOKEN
 
 `endlex.init` starts it; one serves a directory, by the lock of `shipper.lock`. It looks at the
-journals' sizes twice a second and sends what is new from the offset that the server acknowledged;
-after any fault it does the same again, forever, with growing waits. Checkpoints go in a thread of
-their own, oldest first; one that can never be published is reported and kept. All that it knows is
-on the disk or on the server, so it may be killed at any moment. It ends when every session's writer
-is gone and everything is acknowledged; a run that is resumed meanwhile starts another one, which
-waits for the lock: what begins before the lock is given up is sent by the old, the rest by the new.
+journals twice a second and sends what is new; after any fault it does the same again, forever, with
+growing waits. Checkpoints go in a thread of their own. All that it knows is on the disk or on the
+server, so it may be killed at any moment. It ends when every session's writer is gone and
+everything is acknowledged; a run that is resumed meanwhile starts another one, which waits for the
+lock: what begins before the lock is given up is sent by the old, the rest by the new.
 """
 
 from __future__ import annotations
@@ -17,21 +16,13 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from endlex.client.directories import require_run_file, server_token, server_url
-from endlex.client.process import Stop, replace_unencodable
-from endlex.client.shipper.control import (
-    BACKGROUND,
-    DONE,
-    STOPPED,
-    holding,
-    read_state,
-    say,
-    take_lock,
-    write_state,
-)
+from endlex.client.process import replace_unencodable
+from endlex.client.shipper import control
 from endlex.client.shipper.send_checkpoints import CheckpointShipper
 from endlex.client.shipper.send_journals import JournalShipper
 from endlex.client.shipper.system_stats import SystemRecorder
@@ -39,21 +30,19 @@ from endlex.client.transport import Backoff, Retry, Transport
 from endlex.protocol import EndlexError
 
 JOURNAL_POLL_SECONDS = 0.5
-LOCK_SECONDS = 10.0
-"""How long a new shipper waits for the one before it to end."""
-NICENESS = 10
-"""Added to the process's: the trainer comes first."""
+LOCK_SECONDS = 10.0  # how long a new shipper waits for the one before it to end
+NICENESS = 10  # added to the process's: the trainer comes first
 SHIPPING, WAITING, FAILED = "shipping", "waiting", "failed"
 
 
 class Shipper:
     """Ship one run's directory, whose lock the caller holds, until nothing is left to wait for."""
 
-    def __init__(self, directory: Path, transport: Transport, stop: Stop) -> None:
+    def __init__(self, directory: Path, transport: Transport, stop: threading.Event) -> None:
         self._directory, self._owner = directory, require_run_file(directory)
         self._transport, self._stop = transport, stop
         run = self._owner["run"]
-        before = read_state(directory)
+        before = control.read_state(directory)
         known = before.get("sessions", {}) if before.get("url") == transport.url else {}
         reported = [name for name, session in known.items() if session.get("done")]
         self._journals = JournalShipper(directory, run, transport, reported=reported)
@@ -70,7 +59,7 @@ class Shipper:
             while not self._stop.is_set() and self._directory.exists():
                 seconds = self._step(backoff)
                 if seconds is None:
-                    self._publish(DONE)
+                    self._publish(control.DONE)
                     return
                 self._publish(WAITING if self._error else SHIPPING)
                 self._stop.wait(seconds)
@@ -78,7 +67,7 @@ class Shipper:
             self._end_system()
             self._checkpoints.stop()
             if self._stop.is_set():
-                self._publish(STOPPED)
+                self._publish(control.STOPPED)
 
     def _step(self, backoff: Backoff) -> float | None:
         """Do what there is to do, and return how long to wait, or None when all is done."""
@@ -117,7 +106,7 @@ class Shipper:
 
     def _report(self, error: str | None) -> None:
         if error != self._error:
-            say(error or "the server answers again")
+            control.say(error or "the server answers again")
         self._error = error
 
     def _publish(self, state: str) -> None:
@@ -129,32 +118,39 @@ class Shipper:
         }
         if (state, content) != self._published:
             self._published = state, content
-            write_state(self._directory, state, content)
+            control.write_state(self._directory, state, content)
 
 
 def main(arguments: list[str]) -> int:
     """Ship the directory that is named; the exit status is 1 if that cannot begin."""
     replace_unencodable()  # in the log
     directory = Path(arguments[0])
-    url = server_url()
-    if url is None:
-        say("there is no ENDLEX_URL to send to")
+    if (url := server_url()) is None:
+        control.say("there is no ENDLEX_URL to send to")
         return 1
-    lock = take_lock(directory, BACKGROUND, seconds=LOCK_SECONDS)
+    lock = control.take_lock(directory, control.BACKGROUND, seconds=LOCK_SECONDS)
     if lock is None:
         return 0  # another one is at work, and finds new sessions by itself
-    stop = Stop()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    stop = threading.Event()
+    # A handler would run in the main thread, which may hold the lock inside `stop`: a thread of its
+    # own waits for the signal instead.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_stop_on_sigterm, args=(stop,), daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    with holding(lock):
+    with control.holding(lock):
         try:
             Shipper(directory, Transport(url, server_token()), stop).run()
         except EndlexError as error:
-            say(str(error))
-            write_state(directory, FAILED, {"error": str(error)})
+            control.say(str(error))
+            control.write_state(directory, FAILED, {"error": str(error)})
             return 1
     return 0
+
+
+def _stop_on_sigterm(stop: threading.Event) -> None:
+    signal.sigwait([signal.SIGTERM])
+    stop.set()
 
 
 if __name__ == "__main__":

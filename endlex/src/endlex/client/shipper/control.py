@@ -1,14 +1,12 @@
 """The shipper as others see it: start it, stop it, ask how far it is, wait for it.
 
-One shipper serves a run's directory, and holds the lock of `shipper.lock`, in which its process is
-named. It publishes how far it is in `shipper.json`. Everything that it needs is on the disk, so
-it may be killed and started again at any moment. Nothing here uses the network.
+One shipper serves a run's directory. It holds the lock of `shipper.lock`, in which its process is
+named, and publishes how far it is in `shipper.json`. Nothing here uses the network.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -19,37 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.checkpoints import (
-    DAMAGED,
-    damaged_media,
-    read_note,
-    staged_change,
-    staged_names,
-    waiting_media,
-)
-from endlex.client.process import (
-    READ_ONLY,
-    describe,
-    is_running,
-    process_name,
-    try_lock,
-    warn,
-    write_whole,
-)
+from endlex.client import checkpoints, process
 from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
 
 LOCK_FILE, STATE_FILE, LOG_FILE = "shipper.lock", "shipper.json", "shipper.log"
-FINISH_SECONDS = 4.0
-"""How long the end of a run waits for the server to have everything."""
-BEGIN_SECONDS = 1.0
-"""Seconds without a living shipper, at a run's end, after which another one is started."""
+FINISH_SECONDS = 4.0  # how long the end of a run waits for the server to have everything
+BEGIN_SECONDS = 1.0  # without a living shipper, at a run's end, until another one is started
 SHIPPER_POLL_SECONDS = 0.02
 NAMING_POLLS = 10
-DONE, STOPPED = "done", "stopped"
-"""States of a shipper that ended: because nothing was left to do, or because it was asked to."""
-FOREGROUND, BACKGROUND = "foreground", "background"
-"""Kinds of holder: `endlex sync`, and a shipper that a trainer started."""
+DONE, STOPPED = "done", "stopped"  # how a shipper ended: nothing was left, or it was asked to
+FOREGROUND, BACKGROUND = "foreground", "background"  # `endlex sync`, and a trainer's shipper
 
 
 class Holder(NamedTuple):
@@ -57,21 +35,18 @@ class Holder(NamedTuple):
 
     pid: int
     kind: str
-    name: str
-    """As `process_name` has it."""
+    name: str  # as `process_name` has it
 
 
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
     """Become the directory's only shipper until the returned file is closed.
 
-    Args:
-        kind: `BACKGROUND` or `FOREGROUND`; written to the lock with the process id.
-        seconds: how long to wait for another one to end; None is returned if it does not.
+    Waits that long for another one to end, and returns None if it does not.
     """
     try:
         lock = (directory / LOCK_FILE).open("a+")
     except OSError as error:
-        if error.errno not in READ_ONLY:
+        if error.errno not in process.READ_ONLY:
             raise
         return Path(os.devnull).open("a+")  # nobody else can write here either: no lock is needed
     deadline = time.monotonic() + seconds
@@ -82,7 +57,7 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
         time.sleep(SHIPPER_POLL_SECONDS)
     with contextlib.suppress(OSError):  # a full disk: then nobody knows the process, no more
         os.ftruncate(lock.fileno(), 0)
-        pid, _, name = process_name().partition(" ")
+        pid, _, name = process.process_name().partition(" ")
         os.write(lock.fileno(), f"{pid} {kind} {name}\n".encode())
     return lock
 
@@ -100,30 +75,37 @@ def holding(lock: IO[str]) -> Iterator[None]:
 
 def _holder(lock: IO[str]) -> Holder | None:
     """Lock the open file and return None, or return the process that has it."""
-    locked = try_lock(lock)
+    locked = process.try_lock(lock)
     if locked:
         return None
     lock.seek(0)
     pid, kind, *rest = [*lock.read(1000).split(), "", ""]
     holder = Holder(int(pid) if pid.isdecimal() else 0, kind, " ".join([pid, *rest]).strip())
     # Where files cannot be locked, the process that is named there counts for as long as it runs.
-    return holder if locked is False or is_running(holder.name) else None
+    return holder if locked is False or process.is_running(holder.name) else None
+
+
+def _find_holder(directory: Path, other_user: Holder | None = None) -> Holder | None:
+    """Return the process that has the lock, or `other_user` if this one may not ask."""
+    try:
+        with (directory / LOCK_FILE).open("r+") as lock:
+            return _holder(lock)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in process.READ_ONLY:
+            raise
+        return other_user
 
 
 def shipper_process(directory: Path) -> Holder | None:
-    """Return the directory's living shipper, or None; one that is new may still write its name."""
-    for poll in range(NAMING_POLLS):
-        try:
-            with (directory / LOCK_FILE).open("r+") as lock:
-                holder = _holder(lock)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, *READ_ONLY):
-                raise
-            return None
-        if holder is None or holder.pid or poll == NAMING_POLLS - 1:
-            return holder
-        time.sleep(SHIPPER_POLL_SECONDS)
-    return None
+    """Return the directory's living shipper, or None."""
+    for _ in range(NAMING_POLLS):
+        holder = _find_holder(directory)
+        if holder is None or holder.pid:
+            break
+        time.sleep(SHIPPER_POLL_SECONDS)  # it has yet to write its name
+    return holder
 
 
 def say(message: str) -> None:
@@ -134,28 +116,26 @@ def say(message: str) -> None:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """Return what the shipper last published: sessions, checkpoints, error; empty if nothing."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         state = json.loads((directory / STATE_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        return state if isinstance(state, dict) else {}
+    return {}
 
 
 def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
     """Publish how far the process is that sends this directory, for `read_state`."""
-    text = json.dumps({"state": state, "pid": os.getpid(), **content, "updated": time.time()})
+    content = {"state": state, "pid": os.getpid(), **content, "updated": time.time()}
     with contextlib.suppress(OSError):  # a full disk stops no shipping
-        write_whole(directory / STATE_FILE, text.encode(), durable=False)
+        process.write_whole(directory / STATE_FILE, json.dumps(content).encode(), durable=False)
 
 
 def failed_checkpoints(directory: Path) -> dict[str, str]:
     """Return the staged checkpoints that can never be published as they are, with the reasons."""
-    found: dict[str, str] = {}
-    states = read_state(directory).get("checkpoints", {})
-    for name in staged_names(directory):
+    found, states = dict[str, str](), read_state(directory).get("checkpoints", {})
+    for name in checkpoints.staged_names(directory):
         state = states.get(name, {})
         reason = state.get("error") if state.get("state") == "failed" else None
-        if reason := reason or staged_change(directory, name):
+        if reason := reason or checkpoints.staged_change(directory, name):
             found[name] = str(reason)
     return found
 
@@ -189,37 +169,27 @@ def restart_shipper_if_killed(directory: Path) -> None:
     """Start a shipper unless one lives, or the last one was asked to end.
 
     Where the lock is another user's, shippers work without it (`take_lock`): nothing tells whether
-    one lives, so none is started, or there would be one more each time.
-
-    `log` does this once a minute: it takes tens of microseconds, and a start two milliseconds.
+    one lives, so none is started. `log` does this once a minute: it takes tens of microseconds.
     """
-    try:
-        with (directory / LOCK_FILE).open("r+") as lock:
-            is_alive = _holder(lock) is not None
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, *READ_ONLY):
-            raise
-        is_alive = error.errno != errno.ENOENT
+    holder = _find_holder(directory, other_user=Holder(0, BACKGROUND, ""))
     # The state is read after the lock: a shipper that ends publishes it before it frees the lock.
-    if not is_alive and read_state(directory).get("state") != STOPPED:
+    if holder is None and read_state(directory).get("state") != STOPPED:
         start_shipper(directory)
 
 
 def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     """End the directory's background shipper, and return whether there was one.
 
-    Raises:
-        EndlexError: a foreground one (`endlex sync`) is at work, or one on another machine or in
-            another container, where its process id means nothing here.
+    It raises an `EndlexError` if that is an `endlex sync`, or is on another machine or in another
+    container, where its process id means nothing here.
     """
-    had_one, told = False, 0
-    deadline = time.monotonic() + seconds
+    had_one, told, deadline = False, 0, time.monotonic() + seconds
     while (found := shipper_process(directory)) is not None:
         had_one, (pid, kind, name) = True, found
-        who = describe(name)
+        who = process.describe(name)
         if kind == FOREGROUND:
             raise EndlexError(f"{who} sends {directory} already: wait for it, or end it")
-        if pid and not is_running(name):
+        if pid and not process.is_running(name):
             if shipper_process(directory) == found:  # else it has just ended
                 raise EndlexError(f"{who} sends {directory}: wait for it, or end it there")
             continue
@@ -241,9 +211,6 @@ class Unsent(NamedTuple):
     bytes: int
     files: int
 
-    def __bool__(self) -> bool:
-        return bool(self.bytes or self.files)
-
 
 def unsent(directory: Path) -> Unsent:
     """Return what the server has not acknowledged, as far as this side knows."""
@@ -264,10 +231,10 @@ def _acknowledged(directory: Path, journal: Path) -> int:
 
 def _count_files(directory: Path) -> int:
     """Return how many files of checkpoints and media wait, and can be sent."""
-    files = len(waiting_media(directory))
-    for name in set(staged_names(directory)) - set(failed_checkpoints(directory)):
+    files = len(checkpoints.waiting_media(directory))
+    for name in set(checkpoints.staged_names(directory)) - set(failed_checkpoints(directory)):
         try:
-            files += len(read_note(directory, name)["files"])
+            files += len(checkpoints.read_note(directory, name)["files"])
         except EndlexError:  # the shipper says what is wrong with it
             files += 1
     return files
@@ -295,12 +262,13 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             break
         time.sleep(SHIPPER_POLL_SECONDS)
     for name, reason in failed_checkpoints(directory).items():
-        warn(f"checkpoint {name} cannot be sent: {reason}")
-    for sha256 in damaged_media(directory):
-        warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
-    if left:
+        process.warn(f"checkpoint {name} cannot be sent: {reason}")
+    for sha256 in checkpoints.damaged_media(directory):
+        where = f"{MEDIA_DIR}/{sha256}{checkpoints.DAMAGED}"
+        process.warn(f"a logged file was damaged before it was sent: {where}")
+    if any(left):
         error = read_state(directory).get("error")
-        warn(
+        process.warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
             f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
             f"The shipper keeps trying; to send them later: {sync_command(directory)}"

@@ -1,9 +1,9 @@
 """Send checkpoints and media: hash them, send what the server lacks, publish them.
 
-A checkpoint's manifest is committed first. The server answers that it is published (then nothing is
-sent at all), that it verifies it, or that parts are missing; those go up on two connections, each
-from the byte that the server holds. `Uploader` does not wait after a fault: its caller does, and
-calls again, which sends only the rest. `CheckpointShipper` is such a caller, in a thread.
+A checkpoint's manifest is committed first. The server answers that it is published, that it
+verifies it, or that parts are missing; those go up on two connections, each from the byte that the
+server holds. `Uploader` does not wait after a fault: its caller does, and calls again, which sends
+only the rest. `CheckpointShipper` is such a caller, in a thread.
 """
 
 from __future__ import annotations
@@ -14,44 +14,26 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from endlex.client.checkpoints import (
-    DAMAGED,
-    CheckpointFailed,
-    FileChanged,
-    Staged,
-    StagedFile,
-    describe_file,
-    drop_replaced,
-    open_unchanged,
-    read_note,
-    staged_manifest,
-    staged_names,
-    unstage,
-    waiting_media,
-)
-from endlex.client.process import Stop
+from endlex.client import checkpoints
+from endlex.client.checkpoints import CheckpointFailed, Staged, StagedFile
 from endlex.client.shipper.control import say
 from endlex.client.transport import REFUSED_SECONDS, Backoff, Refused, Retry, Transport, quoted
 from endlex.protocol import MAX_PARTS_ASKED, MEDIA_DIR, STAGED_DIR, EndlexError, Manifest
 
 CONNECTIONS = 2
-ROUNDS = 5
-"""Times that missing parts are sent before that counts as a fault."""
-VERIFY_SECONDS = (0.05, 2.0)
-"""First and longest wait between questions whether the server has verified a checkpoint."""
+ROUNDS = 5  # times that missing parts are sent before that counts as a fault
+VERIFY_SECONDS = (0.05, 2.0)  # first and longest wait while the server verifies a checkpoint
 STAGED_POLL_SECONDS = 0.5
 STOP_SECONDS = 2.0
-ALL_MEDIA = "media/"
-"""Stands for all waiting media among the checkpoints, whose names have no slash."""
+ALL_MEDIA = "media/"  # all waiting media, among the checkpoints, whose names have no slash
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with the number of bytes that have arrived, and of all bytes."""
+Progress = Callable[[int, int], None]  # called with the bytes that have arrived, and all bytes
 
 
 class _Place(NamedTuple):
@@ -72,23 +54,20 @@ class Uploader:
 
     def send_staged(self, directory: Path, run: str, name: str) -> None:
         """Hash a staged checkpoint, publish it (see there), and then drop its files here."""
-        note = read_note(directory, name)
-        self.publish(run, staged_manifest(directory, note), directory / STAGED_DIR / name, note)
-        unstage(directory, name)
+        note = checkpoints.read_note(directory, name)
+        manifest = checkpoints.staged_manifest(directory, note)
+        self.publish(run, manifest, directory / STAGED_DIR / name, note)
+        checkpoints.unstage(directory, name)
 
     def publish(self, run: str, manifest: Manifest, root: Path, note: Staged) -> None:
         """Send what the server lacks of a checkpoint, and return when it is published there.
 
-        Args:
-            root: holds the files, which must still be what the note says.
-
-        Raises:
-            CheckpointFailed: it can never be published.
-            Retry: not now.
-            Refused: the token does not allow it, or the server does not know the run.
+        The files below `root` must still be what the note says. It raises `CheckpointFailed` if it
+        can never be published, `Retry` if not now, and `Refused` if the token does not allow it or
+        the server does not know the run.
         """
         files = {file["path"]: file for file in note["files"]}
-        places: dict[str, _Place] = {}
+        places = dict[str, _Place]()
         for file in manifest["files"]:
             offset = 0
             for part in file["parts"]:
@@ -154,45 +133,40 @@ class Uploader:
         in_parallel(send, missing, CONNECTIONS, self.transport)
 
     def _send_part(self, sha256: str, place: _Place, start: int) -> None:
-        with open_unchanged(place.root, place.file) as file:
+        with checkpoints.open_unchanged(place.root, place.file) as file:
             file.seek(place.offset)
             content = file.read(place.length)
+        where, headers = quoted("parts", sha256), {"Content-Type": "application/octet-stream"}
+        # All of it may be held and not taken yet: then nothing but the offset is sent.
+        rest, query = memoryview(content)[start:], {"offset": start}
         try:
-            # All of it may be held and not taken yet: then nothing but the offset is sent.
-            self.transport.request(
-                "PUT",
-                quoted("parts", sha256),
-                query={"offset": start},
-                body=memoryview(content)[start:],
-                headers={"Content-Type": "application/octet-stream"},
-            )
+            self.transport.request("PUT", where, query=query, body=rest, headers=headers)
         except Refused as error:
             if error.status not in (400, 409):
                 raise
             if hashlib.sha256(content).hexdigest() != sha256:
-                raise FileChanged(place.file["path"]) from error
+                raise checkpoints.FileChanged(place.file["path"]) from error
             raise Retry(str(error)) from error  # damaged on the way, or from another offset
 
     def send_media(self, directory: Path) -> None:
         """Send the media that wait in a run's directory.
 
-        Raises:
-            CheckpointFailed: a logged file was damaged before it was sent. It is put aside, and the
-                others are sent first.
+        Those that were damaged here are put aside; then `CheckpointFailed` names them.
         """
         folder, places, damaged = directory / MEDIA_DIR, dict[str, _Place](), set[str]()
-        for name in waiting_media(directory):
-            file = describe_file(name, (folder / name).stat())
+        for name in checkpoints.waiting_media(directory):
+            file = checkpoints.describe_file(name, (folder / name).stat())
             places[name] = _Place(folder, file, 0, file["bytes"])
         self._send_parts(places, damaged)
+        aside = {name: folder / f"{name}{checkpoints.DAMAGED}" for name in sorted(damaged)}
         for name in places:
             with contextlib.suppress(OSError):  # a directory that can only be read
-                if name in damaged:
-                    (folder / name).rename(folder / f"{name}{DAMAGED}")
+                if name in aside:
+                    (folder / name).rename(aside[name])
                 else:
                     (folder / name).unlink()
-        if damaged:
-            shown = ", ".join(str(folder / f"{name}{DAMAGED}") for name in sorted(damaged))
+        if aside:
+            shown = ", ".join(map(str, aside.values()))
             raise CheckpointFailed(f"a logged file was damaged before it was sent: {shown}")
 
 
@@ -212,30 +186,23 @@ def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], di
 
 
 def in_parallel(
-    act: Callable[[T], None], items: Sequence[T], connections: int, transport: Transport
+    act: Callable[[T], None], items: Sequence[T], threads: int, transport: Transport
 ) -> None:
-    """Act on each item, several at a time in threads; the first fault ends all, and is raised.
-
-    Each thread's connection of `transport` is closed at its end.
-    """
-    left, failed = iter(items), list[BaseException]()
+    """Act on each item, several at a time in threads; the first fault ends all, and is raised."""
+    left = iter(items)
 
     def work() -> None:
-        try:
+        with contextlib.closing(transport):  # this thread's connection
             for item in left:  # shared by the threads
-                if failed:
-                    return
                 act(item)
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            transport.close()
 
-    with ThreadPoolExecutor(connections) as pool:
+    with ThreadPoolExecutor(threads) as pool:
+        works = [pool.submit(work) for _ in range(min(threads, len(items)))]
         try:
-            wait([pool.submit(work) for _ in range(min(connections, len(items)))])
-        except BaseException as error:  # such as Ctrl-C
-            failed.append(error)
+            wait(works, return_when=FIRST_EXCEPTION)
+        finally:  # after a fault, or at Ctrl-C: the others find nothing left
+            list(left)
+    failed = [error for one in works if (error := one.exception())]
     if failed:
         raise next((error for error in failed if not isinstance(error, Retry)), failed[0])
 
@@ -256,18 +223,13 @@ class CheckpointShipper:
         ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
-        self._ready = ready
-        self._stop = Stop()
-        self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
-        self._media_at = 0.0
-        """When media may be tried again: their faults hold up no checkpoint."""
-        self.states: dict[str, dict[str, Any]] = {}
+        self._ready, self._stop = ready, threading.Event()
+        self._backoffs = defaultdict[str, Backoff](Backoff)
+        self._media_at = 0.0  # when media may be tried again: their faults hold up no checkpoint
+        self.states = dict[str, dict[str, Any]]()
         """By checkpoint: `state`, `done_bytes`, `total_bytes` and `error`."""
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        self.start = self._thread.start
 
     def stop(self) -> None:
         """End, and leave a request behind that takes long."""
@@ -277,8 +239,8 @@ class CheckpointShipper:
     def waiting(self) -> list[str]:
         """Return what is here and may be sent: `ALL_MEDIA`, and checkpoints, oldest first."""
         failed = {name for name, state in self.states.copy().items() if state["state"] == "failed"}
-        staged = [name for name in staged_names(self._directory) if name not in failed]
-        return [ALL_MEDIA, *staged] if waiting_media(self._directory) else staged
+        names = [n for n in checkpoints.staged_names(self._directory) if n not in failed]
+        return [ALL_MEDIA, *names] if checkpoints.waiting_media(self._directory) else names
 
     def errors(self) -> list[str]:
         """Return what keeps checkpoints and media from being sent."""
@@ -291,9 +253,8 @@ class CheckpointShipper:
     def send(self, name: str, progress: Progress = lambda done, total: None) -> None:
         """Send one of those that wait, and note how that went.
 
-        Raises:
-            TransportError, OSError: not now.
-            EndlexError: it never can be sent; a `CheckpointFailed` if that is due to its files.
+        A `TransportError` or `OSError` may pass. It can never be sent after another `EndlexError`:
+        a `CheckpointFailed` if that is due to its files.
         """
 
         def note(done: int, total: int) -> None:
@@ -330,7 +291,7 @@ class CheckpointShipper:
 
     def _send_waiting(self) -> float:
         """Send what waits; return the seconds until the next look."""
-        for name in drop_replaced(self._directory):
+        for name in checkpoints.drop_replaced(self._directory):
             self._set(name, "replaced")
         for name in self.waiting():
             if self._stop.is_set() or (name == ALL_MEDIA and time.monotonic() < self._media_at):
@@ -344,7 +305,6 @@ class CheckpointShipper:
 
     def _attempt(self, name: str) -> float:
         """Send one of those that wait; return the seconds to wait after a fault that may pass."""
-        what = _what(name)
         try:
             self.send(name)
         except Retry as error:
@@ -352,14 +312,14 @@ class CheckpointShipper:
         except Refused:
             return REFUSED_SECONDS
         except EndlexError as error:
-            say(f"{what} failed: {error}")
+            say(f"{_what(name)} failed: {error}")
+            return 0.0
         except Exception as error:  # such as a full disk
-            say(f"{what} must wait: {type(error).__name__}: {error}")
+            say(f"{_what(name)} must wait: {type(error).__name__}: {error}")
             return REFUSED_SECONDS
-        else:
-            self._backoffs.pop(name, None)
-            if name != ALL_MEDIA:
-                say(f"{what} is published")
+        self._backoffs.pop(name, None)
+        if name != ALL_MEDIA:
+            say(f"{_what(name)} is published")
         return 0.0
 
 

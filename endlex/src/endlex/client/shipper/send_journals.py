@@ -1,10 +1,9 @@
 """Send journals: from the offset that the server has acknowledged, in batches.
 
-The server is asked once how much it has of a session, with the hash of it: nothing is added to
-another content under the same id. Then each batch is whole lines from that offset on, with a
-checksum; the answer is the next offset. A batch sent twice does no harm, so after any fault the
-same is simply done again. A network fault ends a look at all sessions with a `Retry`; what the
-server refuses concerns one session, which is tried again rarely, while the others continue.
+The server is asked once how much it has of a session, with the hash of it. Then each batch is whole
+lines from that offset on, with a checksum; the answer is the next offset. A batch sent twice does
+no harm, so after any fault the same is simply done again. A network fault ends a look at all
+sessions with a `Retry`; what the server refuses concerns one session, which is tried again rarely.
 """
 
 from __future__ import annotations
@@ -16,28 +15,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from endlex import reading
 from endlex.client.process import oom_kills, write_whole
-from endlex.client.transport import (
-    REFUSED_SECONDS,
-    Refused,
-    Retry,
-    Transport,
-    Unreachable,
-    quoted,
-)
+from endlex.client.transport import REFUSED_SECONDS, Refused, Retry, Transport, Unreachable, quoted
 from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
-from endlex.reading import (
-    content_length,
-    end_status,
-    gone_reason,
-    gone_status,
-    session_files,
-    session_kind,
-    writer_is_alive,
-)
+from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 BATCH_BYTES = 2**20
-DEFLATE_LEVEL = 6
 HEARTBEAT_SECONDS = 20.0
 
 
@@ -52,27 +36,19 @@ class SessionShipper:
         self.path, self.session, self.kind = path, path.stem, session_kind(path)
         self._transport = transport
         self._where = quoted("runs", run, "sessions", self.session)
-        self.acknowledged: int | None = None
-        """Bytes that the server has; None until it was asked."""
-        self.settled_size = -1
-        """Size of the file when nothing whole was left to send."""
+        self.acknowledged: int | None = None  # bytes that the server has; None until it was asked
         self.alive, self.done = True, False
         """Whether a process still writes it; whether all of it is sent, its end included."""
         self.error: str | None = None
         self.retry_at = self.beat_at = 0.0
 
     def ask(self) -> int:
-        """Ask the server how much it has, and compare that with the journal by hash.
-
-        Raises:
-            SessionDiffers: what both have is not the same.
-        """
+        """Ask the server how much it has; another content there raises `SessionDiffers`."""
         length = content_length(self.path)
+        where, query = f"{self._where}/journal", {"upto": length}
         try:
-            answer = self._transport.request(
-                "GET", f"{self._where}/journal", query={"upto": length}
-            )
-            offset, theirs = int(answer.content["offset"]), answer.content["sha256"]
+            content = self._transport.request("GET", where, query=query).content
+            offset, theirs = int(content["offset"]), content["sha256"]
         except Refused as error:
             if error.status != 404:
                 raise
@@ -80,28 +56,24 @@ class SessionShipper:
         except (KeyError, TypeError, ValueError) as error:
             raise self._transport.ill_answer() from error
         if offset and _digest(self.path, min(offset, length)) != theirs:
-            raise SessionDiffers(
-                f"the server's copy of session {self.session} differs from {self.path}: to keep "
-                "both, send the file as a new session with `endlex sync --resend DIR`"
-            )
+            remedy = "to keep both, send the file as a new session with `endlex sync --resend DIR`"
+            copy = f"the server's copy of session {self.session}"
+            raise SessionDiffers(f"{copy} differs from {self.path}: {remedy}")
         self.acknowledged = offset
         return offset
 
     def ship(self) -> int:
         """Send the next batch, and return its bytes: 0 if there is nothing to send.
 
-        Raises:
-            TransportError: it did not arrive; `acknowledged` is right all the same.
-            EndlexError: the journal has a line that no server takes.
+        If it did not arrive (`TransportError`), `acknowledged` is right all the same.
         """
         start = self.ask() if self.acknowledged is None else self.acknowledged
-        batch = read_batch(self.path, start, BATCH_BYTES)
-        if not batch:
+        if not (batch := read_batch(self.path, start, BATCH_BYTES)):
             return 0
         query = {"offset": start, "crc": f"{zlib.crc32(batch):08x}"}
         headers, body = {"Content-Type": "application/x-ndjson"}, batch
         if not self._transport.is_local:
-            body = zlib.compress(batch, DEFLATE_LEVEL)
+            body = zlib.compress(batch)
             headers["Content-Encoding"] = "deflate"
         try:
             answer = self._transport.request(
@@ -150,15 +122,15 @@ def read_batch(path: Path, start: int, size: int) -> bytes:
         file.seek(start)
         batch = file.read(size)
         end = batch.rfind(b"\n") + 1
-        if not end and len(batch) == size:
-            batch += file.read(MAX_BATCH_BYTES - size)
-            end = batch.find(b"\n", size) + 1
-            if not end and len(batch) == MAX_BATCH_BYTES:
-                raise EndlexError(
-                    f"{path} has a line of more than {MAX_BATCH_BYTES:,} bytes from byte {start} "
-                    "on: the file was altered"
-                )
-    return batch[:end]
+        if end or len(batch) < size:
+            return batch[:end]
+        batch += file.readline(MAX_BATCH_BYTES - size)
+    if batch.endswith(b"\n"):
+        return batch
+    if len(batch) < MAX_BATCH_BYTES:
+        return b""
+    large = f"a line of more than {MAX_BATCH_BYTES:,} bytes from byte {start} on"
+    raise EndlexError(f"{path} has {large}: the file was altered")
 
 
 def _digest(path: Path, length: int) -> str:
@@ -183,15 +155,19 @@ class JournalShipper:
         self._reported = set(reported)
         self._oom_kills = oom_kills()
         self.sessions: dict[str, SessionShipper] = {}
-        self.denied = False
-        """Whether the last refusal was of the token."""
+        self.denied = False  # whether the last refusal was of the token
+
+    def renew_differing(self) -> None:
+        """Give journals that differ from the server's copies another session id."""
+        for path in session_files(self._directory):
+            try:
+                SessionShipper(self._run, path, self._transport).ask()
+            except SessionDiffers:
+                if not writer_is_alive(path):
+                    renew_session(path)
 
     def tick(self) -> bool:
-        """Look at every session once; whether there is more to send right away.
-
-        Raises:
-            Retry: the server is not there, or says later.
-        """
+        """Look at every session once; return whether there is more to send right away."""
         for path in session_files(self._directory):
             if path.stem not in self.sessions:
                 self.sessions[path.stem] = SessionShipper(self._run, path, self._transport)
@@ -216,12 +192,11 @@ class JournalShipper:
 
     def _advance(self, session: SessionShipper) -> bool:
         size = session.path.stat().st_size
-        if size != session.settled_size or session.acknowledged is None:
-            if sent := session.ship():
-                self._reported.discard(session.session)
-                self._beat(session, size)
-                return sent >= BATCH_BYTES // 2
-            session.settled_size = size
+        is_settled = session.acknowledged is not None and size <= session.acknowledged
+        if not is_settled and (sent := session.ship()):
+            self._reported.discard(session.session)
+            self._beat(session, size)
+            return sent >= BATCH_BYTES // 2
         session.alive = writer_is_alive(session.path)
         if session.alive:
             self._beat(session, size)
@@ -237,12 +212,11 @@ class JournalShipper:
 
     def _report_end(self, session: SessionShipper) -> None:
         if session.acknowledged and session.session not in self._reported:
-            status, reason = end_status(session.path) or gone_status(session.path), None
-            if status == CRASHED:
-                reason = gone_reason(session.path)
-                if oom_kills() > self._oom_kills:
-                    killed = "the kernel ended a process of this machine for lack of memory"
-                    reason = f"{killed}; {reason}"
+            status = reading.end_status(session.path) or reading.gone_status(session.path)
+            reason = reading.gone_reason(session.path) if status == CRASHED else None
+            if reason and oom_kills() > self._oom_kills:
+                killed = "the kernel ended a process of this machine for lack of memory"
+                reason = f"{killed}; {reason}"
             session.report(status, 0, reason)
         session.done = True
 

@@ -1,8 +1,7 @@
 """How the machine is: sampled by the shipper, never by the trainer, into a session of its own.
 
-With psutil installed (extra `endlex[system]`) there are processors, memory and network; without
-it, load and disks. NVIDIA cards are read through pynvml (package nvidia-ml-py) where it is
-installed. A sensor that fails is left out from then on: nothing here stops shipping.
+psutil (extra `endlex[system]`) gives processors, memory and network, and pynvml (nvidia-ml-py)
+NVIDIA cards, where they are installed. A sensor that fails is left out from then on.
 
     system/cpu_percent  system/memory_percent  system/memory_bytes  system/load
     system/disk_free_bytes  system/home_free_bytes
@@ -24,13 +23,11 @@ from typing import Any
 
 from endlex.client.directories import RunFile, session_start
 from endlex.client.journal import Journal
-from endlex.client.process import Stop
 from endlex.client.shipper.control import say
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0
-FIRST_SECONDS = 1.0
-"""Rates need some time before the first sample."""
+FIRST_SECONDS = 1.0  # rates need some time before the first sample
 
 Sensor = Callable[[], dict[str, float]]
 
@@ -50,8 +47,7 @@ def sensors(directory: Path) -> list[Sensor]:
         with contextlib.suppress(Exception):  # no driver, or no card
             nvml.nvmlInit()
             for index in range(nvml.nvmlDeviceGetCount()):
-                card = nvml.nvmlDeviceGetHandleByIndex(index)
-                found += _card_sensors(nvml, card, f"system/gpu.{index}/")
+                found += _card_sensors(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index)
     return found
 
 
@@ -94,9 +90,9 @@ def _network(psutil: Any) -> Sensor:
     return measure
 
 
-def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:
+def _card_sensors(nvml: Any, card: Any, index: int) -> list[Sensor]:
     """Return one sensor per figure: cards differ in what they support."""
-    kind = nvml.NVML_TEMPERATURE_GPU
+    prefix, kind = f"system/gpu.{index}/", nvml.NVML_TEMPERATURE_GPU
 
     def memory() -> dict[str, float]:
         info = nvml.nvmlDeviceGetMemoryInfo(card)
@@ -113,7 +109,7 @@ def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:
 
 def take_sample(sensors: list[Sensor]) -> dict[str, float]:
     """Return values by metric name; a sensor that fails is taken off the list."""
-    values: dict[str, float] = {}
+    values = dict[str, float]()
     for sensor in list(sensors):
         try:
             values |= {name: float(value) for name, value in sensor().items()}
@@ -129,16 +125,15 @@ class SystemRecorder:
         self._directory, self._seconds = directory, seconds
         self._journal = Journal(directory, session_start(owner, SYSTEM))
         self.path = self._journal.path
-        self._stop = Stop()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system stats", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        began = time.monotonic()
+        began, wait = time.monotonic(), min(FIRST_SECONDS, self._seconds)
         try:
             found = sensors(self._directory)
             take_sample(found)  # rates count from here
-            wait = min(FIRST_SECONDS, self._seconds)
             while not self._stop.wait(wait):
                 step = round(time.monotonic() - began)
                 self._journal.append(METRICS, {"step": step, "values": take_sample(found)})
