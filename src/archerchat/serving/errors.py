@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from archerchat.errors import ArcherChatError, UsageError
 
 RETRY_SECONDS = 1
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+HANDLED = (ArcherChatError, RequestValidationError, HTTPException, RecursionError, Exception)
 to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -49,21 +49,15 @@ class APIError(UsageError):
         kind, message = TYPES.get(self.status, default), str(self)
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+    def response(self, **headers: str) -> Response:
         if self.status == 429:
-            headers = {"retry-after": str(RETRY_SECONDS)}
+            headers["retry-after"] = str(RETRY_SECONDS)
         return AsciiJSON(self.content(), self.status, headers)
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Answer every error in OpenAI's form."""
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        return _explain(error).response(getattr(error, "headers", None))
-
-    own = (ArcherChatError, RequestValidationError, HTTPException)
-    for kind in (*own, ClientDisconnect, RecursionError, Exception):
-        app.add_exception_handler(kind, refuse)
+async def refuse(request: Request, error: Exception) -> Response:
+    """Answer an error in OpenAI's form."""
+    return _explain(error).response(**(getattr(error, "headers", None) or {}))
 
 
 def _explain(error: Exception) -> APIError:
@@ -76,14 +70,12 @@ def _explain(error: Exception) -> APIError:
             param = _field_name(worst["loc"])
             return APIError(f"{param or 'the body'}: {worst['msg']}", param)
         case ArcherChatError():  # it may name flags of the command line, which are fields here
-            found = re.search(r"--([a-z][a-z-]*)|\b(prompt)\b", str(error))
-            param = (found[1] or found[2]).replace("-", "_") if found else None
-            message = re.sub("--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), str(error))
-            return APIError(message, param, status=400 if isinstance(error, UsageError) else 500)
+            message = re.sub("--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
+            field = re.search("temperature|logit_bias|prompt", message)
+            status = 400 if isinstance(error, UsageError) else 500
+            return APIError(message, field and field[0], status=status)
         case HTTPException():
             return APIError(str(error.detail), status=error.status_code)
-        case ClientDisconnect():  # nobody reads the answer
-            return APIError("the client went away", status=499)
         case RecursionError():
             return APIError("the body is nested too deeply")
         case _:
@@ -92,10 +84,7 @@ def _explain(error: Exception) -> APIError:
 
 def _field_name(place: Sequence[str | int]) -> str | None:
     """Return where an error is, such as `messages[0].content`, without the names of types."""
-    name = ""
-    for step in place[1:]:
-        if isinstance(step, int):
-            name += f"[{step}]"
-        elif not re.search(r"[\[\]()-]|^(str|int|json_invalid)$", step):
-            name += f".{step}" if name else step
-    return name or None
+    steps = place[1:-2] if place[-1] == "[key]" else place[1:]  # a bad key is its object's fault
+    types = re.compile(r"[\[\]()-]|^(str|int|json_invalid)$")
+    names = (f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps if not types.search(str(s)))
+    return "".join(names).removeprefix(".") or None

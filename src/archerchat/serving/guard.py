@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from archerchat.serving.config import LOOPBACK, ServeConfig
-from archerchat.serving.errors import APIError, install_handlers
+from archerchat.serving.errors import HANDLED, APIError, refuse
 
 MAX_CONNECTIONS = 1000
 MAX_BODY_BYTES = 8 * 2**20
@@ -36,7 +36,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             error = APIError("the server has too many connections: try again", status=503)
-            self.app = error.response({"connection": "close"})
+            self.app = error.response(connection="close")
         self._waiting_for: Any = self
         self.loop.call_later(REQUEST_SECONDS, self._look)
 
@@ -58,8 +58,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
-        self._app, self._key = app, config.key
-        self._hosts = LOOPBACK if config.is_local and self._key is None else None
+        self._app, self._config, self._key = app, config, config.key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,7 +90,7 @@ class Guard:
         if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
             return APIError(TOO_LARGE, status=413)
         name = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
-        if self._hosts is not None and name not in self._hosts:
+        if self._config.is_local and self._key is None and name not in LOOPBACK:
             message = f"this server is not {name!r}: --host or --api-key opens it"
             return APIError(message, status=403)
         path: str = scope["path"]
@@ -107,8 +106,10 @@ class Guard:
 
 def build_guarded(config: ServeConfig, **options: Any) -> FastAPI:
     """Return an application without routes, behind a guard."""
-    app = FastAPI(title="ArcherChat", docs_url=None, redoc_url=None, **options)
-    install_handlers(app)
+    handlers: Any = dict.fromkeys(HANDLED, refuse)
+    app = FastAPI(
+        title="ArcherChat", docs_url=None, redoc_url=None, exception_handlers=handlers, **options
+    )
     app.add_middleware(Guard, config=config)
     if config.cors_origin:
         app.add_middleware(

@@ -7,9 +7,9 @@
 
     found = await worker.call(function)         # runs between two steps, with the models at rest
 
-Engines and models are touched by this thread alone. Events cross over in one call of the loop,
-whatever the number of rows. Steps that follow each other fast cross over together: each crossing
-holds up the next step, because only one thread at a time can run Python.
+Engines and models are touched by this thread alone. Events of steps that follow each other fast
+cross over together: each crossing holds up the next step, because only one thread at a time can
+run Python.
 """
 
 from __future__ import annotations
@@ -51,17 +51,25 @@ class Stream:
         self.worker, self.engine, self.requests = worker, engine, requests
         self.prompt_tokens = sum(len(request.prompt) for request in requests)
         self.num_samples = sum(request.params.num_samples for request in requests)
+        self.open_samples, self.cached, self.tokens = self.num_samples, 0, 0
         self.numbers = range(0)
-        self.open_samples = self.cached = self.tokens = 0
+        self.error: APIError | None = None
+        self.arrived = asyncio.Event()
+        self._events: dict[int, list[Event]] = {}
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._last_token = 0.0
-        self._events: dict[int, list[Event]] = {}
-        self.error: APIError | None = None
-        self.arrived = asyncio.Event()
+
+    def begin(self, echoes: Sequence[Sequence[Event]]) -> None:
+        """Let each sample begin with events of its prompt, which has a list of its own."""
+        samples = self.num_samples // len(echoes)
+        repeated = enumerate(echo for echo in echoes for _ in range(samples))
+        self._events = {index: list(echo) for index, echo in repeated if echo}
+        if self._events:
+            self.arrived.set()
 
     async def next(self, patience: float | None = None) -> dict[int, list[Event]]:
-        """Return each sample's new events, by its number; none after `patience` seconds.
+        """Return each sample's new events, by its index; none after `patience` seconds.
 
         Raises:
             APIError: the model stopped with an error, such as a lack of memory.
@@ -119,9 +127,8 @@ class Worker:
         self._engines: set[Engine] = set()  # those that are busy, on the thread
         self._events: list[Event] = []  # that have not crossed over, on the thread
         self._crossed = self._stepped = 0.0
-        self._next_number, self.started = 0, time.monotonic()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.samples = 0
+        self._next_number = self.samples = 0
+        self.started = time.monotonic()
         names = ("requests", "errors", "prompt_tokens", "cached_tokens", "generated_tokens")
         self.counts = {f"{name}_total": 0 for name in names}
 
@@ -142,7 +149,7 @@ class Worker:
                 self._step_all()
             return function()
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._loop.run_in_executor(self._thread, run)
 
     def check(self, stream: Stream) -> None:
         """Refuse what the engine cannot serve, or what there is no room for, ever or now."""
@@ -158,7 +165,6 @@ class Worker:
     def submit(self, stream: Stream) -> None:
         """Queue the requests of one HTTP request, all or none; raises as `check` does."""
         self.check(stream)
-        stream.open_samples = stream.num_samples
         numbers = range(self._next_number, self._next_number + len(stream.requests))
         stream.numbers, self._next_number = numbers, numbers.stop
         self._streams |= dict.fromkeys(numbers, stream)
@@ -232,7 +238,6 @@ class Worker:
             self._events, self._crossed = [], now
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
         with suppress(RuntimeError):  # the loop is closed, so nobody listens
             self._loop.call_soon_threadsafe(function, *arguments)
 

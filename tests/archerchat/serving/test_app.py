@@ -15,10 +15,11 @@ from fastapi.testclient import TestClient
 
 from archerchat import load
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.sequence import Event
-from archerchat.serving import app
-from archerchat.serving.answers import ChatChoice, ResponsesAnswer
+from archerchat.inference.sequence import Event, Request
+from archerchat.serving.answers import Answer, ChatAnswer, ResponsesAnswer
 from archerchat.serving.errors import APIError
+from archerchat.serving.requests import ChatRequest
+from archerchat.serving.worker import Stream
 from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -132,25 +133,34 @@ def test_responses_say_what_a_chat_says(client: TestClient) -> None:
     assert refused.json()["error"]["param"] == "previous_response_id"
 
 
-def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model: Any) -> None:
-    seen = []
+def show(kind: type[Answer], tokenizer: Any, arriving: list[Any]) -> tuple[list[str], Answer]:
+    """Return what a stream shows of events that come together, or of errors; and its answer."""
+    stream = Stream(Any, Any, [Request([1], SamplingParams())])  # type: ignore[arg-type]
+    served: Any = SimpleNamespace(name="tiny", tokenizer=tokenizer)
+    body = ChatRequest.model_validate({"messages": [user("ab")], "stream": True})
+    answer, seen = kind(served, stream, body), []
 
-    async def fail(patience: float) -> Any:
+    async def arrive(patience: float) -> dict[int, list[Event]]:
         seen.append("waited")
-        if len(seen) == 2:
-            return {}  # nothing was said for so long
-        raise APIError("the model failed", status=500)
+        found = arriving.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        stream.open_samples -= any(event.finish_reason is not None for event in found)
+        return {0: found} if found else {}
 
-    stream: Any = SimpleNamespace(open_samples=1, requests=[], next=fail)
-    answer = ResponsesAnswer(
-        "response", "tiny", stream, [ChatChoice(model.loaded.tokenizer, 0, SamplingParams())]
-    )
-
-    async def show() -> None:
-        async for piece in app._show(answer):
+    async def listen() -> None:
+        async for piece in answer.body_iterator:
+            assert isinstance(piece, bytes)
             seen.append(piece.decode())
 
-    asyncio.run(show())
+    stream.next = arrive  # type: ignore[method-assign, assignment]
+    asyncio.run(listen())
+    return seen, answer
+
+
+def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model: Any) -> None:
+    arriving = [[], APIError("the model failed", status=500)]
+    seen, _ = show(ResponsesAnswer, model.loaded.tokenizer, arriving)
     begun, waited, ping, again, failed = seen
     assert begun.startswith("event: response.created\n")
     assert waited == again == "waited"
@@ -303,13 +313,14 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
     words = ["a", "<|python_start|>", "6*7", "<|python_end|>", "<|output_start|>", "42",
              "<|output_end|>", "b"]  # fmt: skip
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0, SamplingParams())
     events = [Event(0, 0, token) for token in found.ids(words)]
-    deltas = [choice.read([event])["delta"] for event in events[:3]]  # at one time, or apart
-    deltas += [choice.read(events[3:])["delta"]]
-    choice.read([Event(0, 0, None, finish_reason="stop")])
+    end = Event(0, 0, None, finish_reason="stop")
+    arriving = [[events[0]], [events[1]], [events[2]], events[3:], [end]]  # together, or apart
+    seen, answer = show(ChatAnswer, found.tokenizer, arriving)
+    chunks = [json.loads(each[6:]) for each in seen if each.startswith("data: {")]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == "ab"
-    message = choice.whole()["message"]
+    message = answer.whole()["choices"][0]["message"]
     assert message["content"] == "ab"
     assert [part["text"] for part in message["parts"]] == ["a", "6*7", "42", "b"]
     shown = [part for delta in deltas for part in delta.get("parts", [])]
@@ -320,8 +331,10 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
 def test_two_calls_in_a_row_are_two_parts_of_a_stream(scripted: Any) -> None:
     words = ["<|python_start|>", "6*", "<|python_end|>", "<|python_start|>", "7*", "<|python_end|>"]
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0, SamplingParams())
-    delta = choice.read([Event(0, 0, token) for token in found.ids(words)])["delta"]
+    events = [Event(0, 0, token) for token in found.ids(words)]
+    arriving = [events, [Event(0, 0, None, finish_reason="stop")]]
+    (_, first, *_), _ = show(ChatAnswer, found.tokenizer, arriving)
+    delta = json.loads(first[6:])["choices"][0]["delta"]
     assert [(part["text"], part["starts"]) for part in delta["parts"]] == [
         ("6", True), ("*", False), ("7", True), ("*", False),
     ]  # fmt: skip
