@@ -219,7 +219,7 @@ BUDGETS = {
     "evals": (2000, 2000),
     "tasks": (1300, 1406),
     "sandbox": (700, 700),
-    "serving": (900, 1690),
+    "serving": (900, 1670),
     "exchange": (800, 988),
     "planning": (700, 700),
     "report": (900, 1340),

@@ -14,13 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from archerchat.inference.sequence import Event
 from archerchat.inference.tools import AnswerReader, read_parts
-from archerchat.serving.errors import APIError, AsciiJSON, to_json
+from archerchat.serving.guard import APIError, AsciiJSON, to_json
 from archerchat.serving.models import ServedModel
 from archerchat.serving.requests import Sampled
 from archerchat.serving.worker import Stream
 from archerchat.tasks.conversation import text_of
 
-Arrived = dict[int, list[Event]]
 FINISH = {"stop": "stop", "max_tokens": "length", "length": "length", "cancelled": "stop"}
 PING, PING_SECONDS = b": still at work\n\n", 15
 """What a silent stream sends to keep proxies awake, and how often."""
@@ -38,7 +37,6 @@ class Answer(StreamingResponse):
         super().__init__(self._frames(), headers=headers, media_type="text/event-stream")
         self._model, self._stream, self._body = model, stream, body
         self._params = stream.requests[0].params
-        self._events: list[list[Event]] = [[] for _ in range(stream.num_samples)]
         self._offsets = [0] * stream.num_samples  # of the next token, in the text of each sample
         self._common = {"id": _new_id(f"{self.kind}-"), "created": int(time.time())}
         self._common |= {"model": model.name}
@@ -54,20 +52,12 @@ class Answer(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         if self._body.stream:
             return await super().stream_response(send)
-        async for _ in self._arriving():
+        async for _ in self._stream.arriving():
             pass
         whole = AsciiJSON(self.whole(), headers=self._own_headers)
         start = {"type": "http.response.start", "status": 200, "headers": whole.raw_headers}
         await send(start)
         await send({"type": "http.response.body", "body": whole.body})
-
-    async def _arriving(self, patience: float | None = None) -> AsyncIterator[Arrived]:
-        """Yield each sample's next events, by its index, until all have ended."""
-        while self._stream.open_samples:
-            found = await self._stream.next(patience)
-            for index, events in found.items():
-                self._events[index] += events
-            yield found
 
     async def _frames(self) -> AsyncIterator[bytes]:
         try:
@@ -78,7 +68,7 @@ class Answer(StreamingResponse):
 
     async def shown(self) -> AsyncIterator[list[Any]]:
         """Yield the events of a stream: in one list what came at one time, perhaps nothing."""
-        async for found in self._arriving(PING_SECONDS):
+        async for found in self._stream.arriving(PING_SECONDS):
             chunks = [self._chunk([self.next_choice(*each)]) for each in found.items()]
             if chunks and not self._stream.open_samples:
                 chunks[-1]["timings"] = self._stream.timings()
@@ -91,7 +81,7 @@ class Answer(StreamingResponse):
 
     def whole(self) -> dict[str, Any]:
         """Return the answer in one."""
-        choices = [self.whole_choice(*each) for each in enumerate(self._events)]
+        choices = [self.whole_choice(*each) for each in enumerate(self._stream.said)]
         return {**self._common, "object": self.kind, "choices": choices, **self._totals()}
 
     def next_choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
@@ -154,10 +144,10 @@ class ChatAnswer(Answer):
 
     @cached_property
     def _readers(self) -> list[AnswerReader]:
-        return [AnswerReader(self._model.tokenizer, self._params.stop) for _ in self._events]
+        return [AnswerReader(self._model.tokenizer, self._params.stop) for _ in self._stream.said]
 
     def next_choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
-        reader, is_first = self._readers[index], len(events) == len(self._events[index])
+        reader, is_first = self._readers[index], len(events) == len(self._stream.said[index])
         pieces = [p for e in events if e.token is not None for p in reader.read(e.token)]
         if events[-1].finish_reason is not None:
             pieces += reader.finish()
@@ -198,7 +188,7 @@ class ResponsesAnswer(ChatAnswer):
         self._place = {"item_id": _new_id("msg_"), "output_index": 0, "content_index": 0}
 
     def whole(self) -> dict[str, Any]:
-        totals, choice = self._totals(), self.whole_choice(0, self._events[0])
+        totals, choice = self._totals(), self.whole_choice(0, self._stream.said[0])
         usage, cut = totals["usage"], choice["finish_reason"] == "length"
         status = "incomplete" if cut else "completed"
         return {
@@ -224,7 +214,7 @@ class ResponsesAnswer(ChatAnswer):
             self._event("response.output_item.added", item=item, output_index=0),
             self._event("response.content_part.added", **self._place, part=_output("")),
         ]
-        async for found in self._arriving(PING_SECONDS):
+        async for found in self._stream.arriving(PING_SECONDS):
             texts = [self.next_choice(*each)["delta"]["content"] for each in found.items()]
             kind = "response.output_text.delta"
             yield [self._event(kind, **self._place, delta=text) for text in texts if text]

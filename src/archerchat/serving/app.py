@@ -28,8 +28,7 @@ from archerchat.runtime import Runtime
 from archerchat.serving import requests as asked
 from archerchat.serving.answers import Answer, ChatAnswer, ResponsesAnswer
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.errors import APIError, AsciiJSON
-from archerchat.serving.guard import build_guarded
+from archerchat.serving.guard import APIError, AsciiJSON, build_guarded
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.worker import Stream
 
@@ -121,12 +120,13 @@ async def complete(body: asked.CompletionRequest, request: Request, models: Shar
     asks = [Ask(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     stream = Stream(models.worker, model.engine, asks)
     models.worker.check(stream)
-    echoes = await _echo(models, model, prompts, body) if body.echo else [[] for _ in asks]
+    echoes = await _echo(models, model, prompts, body) if body.echo else [[] for _ in prompts]
     if body.max_tokens == 0:  # only the prompt was asked about
-        echoes = [[*echo, Event(0, 0, None, finish_reason="max_tokens")] for echo in echoes]
-    stream.begin(echoes)
-    if body.max_tokens != 0:
+        for echo in echoes:
+            echo.append(Event(0, 0, None, finish_reason="max_tokens"))
+    else:
         models.worker.submit(stream)
+    stream.begin(echoes)
     return Answer(model, stream, body)
 
 
@@ -140,19 +140,18 @@ async def _echo(
     models: Models, model: ServedModel, prompts: Sequence[list[int]], body: asked.CompletionRequest
 ) -> list[list[Event]]:
     """Return prompts as if the model had said them, scored a batch at a time between its steps."""
-    echoes: list[list[Event]] = [[] for _ in prompts]
-    first = int(body.is_text)  # the BOS before a text is the server's own: clients do not see it
+    scores: dict[int, Sequence[TokenLogprobs | None]] = {}
     for batch in iter_batches([len(prompt) for prompt in prompts]):
-        rows = [prompts[i] for i in batch]
-        scores: Sequence[Sequence[TokenLogprobs | None]] = [[None] * len(row) for row in rows]
         if body.logprobs is not None:
+            rows = [prompts[i] for i in batch]
             score = partial(score_prompts, model.engine.model, rows, body.logprobs)
-            scores = await models.worker.call(score)
-        for i, row, scored in zip(batch, rows, scores, strict=True):
-            text = model.tokenizer.decode(row[first:])
-            tokens = list(zip(row, scored, strict=True))[first:]
-            echoes[i] = [Event(0, 0, None, text=text)]
-            echoes[i] += [Event(0, 0, token, logprobs=found) for token, found in tokens]
+            scores |= zip(batch, await models.worker.call(score), strict=True)
+    first = int(body.is_text)  # the BOS before a text is the server's own: clients do not see it
+    echoes = []
+    for i, prompt in enumerate(prompts):
+        found = zip(prompt, scores.get(i, [None] * len(prompt)), strict=True)
+        echo = [Event(0, 0, token, logprobs=scored) for token, scored in found][first:]
+        echoes.append([Event(0, 0, None, text=model.tokenizer.decode(prompt[first:])), *echo])
     return echoes
 
 

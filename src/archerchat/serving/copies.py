@@ -32,8 +32,7 @@ from archerchat.home import Home
 from archerchat.runtime import build_runtime, prepare_process
 from archerchat.serving.app import build_app, show_stats
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.errors import APIError
-from archerchat.serving.guard import build_guarded
+from archerchat.serving.guard import APIError, build_guarded
 
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1

@@ -21,7 +21,7 @@ from archerchat.inference.loading import load_model, read_bits_per_byte, read_mo
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.errors import APIError
+from archerchat.serving.guard import APIError
 from archerchat.serving.worker import Worker
 from archerchat.tokenizer.bpe import Tokenizer
 

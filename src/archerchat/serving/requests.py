@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from archerchat.inference.chat import CHAT_SAMPLING
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from archerchat.inference.sequence import Request
-from archerchat.serving.errors import APIError
+from archerchat.serving.guard import APIError
 from archerchat.tasks.conversation import PART_TYPES
 from archerchat.tokenizer.bpe import Tokenizer
 

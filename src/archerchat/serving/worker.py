@@ -2,7 +2,7 @@
 
     stream = Stream(worker, engine, requests)   # one HTTP request: a prompt or several
     worker.submit(stream)
-    events = await stream.next()                # what happened to them since the last call
+    async for events in stream.arriving(): ...  # what happened to them, until all have ended
     worker.close(stream)                        # their rows are free with the next step
 
     found = await worker.call(function)         # runs between two steps, with the models at rest
@@ -18,17 +18,18 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
 from archerchat.inference.engine import Engine
 from archerchat.inference.sequence import Event, Request
-from archerchat.serving.errors import APIError
+from archerchat.serving.guard import APIError
 
 logger = logging.getLogger("archerchat")
 T = TypeVar("T")
+Arrived = dict[int, list[Event]]
 CALL_SECONDS = 0.05
 """How long calls, such as scoring, may hold up the next step; one that has begun is finished."""
 CROSSING_SECONDS = 0.05
@@ -42,7 +43,8 @@ class Stream:
 
     Attributes:
         numbers: the requests' numbers while they are in work.
-        open_samples: samples whose last event has not been returned.
+        open_samples: samples whose last event has not been yielded.
+        said: all events of each sample that have been yielded.
         cached: prompt tokens that were not run again.
         tokens: said so far, stop tokens included.
     """
@@ -53,6 +55,7 @@ class Stream:
         self.num_samples = sum(request.params.num_samples for request in requests)
         self.open_samples, self.cached, self.tokens = self.num_samples, 0, 0
         self.numbers = range(0)
+        self.said: list[list[Event]] = [[] for _ in range(self.num_samples)]
         self.error: APIError | None = None
         self.arrived = asyncio.Event()
         self._events: dict[int, list[Event]] = {}
@@ -62,27 +65,33 @@ class Stream:
 
     def begin(self, echoes: Sequence[Sequence[Event]]) -> None:
         """Let each sample begin with events of its prompt, which has a list of its own."""
-        samples = self.num_samples // len(echoes)
-        repeated = enumerate(echo for echo in echoes for _ in range(samples))
-        self._events = {index: list(echo) for index, echo in repeated if echo}
+        each = self.requests[0].params.num_samples
+        repeated = {i: list(echoes[i // each]) for i in range(self.num_samples)}
+        self._events = {i: events for i, events in repeated.items() if events}
         if self._events:
             self.arrived.set()
 
-    async def next(self, patience: float | None = None) -> dict[int, list[Event]]:
-        """Return each sample's new events, by its index; none after `patience` seconds.
+    async def arriving(self, patience: float | None = None) -> AsyncIterator[Arrived]:
+        """Yield each sample's next events, by its index, until all have ended.
+
+        Args:
+            patience: seconds after which nothing is yielded, if nothing happens.
 
         Raises:
             APIError: the model stopped with an error, such as a lack of memory.
         """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                await self.arrived.wait()
-        if self.error is not None:
-            raise self.error
-        self.arrived.clear()
-        events, self._events = self._events, {}
-        self.open_samples -= sum(each[-1].finish_reason is not None for each in events.values())
-        return events
+        while self.open_samples:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self.arrived.wait()
+            if self.error is not None:
+                raise self.error
+            self.arrived.clear()
+            events, self._events = self._events, {}
+            for index, found in events.items():
+                self.said[index] += found
+                self.open_samples -= found[-1].finish_reason is not None
+            yield events
 
     def put(self, event: Event, now: float) -> None:
         """Take an event; called on the loop. Every request has the same number of samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from archerchat import load
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Event, Request
 from archerchat.serving.answers import Answer, ChatAnswer, ResponsesAnswer
-from archerchat.serving.errors import APIError
+from archerchat.serving.guard import APIError
 from archerchat.serving.requests import ChatRequest
 from archerchat.serving.worker import Stream
 from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
@@ -140,20 +141,20 @@ def show(kind: type[Answer], tokenizer: Any, arriving: list[Any]) -> tuple[list[
     body = ChatRequest.model_validate({"messages": [user("ab")], "stream": True})
     answer, seen = kind(served, stream, body), []
 
-    async def arrive(patience: float) -> dict[int, list[Event]]:
-        seen.append("waited")
-        found = arriving.pop(0)
-        if isinstance(found, Exception):
-            raise found
-        stream.open_samples -= any(event.finish_reason is not None for event in found)
-        return {0: found} if found else {}
+    async def arrive(patience: float) -> AsyncIterator[dict[int, list[Event]]]:
+        for found in arriving:
+            seen.append("waited")
+            if isinstance(found, Exception):
+                raise found
+            stream.said[0] += found
+            yield {0: found} if found else {}
 
     async def listen() -> None:
         async for piece in answer.body_iterator:
             assert isinstance(piece, bytes)
             seen.append(piece.decode())
 
-    stream.next = arrive  # type: ignore[method-assign, assignment]
+    stream.arriving = arrive  # type: ignore[method-assign, assignment]
     asyncio.run(listen())
     return seen, answer
 
