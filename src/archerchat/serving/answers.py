@@ -69,11 +69,12 @@ class Answer(StreamingResponse):
     async def shown(self) -> AsyncIterator[list[Any]]:
         """Yield the events of a stream: in one list what came at one time, perhaps nothing."""
         async for found in self._stream.arriving(PING_SECONDS):
-            chunks = [self._chunk([self.next_choice(*each)]) for each in found.items()]
-            if chunks and not self._stream.open_samples:
+            chunks: list[Any] = [self._chunk([self.next_choice(*each)]) for each in found.items()]
+            if not self._stream.open_samples:
                 chunks[-1]["timings"] = self._stream.timings()
+                usage = [self._chunk([]) | self._totals()] if self._body.wants_usage else []
+                chunks += [*usage, "[DONE]"]
             yield chunks
-        yield [*([self._chunk([]) | self._totals()] if self._body.wants_usage else []), "[DONE]"]
 
     def failure(self, error: APIError) -> dict[str, Any]:
         """Return the event that ends a stream if the model fails."""
@@ -217,11 +218,14 @@ class ResponsesAnswer(ChatAnswer):
         async for found in self._stream.arriving(PING_SECONDS):
             texts = [self.next_choice(*each)["delta"]["content"] for each in found.items()]
             kind = "response.output_text.delta"
-            yield [self._event(kind, **self._place, delta=text) for text in texts if text]
+            shown = [self._event(kind, **self._place, delta=text) for text in texts if text]
+            yield shown if self._stream.open_samples else [*shown, *self._end()]
+
+    def _end(self) -> list[dict[str, Any]]:
         whole = self.whole()
         (item,) = whole["output"]
         (part,) = item["content"]
-        yield [
+        return [
             self._event("response.output_text.done", **self._place, text=part["text"]),
             self._event("response.content_part.done", **self._place, part=part),
             self._event("response.output_item.done", item=item, output_index=0),

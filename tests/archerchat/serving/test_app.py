@@ -147,6 +147,7 @@ def show(kind: type[Answer], tokenizer: Any, arriving: list[Any]) -> tuple[list[
             if isinstance(found, Exception):
                 raise found
             stream.said[0] += found
+            stream.open_samples -= any(event.finish_reason is not None for event in found)
             yield {0: found} if found else {}
 
     async def listen() -> None:
@@ -318,7 +319,8 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
     end = Event(0, 0, None, finish_reason="stop")
     arriving = [[events[0]], [events[1]], [events[2]], events[3:], [end]]  # together, or apart
     seen, answer = show(ChatAnswer, found.tokenizer, arriving)
-    chunks = [json.loads(each[6:]) for each in seen if each.startswith("data: {")]
+    events = "".join(seen).split("data: ")[1:-1]
+    chunks = [json.loads(event.partition("\n")[0]) for event in events]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == "ab"
     message = answer.whole()["choices"][0]["message"]
