@@ -72,8 +72,10 @@ class Answer(StreamingResponse):
             chunks: list[Any] = [self._chunk([self.next_choice(*each)]) for each in found.items()]
             if not self._stream.open_samples:
                 chunks[-1]["timings"] = self._stream.timings()
-                usage = [self._chunk([]) | self._totals()] if self._body.wants_usage else []
-                chunks += [*usage, "[DONE]"]
+                options = self._body.stream_options
+                if options and options.include_usage:
+                    chunks.append(self._chunk([]) | self._totals())
+                chunks.append("[DONE]")
             yield chunks
 
     def failure(self, error: APIError) -> dict[str, Any]:
@@ -159,9 +161,8 @@ class ChatAnswer(Answer):
     def whole_choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
         token_ids = [event.token for event in events if event.token is not None]
         content = _content(read_parts(self._model.tokenizer, token_ids, self._params.stop))
-        return self._choice(
-            index, events, message={"role": "assistant", "refusal": None, **content}
-        )
+        message = {"role": "assistant", "refusal": None, **content}
+        return self._choice(index, events, message=message)
 
     def _score(self, index: int, events: Sequence[Event]) -> dict[str, list[Any]]:
         def entry(token: int, logprob: float) -> dict[str, Any]:

@@ -189,7 +189,9 @@ async def tokenizer_info() -> Response:
 async def detokenize(body: asked.DetokenizeRequest, models: Shared) -> Response:
     """Return the text of token ids."""
     tokenizer = (await models.get(body.model)).tokenizer
-    asked.check_ids("tokens", body.tokens, tokenizer)
+    known = range(tokenizer.vocab_size)
+    if not all(token in known for token in body.tokens):
+        raise APIError(f"tokens has a token id outside 0 to {known[-1]}", "tokens")
     text = tokenizer.decode(body.tokens)
     return AsciiJSON({"content": text, "prompt": text})
 

@@ -94,10 +94,6 @@ class Sampled(_Body):
             **more,
         )
 
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
 
 def _called(**names: str) -> AfterValidator:
     return AfterValidator(lambda name: names.get(name, name))
@@ -329,10 +325,8 @@ class CompletionRequest(Sampled):
         prompt: Any = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             prompt = [prompt]
-        bos = tokenizer.bos_id
-        rows = [[bos, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompt]
-        check_ids("prompt", [i for row in rows for i in row], tokenizer)
-        return rows
+        bos, encode = tokenizer.bos_id, tokenizer.encode
+        return [[bos, *encode(each)] if isinstance(each, str) else each for each in prompt]
 
 
 class TokenizeRequest(_Body):
@@ -345,8 +339,3 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     tokens: list[int]
-
-
-def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-        raise _refused(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")

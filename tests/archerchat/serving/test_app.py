@@ -277,6 +277,10 @@ def test_log_probabilities_of_prompt_and_answer(client: TestClient, model: Any) 
     scored = ask(client, TEXT, **body, max_tokens=0)
     assert [len(choice["logprobs"]["tokens"]) for choice in scored["choices"]] == [len(rows[0]), 3]
     assert scored["choices"][0]["text"] == "<|bos|>ab cd"
+    streamed = stream(client, TEXT, **body, max_tokens=0)
+    assert [chunk["choices"][0] for chunk in streamed] == scored["choices"]
+    (chunk,) = stream(client, TEXT, prompt="ab", max_tokens=0)
+    assert chunk["choices"][0]["finish_reason"] == "length"
     text = ask(client, TEXT, **body | {"prompt": "ab cd", "max_tokens": 0})["choices"][0]
     assert text["text"] == "ab cd"
     assert text["logprobs"]["token_logprobs"] == pytest.approx(
