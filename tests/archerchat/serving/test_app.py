@@ -118,8 +118,12 @@ def test_responses_say_what_a_chat_says(client: TestClient) -> None:
     messages = [{"role": "system", "content": "be"}, user("ab")]
     chat = ask(client, CHAT, messages=messages, **GREEDY)
     parts = [{"type": "input_text", "text": "ab"}]
-    body = {"instructions": "be", "input": [{"role": "user", "content": parts}],
-            "temperature": 0, "max_output_tokens": 6}  # fmt: skip
+    body = {
+        "instructions": "be",
+        "input": [{"role": "user", "content": parts}],
+        "temperature": 0,
+        "max_output_tokens": 6,
+    }
     whole = ask(client, "/v1/responses", **body)
     (part,) = whole["output"][0]["content"]
     assert part["text"] == chat["choices"][0]["message"]["content"]
@@ -168,9 +172,12 @@ def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model:
     assert waited == again == "waited"
     assert ping == ": still at work\n\n"
     assert json.loads(failed.removeprefix("event: error\ndata: ")) == {
-        "type": "error", "message": "the model failed", "code": "server_error", "param": None,
+        "type": "error",
+        "message": "the model failed",
+        "code": "server_error",
+        "param": None,
         "sequence_number": 3,
-    }  # fmt: skip
+    }
 
 
 SCHEMA = {
@@ -200,11 +207,13 @@ def test_a_schema_is_kept_to(client: TestClient) -> None:
             texts[choice["index"]] += choice["delta"].get("content", "")
     assert texts == [choice["message"]["content"] for choice in choices]
     anything = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
-    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40,
-                    response_format=anything)["choices"]  # fmt: skip
+    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40, response_format=anything)[
+        "choices"
+    ]
     assert choice["message"]["content"][0] in '{["-0123456789tfn'
-    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40,
-                    response_format={"type": "json_object"})["choices"]  # fmt: skip
+    (choice,) = ask(
+        client, CHAT, messages=[user("ab")], max_tokens=40, response_format={"type": "json_object"}
+    )["choices"]
     assert choice["message"]["content"].startswith("{")
     body = {"input": "ab", "text": {"format": {"type": "json_schema", "schema": SCHEMA}}}
     (part,) = ask(client, "/v1/responses", **body)["output"][0]["content"]
@@ -213,8 +222,12 @@ def test_a_schema_is_kept_to(client: TestClient) -> None:
 
 def test_fields_of_the_other_chat_api_change_nothing(client: TestClient) -> None:
     own = {"input": "ab", "temperature": 0, "max_output_tokens": 6}
-    other = {"max_tokens": 1, "max_completion_tokens": 1, "text": {"type": "json_object"},
-             "response_format": {"type": "json_schema"}}  # fmt: skip
+    other = {
+        "max_tokens": 1,
+        "max_completion_tokens": 1,
+        "text": {"type": "json_object"},
+        "response_format": {"type": "json_schema"},
+    }
     plain, both = (ask(client, "/v1/responses", **own, **more) for more in ({}, other))
     assert plain["usage"]["output_tokens"] == 6
     assert [each["content"] for each in plain["output"]] == [
@@ -316,8 +329,16 @@ def test_models_stats_and_metrics(client: TestClient) -> None:
 
 
 def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
-    words = ["a", "<|python_start|>", "6*7", "<|python_end|>", "<|output_start|>", "42",
-             "<|output_end|>", "b"]  # fmt: skip
+    words = [
+        "a",
+        "<|python_start|>",
+        "6*7",
+        "<|python_end|>",
+        "<|output_start|>",
+        "42",
+        "<|output_end|>",
+        "b",
+    ]
     found = scripted(["a", "b"])
     events = [Event(0, 0, token) for token in found.ids(words)]
     end = Event(0, 0, None, finish_reason="stop")
@@ -343,5 +364,8 @@ def test_two_calls_in_a_row_are_two_parts_of_a_stream(scripted: Any) -> None:
     (_, first, *_), _ = show(ChatAnswer, found.tokenizer, arriving)
     delta = json.loads(first[6:])["choices"][0]["delta"]
     assert [(part["text"], part["starts"]) for part in delta["parts"]] == [
-        ("6", True), ("*", False), ("7", True), ("*", False),
-    ]  # fmt: skip
+        ("6", True),
+        ("*", False),
+        ("7", True),
+        ("*", False),
+    ]
