@@ -219,7 +219,7 @@ BUDGETS = {
     "evals": (2000, 2000),
     "tasks": (1300, 1406),
     "sandbox": (700, 700),
-    "serving": (900, 1666),
+    "serving": (900, 1664),
     "exchange": (800, 982),
     "planning": (700, 700),
     "report": (900, 1340),

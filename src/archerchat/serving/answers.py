@@ -21,8 +21,8 @@ from archerchat.serving.worker import Stream
 from archerchat.tasks.conversation import text_of
 
 FINISH = {"stop": "stop", "max_tokens": "length", "length": "length", "cancelled": "stop"}
-PING, PING_SECONDS = b": still at work\n\n", 15
-"""What a silent stream sends to keep proxies awake, and how often."""
+PING = b": still at work\n\n"
+"""What a silent stream sends, to keep proxies awake."""
 
 
 class Answer(StreamingResponse):
@@ -68,7 +68,7 @@ class Answer(StreamingResponse):
 
     async def shown(self) -> AsyncIterator[list[Any]]:
         """Yield the events of a stream: in one list what came at one time, perhaps nothing."""
-        async for found in self._stream.arriving(PING_SECONDS):
+        async for found in self._stream.arriving():
             chunks: list[Any] = [self._chunk([self.next_choice(*each)]) for each in found.items()]
             if not self._stream.open_samples:
                 chunks[-1]["timings"] = self._stream.timings()
@@ -216,7 +216,7 @@ class ResponsesAnswer(ChatAnswer):
             self._event("response.output_item.added", item=item, output_index=0),
             self._event("response.content_part.added", **self._place, part=_output("")),
         ]
-        async for found in self._stream.arriving(PING_SECONDS):
+        async for found in self._stream.arriving():
             texts = [self.next_choice(*each)["delta"]["content"] for each in found.items()]
             kind = "response.output_text.delta"
             shown = [self._event(kind, **self._place, delta=text) for text in texts if text]

@@ -29,11 +29,12 @@ from archerchat.serving.guard import APIError
 
 logger = logging.getLogger("archerchat")
 T = TypeVar("T")
-Arrived = dict[int, list[Event]]
 CALL_SECONDS = 0.05
 """How long calls, such as scoring, may hold up the next step; one that has begun is finished."""
 CROSSING_SECONDS = 0.05
 """Least time between crossings that bring neither the first token nor the end of an answer."""
+SILENT_SECONDS = 15
+"""How long a stream may say nothing, not even that it is still at work."""
 SWITCH_SECONDS = 0.001
 """How long the thread may hold up the loop; Python's own 5 ms would make first tokens late."""
 
@@ -71,18 +72,15 @@ class Stream:
         if self._events:
             self.arrived.set()
 
-    async def arriving(self, patience: float | None = None) -> AsyncIterator[Arrived]:
-        """Yield each sample's next events, by its index, until all have ended.
-
-        Args:
-            patience: seconds after which nothing is yielded, if nothing happens.
+    async def arriving(self) -> AsyncIterator[dict[int, list[Event]]]:
+        """Yield each sample's next events, by its index, until all have ended; none in a silence.
 
         Raises:
             APIError: the model stopped with an error, such as a lack of memory.
         """
         while self.open_samples:
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(SILENT_SECONDS):
                     await self.arrived.wait()
             if self.error is not None:
                 raise self.error

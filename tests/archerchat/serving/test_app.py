@@ -145,7 +145,7 @@ def show(kind: type[Answer], tokenizer: Any, arriving: list[Any]) -> tuple[list[
     body = ChatRequest.model_validate({"messages": [user("ab")], "stream": True})
     answer, seen = kind(served, stream, body), []
 
-    async def arrive(patience: float) -> AsyncIterator[dict[int, list[Event]]]:
+    async def arrive() -> AsyncIterator[dict[int, list[Event]]]:
         for found in arriving:
             seen.append("waited")
             if isinstance(found, Exception):
