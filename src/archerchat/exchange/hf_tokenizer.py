@@ -69,19 +69,16 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
     path = directory / TOKENIZER_FILE
     try:
         content = json.loads(path.read_bytes())
-        added = {t["content"]: t["id"] for t in content["added_tokens"]}
-        ranks = {
-            bytes(BYTES[character] for character in token): rank
-            for token, rank in content["model"]["vocab"].items()
-            if token not in added
-        }
+        given, added = _parts(content), {t["id"]: t["content"] for t in content["added_tokens"]}
+        ranks = {bytes(map(BYTES.__getitem__, token)): i for token, i in given["vocab"].items()}
         steps = content["pre_tokenizer"]["pretokenizers"]
         (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
-        names = [name.removeprefix(MARK) for name in sorted(added, key=added.__getitem__)]
+        names = [added[i].removeprefix(MARK) for i in sorted(added)]
         if missing := [name for name in SPECIAL_TOKENS if name not in names]:
             raise TokenizerError(f"it lacks {missing[0]}")
         tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
-        if differing := _differences(content, tokenizer):
+        ours = _parts(tokenizer_json(tokenizer))
+        if differing := [name for name in given | ours if given.get(name) != ours.get(name)]:
             raise TokenizerError(f"it differs in {', '.join(differing)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, TokenizerError) as error:
         raise UsageError(
@@ -91,17 +88,19 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _differences(content: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """Return the names of parts that differ from what we would write for this tokenizer."""
-    model, ours = content["model"], tokenizer_json(tokenizer)
+def _parts(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides about ids, by name; special tokens in the vocabulary count once."""
+    added, model = content["added_tokens"], content["model"]
+    names, vocab = {token["content"] for token in added}, model["vocab"].items()
     merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
-    # A file may also have special tokens in its vocabulary, and settings that are switched off.
-    given = {name: value for name, value in model.items() if value}
-    given |= {"vocab": ours["model"]["vocab"], "merges": merges}
-    differing = [n for n in given | ours["model"] if given.get(n) != ours["model"].get(n)]
-    parts = [part for part in ("normalizer", "pre_tokenizer") if content[part] != ours[part]]
-    ids = [sorted(token["id"] for token in each["added_tokens"]) for each in (content, ours)]
-    return differing + parts + ["added_tokens"] * (ids[0] != ids[1])
+    return {
+        **{name: setting for name, setting in model.items() if setting},  # others are switched off
+        "merges": merges,
+        "vocab": {token: rank for token, rank in vocab if token not in names},
+        "added_tokens": sorted(token["id"] for token in added),
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": content["pre_tokenizer"],
+    }
 
 
 def _spell(token: bytes) -> str:

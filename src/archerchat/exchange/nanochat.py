@@ -4,7 +4,6 @@ Its checkpoint is a directory with `model_<step>.pt` (a state dict) and `meta_<s
 tokenizer is a pickled `tiktoken.Encoding`. Nothing that these files hold is ever called: the
 state dict goes through `torch.load(weights_only=True)`, and the tokenizer through an unpickler
 that knows a handful of opcodes and one class, a stand-in of ours that only keeps its state.
-One table (`NAMES`) relates the names of the tensors.
 """
 
 from __future__ import annotations
@@ -72,12 +71,11 @@ TOKENIZER_FILE = "tokenizer.pkl"
 LARGEST_TOKENIZER = 16 * 2**20
 """Bytes; a vocabulary of 200,000 tokens takes about 3 MiB."""
 ENCODING_STATE = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
-ALLOWED_OPCODES = (
-    {"PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET"}
-    | {"STACK_GLOBAL", "EMPTY_TUPLE", "NEWOBJ", "BUILD", "EMPTY_DICT", "SETITEM", "SETITEMS"}
-    | {"SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"}
-    | {"BININT", "BININT1", "BININT2"}
-)
+ALLOWED_OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL"),
+    *("EMPTY_TUPLE", "NEWOBJ", "BUILD", "EMPTY_DICT", "SETITEM", "SETITEMS", "SHORT_BINUNICODE"),
+    *("BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BININT", "BININT1", "BININT2"),
+}
 """The opcodes of a pickled `tiktoken.Encoding` since protocol 4, the default; none is a call."""
 
 
@@ -114,8 +112,7 @@ def load_model(
         if not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in pairs):
             raise CheckpointError("it does not hold a state dict of named tensors")
         state = to_archerchat_names(content)
-        there = [part for part in PARTS if any(name.startswith(part) for name in state)]
-        lacking = tuple(part for part in PARTS if part not in there)
+        lacking = tuple(part for part in PARTS if not any(name.startswith(part) for name in state))
         off: dict[str, Any] = dict.fromkeys(lacking, False)
         config = replace(config, qk_gain=qk_gain, **off)
         tensors = fit(state, config)

@@ -1,7 +1,7 @@
 """The application: its routes, and what they ask of the worker.
 
-A handler turns a request into prompts and parameters, hands them to the worker, and turns events
-into an answer.
+A handler turns a request into prompts and parameters, hands them to the worker, and returns the
+answer that will be built from its events.
 """
 
 from __future__ import annotations
@@ -10,29 +10,25 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
-from archerchat.errors import UsageError
 from archerchat.home import Home
-from archerchat.inference import sequence
 from archerchat.inference.chat import ChatSession, ContextFull
 from archerchat.inference.prefill import iter_batches, score_prompts
-from archerchat.inference.sequence import TokenLogprobs
+from archerchat.inference.sequence import Event, TokenLogprobs
+from archerchat.inference.sequence import Request as Ask
 from archerchat.runtime import Runtime
 from archerchat.serving import requests as asked
-from archerchat.serving.answers import Answer, ChatChoice, ResponsesAnswer, TextChoice
+from archerchat.serving.answers import Answer, ChatAnswer, ResponsesAnswer
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.errors import APIError, AsciiJSON, to_json
-from archerchat.serving.grammar import build_mask
-from archerchat.serving.guard import build_guarded
+from archerchat.serving.guard import APIError, AsciiJSON, build_guarded
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.worker import Stream
 
@@ -45,8 +41,6 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-PING, PING_SECONDS = b": still at work\n\n", 15
-"""What a silent stream sends to keep proxies awake, and how often."""
 LONG_BYTES = 2**16
 """Size of a request whose text takes milliseconds to tokenize."""
 router = APIRouter()
@@ -107,19 +101,14 @@ async def chat(body: asked.ChatRequest, request: Request, models: Shared) -> Res
     except ContextFull as error:
         name, code = body.MESSAGES, "context_length_exceeded"
         raise APIError(f"{name} do not fit: {error}", name, code) from error
-    if (schema := body.answer_schema()) is not None:
-        try:
-            mask = await asyncio.to_thread(build_mask, model.tokenizer, schema)
-        except UsageError as error:
-            raise APIError(f"{body.FORMAT} cannot be kept to: {error}", body.FORMAT) from error
-        ask = replace(ask, mask=mask, hook=None)
-    stream, dropped = Stream(models.worker, model.engine, [ask]), 2 * session.forgotten
+    if body.wants_json:
+        ask = await asyncio.to_thread(body.constrain, ask, model.tokenizer)
+    stream = Stream(models.worker, model.engine, [ask])
     models.worker.submit(stream)
-    choices = [ChatChoice(model.tokenizer, i, ask.params) for i in range(ask.params.num_samples)]
-    shape = ResponsesAnswer if isinstance(body, asked.ResponsesRequest) else Answer
-    answer = shape("chat.completion", model.name, stream, choices, body.wants_usage, dropped)
-    streams = request.url.path == "/chat/completions" if body.stream is None else body.stream
-    return Reply(answer, streams)
+    if body.stream is None:
+        body.stream = request.url.path == "/chat/completions"
+    shape = ResponsesAnswer if isinstance(body, asked.ResponsesRequest) else ChatAnswer
+    return shape(model, stream, body, 2 * session.forgotten)
 
 
 @router.post("/v1/completions")
@@ -128,19 +117,17 @@ async def complete(body: asked.CompletionRequest, request: Request, models: Shar
     model = await models.get(body.model)
     tokenizer, params = model.tokenizer, body.params(model.tokenizer)
     prompts = await aside(request, lambda: body.prompts(tokenizer))
-    asks = [sequence.Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
+    asks = [Ask(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     stream = Stream(models.worker, model.engine, asks)
     models.worker.check(stream)
-    echoes = await _echo(models, model, prompts, body) if body.echo else [[] for _ in asks]
+    echoes = await _echo(models, model, prompts, body) if body.echo else [[] for _ in prompts]
     if body.max_tokens == 0:  # only the prompt was asked about
-        end = sequence.Event(0, 0, None, finish_reason="max_tokens")
-        echoes = [[*echo, end] for echo in echoes]
+        for echo in echoes:
+            echo.append(Event(0, 0, None, finish_reason="max_tokens"))
     else:
         models.worker.submit(stream)
-    samples = enumerate(echo for echo in echoes for _ in range(params.num_samples))
-    choices = [TextChoice(tokenizer, index, params, echo) for index, echo in samples]
-    answer = Answer("text_completion", model.name, stream, choices, body.wants_usage)
-    return Reply(answer, bool(body.stream))
+    stream.begin(echoes)
+    return Answer(model, stream, body)
 
 
 async def aside(request: Request, work: Callable[[], list[Any]]) -> list[Any]:
@@ -151,72 +138,21 @@ async def aside(request: Request, work: Callable[[], list[Any]]) -> list[Any]:
 
 async def _echo(
     models: Models, model: ServedModel, prompts: Sequence[list[int]], body: asked.CompletionRequest
-) -> list[list[sequence.Event]]:
+) -> list[list[Event]]:
     """Return prompts as if the model had said them, scored a batch at a time between its steps."""
-    echoes: list[list[sequence.Event]] = [[] for _ in prompts]
-    first = int(body.is_text)  # the BOS before a text is the server's own: clients do not see it
+    scores: dict[int, Sequence[TokenLogprobs | None]] = {}
     for batch in iter_batches([len(prompt) for prompt in prompts]):
-        rows = [prompts[i] for i in batch]
-        scores: Sequence[Sequence[TokenLogprobs | None]] = [[None] * len(row) for row in rows]
         if body.logprobs is not None:
+            rows = [prompts[i] for i in batch]
             score = partial(score_prompts, model.engine.model, rows, body.logprobs)
-            scores = await models.worker.call(score)
-        for i, row, scored in zip(batch, rows, scores, strict=True):
-            text = model.tokenizer.decode(row[first:])
-            tokens = list(zip(row, scored, strict=True))[first:]
-            echoes[i] = [sequence.Event(0, 0, None, text=text)]
-            echoes[i] += [sequence.Event(0, 0, token, logprobs=found) for token, found in tokens]
+            scores |= zip(batch, await models.worker.call(score), strict=True)
+    first = int(body.is_text)  # the BOS before a text is the server's own: clients do not see it
+    echoes = []
+    for i, prompt in enumerate(prompts):
+        found = zip(prompt, scores.get(i, [None] * len(prompt)), strict=True)
+        echo = [Event(0, 0, token, logprobs=scored) for token, scored in found][first:]
+        echoes.append([Event(0, 0, None, text=model.tokenizer.decode(prompt[first:])), *echo])
     return echoes
-
-
-class Reply(StreamingResponse):
-    """An answer, as it comes or at its end. Whatever ends the response frees its rows."""
-
-    def __init__(self, answer: Answer, streams: bool) -> None:
-        self._answer, self._stream, self._streams = answer, answer.stream, streams
-        dropped = str(answer.dropped)
-        self._more = {"archerchat-dropped-messages": dropped} if answer.dropped else {}
-        headers = {"cache-control": "no-store", **self._more}
-        super().__init__(_show(answer), headers=headers, media_type="text/event-stream")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # From 2.4 on, Starlette notices that the client left only when a send fails.
-        scope = {**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._stream.worker.close(self._stream)
-
-    async def stream_response(self, send: Send) -> None:
-        if self._streams:
-            return await super().stream_response(send)
-        while self._stream.open_samples:
-            self._answer.read(await self._stream.next())
-        whole = AsciiJSON(self._answer.whole(), headers=self._more)
-        start = {"type": "http.response.start", "status": 200, "headers": whole.raw_headers}
-        await send(start)
-        await send({"type": "http.response.body", "body": whole.body})
-
-
-async def _show(answer: Answer) -> AsyncIterator[bytes]:
-    """Yield what a stream shows, in one piece what came at one time."""
-    shown = answer.begin()
-    try:
-        while answer.stream.open_samples:
-            if shown:
-                yield b"".join(map(_frame, shown))
-            shown = answer.read(await answer.stream.next(PING_SECONDS)) or [PING]
-        shown += answer.end()
-    except APIError as error:
-        shown = answer.fail(error)
-    yield b"".join(map(_frame, shown))
-
-
-def _frame(shown: Any) -> bytes:
-    if isinstance(shown, bytes):
-        return shown
-    name = f"event: {shown['type']}\n" if "type" in shown else ""
-    return f"{name}data: {to_json(shown)}\n\n".encode()
 
 
 @router.get("/v1/models")
@@ -253,7 +189,9 @@ async def tokenizer_info() -> Response:
 async def detokenize(body: asked.DetokenizeRequest, models: Shared) -> Response:
     """Return the text of token ids."""
     tokenizer = (await models.get(body.model)).tokenizer
-    asked.check_ids("tokens", body.tokens, tokenizer)
+    if body.tokens and not 0 <= min(body.tokens) <= max(body.tokens) < tokenizer.vocab_size:
+        last = tokenizer.vocab_size - 1
+        raise APIError(f"tokens has a token id outside 0 to {last}", "tokens")
     text = tokenizer.decode(body.tokens)
     return AsciiJSON({"content": text, "prompt": text})
 

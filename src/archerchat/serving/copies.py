@@ -24,6 +24,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from archerchat.errors import UsageError
@@ -31,8 +32,7 @@ from archerchat.home import Home
 from archerchat.runtime import build_runtime, prepare_process
 from archerchat.serving.app import build_app, show_stats
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.errors import APIError
-from archerchat.serving.guard import build_guarded
+from archerchat.serving.guard import APIError, build_guarded
 
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
@@ -66,6 +66,14 @@ class Copy:
             if not self.process.is_alive():
                 raise UsageError(f"copy {self.index} of the server ended as it started")
             await asyncio.sleep(POLL_SECONDS)
+
+    async def keep_running(self) -> None:
+        """Start the process again whenever it ends."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            if not self.process.is_alive():
+                with suppress(UsageError):
+                    await self.start()
 
 
 class Forwarded(StreamingResponse):
@@ -118,20 +126,20 @@ def _serve(config: ServeConfig, home: Home, index: int, path: Path) -> None:
 
 def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
     """Return the application that hands requests to `count` copies, which it starts and ends."""
-    scratch = tempfile.TemporaryDirectory(prefix="archerchat-")
-    copies = [Copy(config, home, index, Path(scratch.name)) for index in range(count)]
+    copies: list[Copy] = []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.gather(*(copy.start() for copy in copies))
-        restarting = asyncio.create_task(_restart(copies))
-        yield
-        restarting.cancel()
-        for copy in copies:
-            copy.process.terminate()
-        for copy in copies:
-            copy.process.join()
-        scratch.cleanup()
+        with tempfile.TemporaryDirectory(prefix="archerchat-") as folder:
+            copies.extend(Copy(config, home, index, Path(folder)) for index in range(count))
+            await asyncio.gather(*(copy.start() for copy in copies))
+            restarting = asyncio.gather(*(copy.keep_running() for copy in copies))
+            yield
+            restarting.cancel()
+            for copy in copies:
+                copy.process.terminate()
+            for copy in copies:
+                copy.process.join()
 
     app = build_guarded(config, openapi_url=None, lifespan=lifespan)
 
@@ -154,23 +162,14 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        beginning = (await request.body())[:BEGINNING_BYTES]
-        copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
-        copy.in_flight += 1
-        try:
-            await Forwarded(copy, request)(scope, receive, send)
-        finally:
-            copy.in_flight -= 1
+        with suppress(ClientDisconnect):
+            beginning = (await request.body())[:BEGINNING_BYTES]
+            copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
+            copy.in_flight += 1
+            try:
+                await Forwarded(copy, request)(scope, receive, send)
+            finally:
+                copy.in_flight -= 1
 
     app.mount("/", forward)
     return app
-
-
-async def _restart(copies: Sequence[Copy]) -> None:
-    """Start copies again that ended."""
-    while True:
-        await asyncio.sleep(POLL_SECONDS)
-        for copy in copies:
-            if not copy.process.is_alive():
-                with suppress(UsageError):
-                    await copy.start()

@@ -21,12 +21,12 @@ from archerchat.inference.loading import load_model, read_bits_per_byte, read_mo
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.errors import APIError
+from archerchat.serving.guard import APIError
 from archerchat.serving.worker import Worker
 from archerchat.tokenizer.bpe import Tokenizer
 
 STAGES = ("rl", "sft", "base")
-"""The first that there is answers requests that name no model."""
+"""The order of preference for requests that name no model."""
 KEPT_CONTEXTS = 4
 """How many contexts of tokens to keep of prompts, for the next turns of conversations."""
 Card = dict[str, Any]
@@ -54,8 +54,7 @@ class Models:
     def __init__(self, home: Home, runtime: Runtime, config: ServeConfig) -> None:
         self._home, self._runtime, self._config = home, runtime, config
         self.worker = Worker(config.max_batch + config.max_queue)
-        names = config.model or _find_names(home)
-        self.cards = {name: _read_card(home, name) for name in names}
+        self.cards = {name: _read_card(home, name) for name in config.model or _find_names(home)}
         self.loaded: dict[str, ServedModel] = {}
         if not self.cards:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import chain, cycle
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.tiktoken import lltokenizer_from_encoding
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from archerchat.inference.chat import CHAT_SAMPLING
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
-from archerchat.serving.errors import APIError
+from archerchat.inference.sequence import Request
+from archerchat.serving.guard import APIError
 from archerchat.tasks.conversation import PART_TYPES
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -35,11 +39,14 @@ COMPLETION_TOKENS = 16
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
-PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
-NUMBERS = {"temperature", "top_p", "min_p"} | PENALTIES
+NUMBERS = {"temperature", "top_p", "min_p"}
+NUMBERS |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""One layout of JSON, since a small model given the choice may write spaces without end."""
 
 
 def _refused(param: str, problem: str) -> APIError:
@@ -65,7 +72,7 @@ class Sampled(_Body):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=1024)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES)
     seed: int | None = None
@@ -77,9 +84,6 @@ class Sampled(_Body):
         given = self.model_dump(include=NUMBERS, exclude_none=True)
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
-        for key in self.logit_bias or ():
-            if not re.fullmatch("[0-9]{1,9}", key):
-                raise _refused("logit_bias", f"has {key[:20]!r} where a token id is due")
         return replace(
             defaults,
             **given,
@@ -90,26 +94,22 @@ class Sampled(_Body):
             **more,
         )
 
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
-
-def _called(names: dict[str, str]) -> AfterValidator:
+def _called(**names: str) -> AfterValidator:
     return AfterValidator(lambda name: names.get(name, name))
 
 
 class Part(BaseModel):
     """A part of a message; users' are text."""
 
-    type: Annotated[str, _called({"input_text": "text", "output_text": "text"})]
+    type: Annotated[str, _called(input_text="text", output_text="text")]
     text: str
 
 
 class Message(BaseModel):
     type: Literal["message"] = "message"
     role: Annotated[
-        Literal["system", "developer", "user", "assistant"], _called({"developer": "system"})
+        Literal["system", "developer", "user", "assistant"], _called(developer="system")
     ]
     content: str | list[Part]
 
@@ -198,20 +198,58 @@ class ChatRequest(Sampled, ConversationRequest):
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most, logprobs=logprobs)
 
-    def answer_format(self) -> AnswerFormat | None:
+    @property
+    def format(self) -> AnswerFormat | None:
         return self.response_format
 
-    def answer_schema(self) -> dict[str, Any] | None:
-        """Return the JSON schema that the answer must fit; None for text."""
-        form = self.answer_format()
-        if form is None or form.type == "text":
-            return None
-        if form.type == "json_object":
-            return {"type": "object"}
+    @property
+    def wants_json(self) -> bool:
+        return self.format is not None and self.format.type != "text"
+
+    def constrain(self, request: Request, tokenizer: Tokenizer) -> Request:
+        """Let the model choose among the tokens that fit the wanted schema only.
+
+        Raises:
+            APIError: there is no schema, no value fits it, or llguidance cannot keep to it.
+        """
+        form = self.format
+        assert form is not None
         schema = (form.json_schema or form).content
+        if form.type == "json_object":
+            schema = {"type": "object"}
         if schema is None:
             raise _refused(f"{self.FORMAT}.{self.SCHEMA}", "is missing")
-        return schema
+        vocabulary = _read_vocabulary(tokenizer)
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary)
+        matcher = partial(LLMatcher, vocabulary, grammar, log_level=0)
+        if not failed:
+            (start := matcher()).compute_bitmask()
+            failed, messages = start.is_stopped(), ["no value fits it"]
+        if failed:
+            raise _refused(self.FORMAT, f"cannot be kept to: {messages[0]}")
+        return replace(request, mask=lambda: _Mask(matcher()), hook=None)
+
+
+@lru_cache(maxsize=4)
+def _read_vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
+    """Return the tables that masks are computed from; they take a moment."""
+    end = tokenizer.special_id("<|assistant_end|>")
+    return lltokenizer_from_encoding(tokenizer.encoding, eos_token=end)
+
+
+class _Mask:
+    """The tokens that may come next in one answer."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher, self._consumed = matcher, 0
+
+    def __call__(self, said: Sequence[int]) -> Sequence[int]:
+        self._matcher.consume_tokens(list(said[self._consumed :]))
+        self._consumed = len(said)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        ids: list[int] = np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
+        return ids
 
 
 def _as_messages(given: Any) -> Any:
@@ -252,7 +290,8 @@ class ResponsesRequest(ChatRequest):
         most = self.max_output_tokens or CHAT_SAMPLING.max_new_tokens
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most)
 
-    def answer_format(self) -> AnswerFormat | None:
+    @property
+    def format(self) -> AnswerFormat | None:
         return self.text.format if self.text else None
 
 
@@ -286,10 +325,8 @@ class CompletionRequest(Sampled):
         prompt: Any = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             prompt = [prompt]
-        bos = tokenizer.bos_id
-        rows = [[bos, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompt]
-        check_ids("prompt", [i for row in rows for i in row], tokenizer)
-        return rows
+        bos, encode = tokenizer.bos_id, tokenizer.encode
+        return [[bos, *encode(each)] if isinstance(each, str) else each for each in prompt]
 
 
 class TokenizeRequest(_Body):
@@ -302,8 +339,3 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     tokens: list[int]
-
-
-def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-        raise _refused(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")

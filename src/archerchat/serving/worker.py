@@ -2,14 +2,14 @@
 
     stream = Stream(worker, engine, requests)   # one HTTP request: a prompt or several
     worker.submit(stream)
-    events = await stream.next()                # what happened to them since the last call
+    async for events in stream.arriving(): ...  # what happened to them, until all have ended
     worker.close(stream)                        # their rows are free with the next step
 
     found = await worker.call(function)         # runs between two steps, with the models at rest
 
-Engines and models are touched by this thread alone. Events cross over in one call of the loop,
-whatever the number of rows. Steps that follow each other fast cross over together: each crossing
-holds up the next step, because only one thread at a time can run Python.
+Engines and models are touched by this thread alone. Events of steps that follow each other fast
+cross over together: each crossing holds up the next step, because only one thread at a time can
+run Python.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
 from archerchat.inference.engine import Engine
 from archerchat.inference.sequence import Event, Request
-from archerchat.serving.errors import APIError
+from archerchat.serving.guard import APIError
 
 logger = logging.getLogger("archerchat")
 T = TypeVar("T")
@@ -33,6 +33,8 @@ CALL_SECONDS = 0.05
 """How long calls, such as scoring, may hold up the next step; one that has begun is finished."""
 CROSSING_SECONDS = 0.05
 """Least time between crossings that bring neither the first token nor the end of an answer."""
+SILENT_SECONDS = 15
+"""How long a stream may say nothing, not even that it is still at work."""
 SWITCH_SECONDS = 0.001
 """How long the thread may hold up the loop; Python's own 5 ms would make first tokens late."""
 
@@ -42,7 +44,8 @@ class Stream:
 
     Attributes:
         numbers: the requests' numbers while they are in work.
-        open_samples: samples whose last event has not been returned.
+        open_samples: samples whose last event has not been yielded.
+        said: all events of each sample that have been yielded.
         cached: prompt tokens that were not run again.
         tokens: said so far, stop tokens included.
     """
@@ -51,30 +54,42 @@ class Stream:
         self.worker, self.engine, self.requests = worker, engine, requests
         self.prompt_tokens = sum(len(request.prompt) for request in requests)
         self.num_samples = sum(request.params.num_samples for request in requests)
+        self.open_samples, self.cached, self.tokens = self.num_samples, 0, 0
         self.numbers = range(0)
-        self.open_samples = self.cached = self.tokens = 0
+        self.said: list[list[Event]] = [[] for _ in range(self.num_samples)]
+        self.error: APIError | None = None
+        self.arrived = asyncio.Event()
+        self._events: dict[int, list[Event]] = {}
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._last_token = 0.0
-        self._events: dict[int, list[Event]] = {}
-        self.error: APIError | None = None
-        self.arrived = asyncio.Event()
 
-    async def next(self, patience: float | None = None) -> dict[int, list[Event]]:
-        """Return each sample's new events, by its number; none after `patience` seconds.
+    def begin(self, echoes: Sequence[Sequence[Event]]) -> None:
+        """Let each sample begin with events of its prompt, which has a list of its own."""
+        each = self.requests[0].params.num_samples
+        repeated = {i: list(echoes[i // each]) for i in range(self.num_samples)}
+        self._events = {i: events for i, events in repeated.items() if events}
+        if self._events:
+            self.arrived.set()
+
+    async def arriving(self) -> AsyncIterator[dict[int, list[Event]]]:
+        """Yield each sample's next events, by its index, until all have ended; none in a silence.
 
         Raises:
             APIError: the model stopped with an error, such as a lack of memory.
         """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                await self.arrived.wait()
-        if self.error is not None:
-            raise self.error
-        self.arrived.clear()
-        events, self._events = self._events, {}
-        self.open_samples -= sum(each[-1].finish_reason is not None for each in events.values())
-        return events
+        while self.open_samples:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SILENT_SECONDS):
+                    await self.arrived.wait()
+            if self.error is not None:
+                raise self.error
+            self.arrived.clear()
+            events, self._events = self._events, {}
+            for index, found in events.items():
+                self.said[index] += found
+                self.open_samples -= found[-1].finish_reason is not None
+            yield events
 
     def put(self, event: Event, now: float) -> None:
         """Take an event; called on the loop. Every request has the same number of samples."""
@@ -119,9 +134,8 @@ class Worker:
         self._engines: set[Engine] = set()  # those that are busy, on the thread
         self._events: list[Event] = []  # that have not crossed over, on the thread
         self._crossed = self._stepped = 0.0
-        self._next_number, self.started = 0, time.monotonic()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.samples = 0
+        self._next_number = self.samples = 0
+        self.started = time.monotonic()
         names = ("requests", "errors", "prompt_tokens", "cached_tokens", "generated_tokens")
         self.counts = {f"{name}_total": 0 for name in names}
 
@@ -142,7 +156,7 @@ class Worker:
                 self._step_all()
             return function()
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._loop.run_in_executor(self._thread, run)
 
     def check(self, stream: Stream) -> None:
         """Refuse what the engine cannot serve, or what there is no room for, ever or now."""
@@ -158,7 +172,6 @@ class Worker:
     def submit(self, stream: Stream) -> None:
         """Queue the requests of one HTTP request, all or none; raises as `check` does."""
         self.check(stream)
-        stream.open_samples = stream.num_samples
         numbers = range(self._next_number, self._next_number + len(stream.requests))
         stream.numbers, self._next_number = numbers, numbers.stop
         self._streams |= dict.fromkeys(numbers, stream)
@@ -232,7 +245,6 @@ class Worker:
             self._events, self._crossed = [], now
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
         with suppress(RuntimeError):  # the loop is closed, so nobody listens
             self._loop.call_soon_threadsafe(function, *arguments)
 

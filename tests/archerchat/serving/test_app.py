@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,11 @@ from fastapi.testclient import TestClient
 
 from archerchat import load
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.sequence import Event
-from archerchat.serving import app
-from archerchat.serving.answers import ChatChoice, ResponsesAnswer
-from archerchat.serving.errors import APIError
+from archerchat.inference.sequence import Event, Request
+from archerchat.serving.answers import Answer, ChatAnswer, ResponsesAnswer
+from archerchat.serving.guard import APIError
+from archerchat.serving.requests import ChatRequest
+from archerchat.serving.worker import Stream
 from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -116,8 +118,12 @@ def test_responses_say_what_a_chat_says(client: TestClient) -> None:
     messages = [{"role": "system", "content": "be"}, user("ab")]
     chat = ask(client, CHAT, messages=messages, **GREEDY)
     parts = [{"type": "input_text", "text": "ab"}]
-    body = {"instructions": "be", "input": [{"role": "user", "content": parts}],
-            "temperature": 0, "max_output_tokens": 6}  # fmt: skip
+    body = {
+        "instructions": "be",
+        "input": [{"role": "user", "content": parts}],
+        "temperature": 0,
+        "max_output_tokens": 6,
+    }
     whole = ask(client, "/v1/responses", **body)
     (part,) = whole["output"][0]["content"]
     assert part["text"] == chat["choices"][0]["message"]["content"]
@@ -132,33 +138,46 @@ def test_responses_say_what_a_chat_says(client: TestClient) -> None:
     assert refused.json()["error"]["param"] == "previous_response_id"
 
 
-def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model: Any) -> None:
-    seen = []
+def show(kind: type[Answer], tokenizer: Any, arriving: list[Any]) -> tuple[list[str], Answer]:
+    """Return what a stream shows of events that come together, or of errors; and its answer."""
+    stream = Stream(Any, Any, [Request([1], SamplingParams())])  # type: ignore[arg-type]
+    served: Any = SimpleNamespace(name="tiny", tokenizer=tokenizer)
+    body = ChatRequest.model_validate({"messages": [user("ab")], "stream": True})
+    answer, seen = kind(served, stream, body), []
 
-    async def fail(patience: float) -> Any:
-        seen.append("waited")
-        if len(seen) == 2:
-            return {}  # nothing was said for so long
-        raise APIError("the model failed", status=500)
+    async def arrive() -> AsyncIterator[dict[int, list[Event]]]:
+        for found in arriving:
+            seen.append("waited")
+            if isinstance(found, Exception):
+                raise found
+            stream.said[0] += found
+            stream.open_samples -= any(event.finish_reason is not None for event in found)
+            yield {0: found} if found else {}
 
-    stream: Any = SimpleNamespace(open_samples=1, requests=[], next=fail)
-    answer = ResponsesAnswer(
-        "response", "tiny", stream, [ChatChoice(model.loaded.tokenizer, 0, SamplingParams())]
-    )
-
-    async def show() -> None:
-        async for piece in app._show(answer):
+    async def listen() -> None:
+        async for piece in answer.body_iterator:
+            assert isinstance(piece, bytes)
             seen.append(piece.decode())
 
-    asyncio.run(show())
+    stream.arriving = arrive  # type: ignore[method-assign, assignment]
+    asyncio.run(listen())
+    return seen, answer
+
+
+def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model: Any) -> None:
+    arriving = [[], APIError("the model failed", status=500)]
+    seen, _ = show(ResponsesAnswer, model.loaded.tokenizer, arriving)
     begun, waited, ping, again, failed = seen
     assert begun.startswith("event: response.created\n")
     assert waited == again == "waited"
     assert ping == ": still at work\n\n"
     assert json.loads(failed.removeprefix("event: error\ndata: ")) == {
-        "type": "error", "message": "the model failed", "code": "server_error", "param": None,
+        "type": "error",
+        "message": "the model failed",
+        "code": "server_error",
+        "param": None,
         "sequence_number": 3,
-    }  # fmt: skip
+    }
 
 
 SCHEMA = {
@@ -188,11 +207,13 @@ def test_a_schema_is_kept_to(client: TestClient) -> None:
             texts[choice["index"]] += choice["delta"].get("content", "")
     assert texts == [choice["message"]["content"] for choice in choices]
     anything = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}
-    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40,
-                    response_format=anything)["choices"]  # fmt: skip
+    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40, response_format=anything)[
+        "choices"
+    ]
     assert choice["message"]["content"][0] in '{["-0123456789tfn'
-    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40,
-                    response_format={"type": "json_object"})["choices"]  # fmt: skip
+    (choice,) = ask(
+        client, CHAT, messages=[user("ab")], max_tokens=40, response_format={"type": "json_object"}
+    )["choices"]
     assert choice["message"]["content"].startswith("{")
     body = {"input": "ab", "text": {"format": {"type": "json_schema", "schema": SCHEMA}}}
     (part,) = ask(client, "/v1/responses", **body)["output"][0]["content"]
@@ -201,8 +222,12 @@ def test_a_schema_is_kept_to(client: TestClient) -> None:
 
 def test_fields_of_the_other_chat_api_change_nothing(client: TestClient) -> None:
     own = {"input": "ab", "temperature": 0, "max_output_tokens": 6}
-    other = {"max_tokens": 1, "max_completion_tokens": 1, "text": {"type": "json_object"},
-             "response_format": {"type": "json_schema"}}  # fmt: skip
+    other = {
+        "max_tokens": 1,
+        "max_completion_tokens": 1,
+        "text": {"type": "json_object"},
+        "response_format": {"type": "json_schema"},
+    }
     plain, both = (ask(client, "/v1/responses", **own, **more) for more in ({}, other))
     assert plain["usage"]["output_tokens"] == 6
     assert [each["content"] for each in plain["output"]] == [
@@ -265,6 +290,10 @@ def test_log_probabilities_of_prompt_and_answer(client: TestClient, model: Any) 
     scored = ask(client, TEXT, **body, max_tokens=0)
     assert [len(choice["logprobs"]["tokens"]) for choice in scored["choices"]] == [len(rows[0]), 3]
     assert scored["choices"][0]["text"] == "<|bos|>ab cd"
+    streamed = stream(client, TEXT, **body, max_tokens=0)
+    assert [chunk["choices"][0] for chunk in streamed] == scored["choices"]
+    (chunk,) = stream(client, TEXT, prompt="ab", max_tokens=0)
+    assert chunk["choices"][0]["finish_reason"] == "length"
     text = ask(client, TEXT, **body | {"prompt": "ab cd", "max_tokens": 0})["choices"][0]
     assert text["text"] == "ab cd"
     assert text["logprobs"]["token_logprobs"] == pytest.approx(
@@ -300,16 +329,26 @@ def test_models_stats_and_metrics(client: TestClient) -> None:
 
 
 def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
-    words = ["a", "<|python_start|>", "6*7", "<|python_end|>", "<|output_start|>", "42",
-             "<|output_end|>", "b"]  # fmt: skip
+    words = [
+        "a",
+        "<|python_start|>",
+        "6*7",
+        "<|python_end|>",
+        "<|output_start|>",
+        "42",
+        "<|output_end|>",
+        "b",
+    ]
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0, SamplingParams())
     events = [Event(0, 0, token) for token in found.ids(words)]
-    deltas = [choice.read([event])["delta"] for event in events[:3]]  # at one time, or apart
-    deltas += [choice.read(events[3:])["delta"]]
-    choice.read([Event(0, 0, None, finish_reason="stop")])
+    end = Event(0, 0, None, finish_reason="stop")
+    arriving = [[events[0]], [events[1]], [events[2]], events[3:], [end]]  # together, or apart
+    seen, answer = show(ChatAnswer, found.tokenizer, arriving)
+    events = "".join(seen).split("data: ")[1:-1]
+    chunks = [json.loads(event.partition("\n")[0]) for event in events]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == "ab"
-    message = choice.whole()["message"]
+    message = answer.whole()["choices"][0]["message"]
     assert message["content"] == "ab"
     assert [part["text"] for part in message["parts"]] == ["a", "6*7", "42", "b"]
     shown = [part for delta in deltas for part in delta.get("parts", [])]
@@ -320,8 +359,13 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
 def test_two_calls_in_a_row_are_two_parts_of_a_stream(scripted: Any) -> None:
     words = ["<|python_start|>", "6*", "<|python_end|>", "<|python_start|>", "7*", "<|python_end|>"]
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0, SamplingParams())
-    delta = choice.read([Event(0, 0, token) for token in found.ids(words)])["delta"]
+    events = [Event(0, 0, token) for token in found.ids(words)]
+    arriving = [events, [Event(0, 0, None, finish_reason="stop")]]
+    (_, first, *_), _ = show(ChatAnswer, found.tokenizer, arriving)
+    delta = json.loads(first[6:])["choices"][0]["delta"]
     assert [(part["text"], part["starts"]) for part in delta["parts"]] == [
-        ("6", True), ("*", False), ("7", True), ("*", False),
-    ]  # fmt: skip
+        ("6", True),
+        ("*", False),
+        ("7", True),
+        ("*", False),
+    ]

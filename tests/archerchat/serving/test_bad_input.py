@@ -62,29 +62,73 @@ REFUSED = [
     (CHAT, {"messages": HELLO, "logit_bias": {"1": 101}}, 400, "logit_bias.1"),
     (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice"),
     (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format.type"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, 400,
-     "response_format.json_schema"),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": {"type": "json_schema"}},
+        400,
+        "response_format.json_schema",
+    ),
     (CHAT, {"messages": HELLO, "response_format": schema({"enum": []})}, 400, "response_format"),
     (CHAT, {"messages": HELLO, "response_format": schema({"$ref": "#"})}, 400, "response_format"),
-    (CHAT, {"messages": HELLO, "response_format": schema({"$ref": "http://a.example/b"})}, 400,
-     "response_format"),
-    (CHAT, {"messages": HELLO, "response_format": schema({"type": "string", "pattern": "("})}, 400,
-     "response_format"),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": schema({"$ref": "http://a.example/b"})},
+        400,
+        "response_format",
+    ),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": schema({"type": "string", "pattern": "("})},
+        400,
+        "response_format",
+    ),
     (CHAT, {"messages": HELLO, "response_format": schema(deep(400))}, 400, "response_format"),
-    (CHAT, {"messages": HELLO, "response_format": schema({"title": "a" * 70_000})}, 400,
-     "response_format.json_schema.schema"),
-    (CHAT, {"messages": HELLO, "response_format": schema({"const": "\ud800"})}, 400,
-     "response_format.json_schema.schema"),
-    (CHAT, {"messages": HELLO, "response_format": schema({"const": math.nan})}, 400,
-     "response_format.json_schema.schema"),
-    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":
-     {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
-    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400,
-     "text.format.schema"),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": schema({"title": "a" * 70_000})},
+        400,
+        "response_format.json_schema.schema",
+    ),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": schema({"const": "\ud800"})},
+        400,
+        "response_format.json_schema.schema",
+    ),
+    (
+        CHAT,
+        {"messages": HELLO, "response_format": schema({"const": math.nan})},
+        400,
+        "response_format.json_schema.schema",
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": "a",
+            "text": {
+                "format": {
+                    "type": "json_schema",
+                    "schema": {"type": "string", "minLength": 2, "maxLength": 1},
+                }
+            },
+        },
+        400,
+        "text.format",
+    ),
+    (
+        "/v1/responses",
+        {"input": "a", "text": {"format": {"type": "json_schema"}}},
+        400,
+        "text.format.schema",
+    ),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
     ("/v1/responses", {"input": "a", "max_completion_tokens": 0}, 400, "max_completion_tokens"),
-    ("/v1/responses", {"input": "a", "response_format": {"type": "x"}}, 400,
-     "response_format.type"),
+    (
+        "/v1/responses",
+        {"input": "a", "response_format": {"type": "x"}},
+        400,
+        "response_format.type",
+    ),
     (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
@@ -93,14 +137,26 @@ REFUSED = [
     (CHAT, {"messages": [*HELLO, *HELLO]}, 400, "messages[1].role"),
     (CHAT, {"messages": [*HELLO, said("system", "a")]}, 400, "messages[1].role"),
     (CHAT, {"messages": [said("system", "a")]}, 400, "messages"),
-    (CHAT, {"messages": [said("user", [{"type": "image_url"}])]}, 400,
-     "messages[0].content[0].text"),
-    (CHAT, {"messages": [said("user", [{"type": "python", "text": "1"}])]}, 400,
-     "messages[0].content[0].type"),
+    (
+        CHAT,
+        {"messages": [said("user", [{"type": "image_url"}])]},
+        400,
+        "messages[0].content[0].text",
+    ),
+    (
+        CHAT,
+        {"messages": [said("user", [{"type": "python", "text": "1"}])]},
+        400,
+        "messages[0].content[0].type",
+    ),
     (CHAT, {"messages": [said("user", "a" * 8001)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [*HELLO, said("assistant", "a")] * 251}, 400, "messages"),
-    (CHAT, {"messages": [said("user", "a" * 7999), said("assistant", "a" * 7999)] * 3}, 400,
-     "messages"),
+    (
+        CHAT,
+        {"messages": [said("user", "a" * 7999), said("assistant", "a" * 7999)] * 3},
+        400,
+        "messages",
+    ),
     (CHAT, {"messages": [said("user", "ab " * 100)]}, 400, "messages"),
     (TEXT, {"prompt": []}, 400, "prompt"),
     (TEXT, {"prompt": [-1]}, 400, "prompt"),
@@ -116,7 +172,7 @@ REFUSED = [
     ("/v1/responses", {"input": [said("user", "a"), said("assistant", "b")] * 250}, 400, "input"),
     ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
     ("/nowhere", {}, 404, None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), REFUSED)
@@ -351,8 +407,14 @@ def test_a_client_that_never_reads_loses_its_place(
             await asyncio.Event().wait()
 
     headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": headers,
-             "query_string": b"", "asgi": {"version": "3.0"}}  # fmt: skip
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": TEXT,
+        "headers": headers,
+        "query_string": b"",
+        "asgi": {"version": "3.0"},
+    }
     with pytest.raises(TimeoutError):  # uvicorn closes the connection then
         client.portal.call(client.app, scope, receive, send)
     assert client.get("/stats").json()["samples_in_work"] == 0
@@ -382,8 +444,14 @@ def test_a_client_that_leaves_is_noticed_whatever_the_server_announces(
             await client.app(scope, receive, send)
 
     headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": headers,
-             "query_string": b"", "asgi": {"version": "3.0", "spec_version": version}}  # fmt: skip
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": TEXT,
+        "headers": headers,
+        "query_string": b"",
+        "asgi": {"version": "3.0", "spec_version": version},
+    }
     try:
         client.portal.call(leave)
         assert models.worker.samples == 0

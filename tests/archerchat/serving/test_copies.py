@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -85,6 +86,25 @@ def test_a_client_that_leaves_frees_its_row_in_the_copy(client: httpx.Client) ->
     while (stats := client.get("/stats").json())["samples_in_work"]:
         time.sleep(0.01)
     assert stats["generated_tokens_total"] - before < 0.9 * 128 * 50
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(served_home: Any) -> None:
+    app, sent = build_front(served_home, ServeConfig(), 1), []
+    messages = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b'{"prompt', "more_body": True},
+    ]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": headers}
+    asyncio.run(app({**scope, "query_string": b"", "asgi": {"version": "3.0"}}, receive, send))
+    assert not sent
 
 
 def test_a_copy_that_ends_is_started_again(client: httpx.Client) -> None:

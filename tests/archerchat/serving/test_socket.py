@@ -176,11 +176,13 @@ def test_the_openai_client(server: Any) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == 5
-    answer = client.responses.create(model="tiny:sft", input="ab", temperature=0,
-                                     max_output_tokens=5)  # fmt: skip
+    answer = client.responses.create(
+        model="tiny:sft", input="ab", temperature=0, max_output_tokens=5
+    )
     assert answer.output_text == text
-    with client.responses.stream(model="tiny:sft", input="ab", temperature=0,
-                                 max_output_tokens=5) as events:  # fmt: skip
+    with client.responses.stream(
+        model="tiny:sft", input="ab", temperature=0, max_output_tokens=5
+    ) as events:
         deltas = [each.delta for each in events if each.type == "response.output_text.delta"]
     assert "".join(deltas) == text
     with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
@@ -192,8 +194,13 @@ def test_what_open_webui_sends(server: Any) -> None:
     client, _ = server
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]
     tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
-    body = {"model": names[0], "messages": [{"role": "user", "content": "ab"}], "stream": True,
-            "tools": [tool], "max_tokens": 5}  # fmt: skip
+    body = {
+        "model": names[0],
+        "messages": [{"role": "user", "content": "ab"}],
+        "stream": True,
+        "tools": [tool],
+        "max_tokens": 5,
+    }
     assert client.post("/v1/chat/completions", json=body).text.rstrip().endswith("[DONE]")
     title = body | {"stream": False, "max_completion_tokens": 1000}
     del title["tools"], title["max_tokens"]

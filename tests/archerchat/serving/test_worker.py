@@ -41,8 +41,8 @@ def test_the_first_token_crosses_at_once_and_fast_ones_together(
         assert sys.getswitchinterval() == pytest.approx(worker.SWITCH_SECONDS)
         stream = Stream(thread, engine, [Request([1], SamplingParams(6, num_samples=2))])
         thread.submit(stream)
-        while stream.open_samples:
-            await stream.next()
+        async for _ in stream.arriving():
+            pass
         thread.close(stream)
         await asyncio.to_thread(thread.stop)
 

@@ -26,10 +26,7 @@ let running = null; // the AbortController of the answers that are coming
 let undo = null; // the text before the last continuation
 let editing = null; // for each side, the message before the one whose other wording is being written
 
-function headers() {
-  const key = store.settings.key;
-  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
-}
+const headers = () => ({ "content-type": "application/json", ...(store.settings.key && { authorization: `Bearer ${store.settings.key}` }) });
 
 function notice(text, isError = false) {
   $("notice").textContent = text;
@@ -65,16 +62,10 @@ async function loadModels() {
   notice("");
 }
 
-function modelNow() {
-  return models.find((model) => model.id === $("model").value);
-}
+const modelNow = () => models.find((model) => model.id === $("model").value);
 
 // Each side that is shown, with the model that answers there.
-function sides() {
-  const shown = { leaf: $("model").value };
-  if ($("compare").value) shown.other = $("compare").value;
-  return shown;
-}
+const sides = () => ({ leaf: $("model").value, ...($("compare").value && { other: $("compare").value }) });
 
 function describeModel() {
   const model = modelNow();
@@ -104,8 +95,7 @@ function showList() {
   const texts = (each) => `${each.title} ${each.text} ${each.nodes.map((node) => store.textOf(node.parts)).join(" ")}`;
   const shown = store.conversations.filter((each) => (!isUnused(each) || each === current) && (!wanted || texts(each).toLowerCase().includes(wanted)));
   $("conversations").replaceChildren(...shown.map((each) => {
-    const open = element("button", each.title || (each.text || "New conversation").slice(0, 80), { class: "open" });
-    open.onclick = () => openConversation(each);
+    const open = element("button", each.title || (each.text || "New conversation").slice(0, 80), { class: "open", onclick: () => openConversation(each) });
     const remove = element("button", "✕", { class: "remove", "aria-label": "Delete this conversation" });
     remove.onclick = () => {
       if (!confirm("Delete this conversation?")) return;
@@ -151,11 +141,7 @@ function showMessage(at, side) {
   const body = element("div", [], { class: "body" });
   showParts(body, node, side);
   const tools = element("div", [], { class: "tools" });
-  const button = (text, label, action) => {
-    const made = element("button", text, { title: label, "aria-label": label });
-    made.onclick = action;
-    tools.append(made);
-  };
+  const button = (text, label, onclick) => tools.append(element("button", text, { title: label, "aria-label": label, onclick }));
   const beside = store.siblings(current, at);
   if (beside.length > 1) {
     const place = beside.indexOf(at);
@@ -373,13 +359,8 @@ async function continueText(prompt = $("text").value) {
   $("text").readOnly = false;
 }
 
-function grow() {
-  $("prompt").rows = Math.min(12, Math.max(1, $("prompt").value.split("\n").length));
-}
-
-function setTheme() {
-  document.documentElement.dataset.theme = store.settings.theme ?? "system";
-}
+const grow = () => { $("prompt").rows = Math.min(12, Math.max(1, $("prompt").value.split("\n").length)); };
+const setTheme = () => { document.documentElement.dataset.theme = store.settings.theme ?? "system"; };
 
 function buildSettings() {
   $("fields").replaceChildren(...FIELDS.map(([name, label, kind, help, more]) => {

@@ -35,7 +35,7 @@ marked?.use({
 
 export function element(tag, content = [], attributes = {}) {
   const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes)) typeof value === "function" ? (made[name] = value) : made.setAttribute(name, value);
   made.append(...(Array.isArray(content) ? content : [content]));
   return made;
 }

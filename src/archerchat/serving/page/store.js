@@ -123,9 +123,7 @@ export function walkTo(conversation, at, side) {
   }
 }
 
-export function textOf(parts) {
-  return parts.filter((part) => part.type === "text").map((part) => part.text).join("");
-}
+export const textOf = (parts) => parts.filter((part) => part.type === "text").map((part) => part.text).join("");
 
 export function messagesOf(conversation, side) {
   return path(conversation, side).map((at) => {

@@ -4,16 +4,10 @@ import { element } from "./markdown.js";
 
 // Take the log probabilities of a chunk, in the form of either kind of completion.
 export function readTokens(logprobs) {
-  if (!logprobs) return [];
-  const likely = (pairs) => pairs.map(([text, logprob]) => ({ text, probability: Math.exp(logprob) })).sort((a, b) => b.probability - a.probability);
-  if (logprobs.content) {
-    return logprobs.content.map(({ token, logprob, top_logprobs }) => ({
-      text: token, probability: Math.exp(logprob), top: likely(top_logprobs.map((each) => [each.token, each.logprob])),
-    }));
-  }
-  return logprobs.tokens.map((text, i) => ({
-    text, probability: Math.exp(logprobs.token_logprobs[i]), top: likely(Object.entries(logprobs.top_logprobs[i] ?? {})),
-  }));
+  const likely = (text, logprob) => ({ text, probability: Math.exp(logprob) });
+  const read = (text, logprob, top) => ({ ...likely(text, logprob), top: top.map((pair) => likely(...pair)).sort((a, b) => b.probability - a.probability) });
+  if (logprobs?.content) return logprobs.content.map((each) => read(each.token, each.logprob, each.top_logprobs.map((top) => [top.token, top.logprob])));
+  return (logprobs?.tokens ?? []).map((text, i) => read(text, logprobs.token_logprobs[i], Object.entries(logprobs.top_logprobs[i] ?? {})));
 }
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
@@ -38,9 +32,8 @@ export function showTokens(tokens, onPick) {
 function showAlternatives(anchor, token, onPick) {
   document.getElementById("alternatives")?.remove();
   const list = element("div", token.top.map(({ text, probability }) => {
-    const made = element("button", [element("span", visible(text)), element("span", percent(probability))], text === token.text ? { class: "said" } : {});
-    made.onclick = () => { list.remove(); onPick(text); };
-    return made;
+    const pick = () => { list.remove(); onPick(text); };
+    return element("button", [element("span", visible(text)), element("span", percent(probability))], { class: text === token.text ? "said" : "", onclick: pick });
   }), { id: "alternatives", "aria-label": "What else was likely" });
   list.anchor = anchor;
   list.onkeydown = (event) => {
