@@ -215,7 +215,7 @@ BUDGETS = {
     "tokenizer": (550, 550),
     "data": (1600, 1890),
     "training": (2100, 2955),
-    "inference": (1700, 2251),
+    "inference": (1700, 2191),
     "evals": (2000, 2000),
     "tasks": (1300, 1406),
     "sandbox": (700, 700),

@@ -21,7 +21,6 @@ differently: each answer is as good, but not always the same token for token.
 from __future__ import annotations
 
 from collections import abc, deque
-from dataclasses import replace
 
 import torch
 
@@ -99,8 +98,8 @@ class Engine:
         ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
         for name, tokens in ids.items():
             if tokens and (min(tokens) < 0 or max(tokens) > last):
-                unknown = [token for token in tokens if not 0 <= token <= last]
-                raise UsageError(f"{name} has token {unknown[0]}; the model knows 0 to {last}")
+                unknown = next(token for token in tokens if not 0 <= token <= last)
+                raise UsageError(f"{name} has token {unknown}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
@@ -148,7 +147,7 @@ class Engine:
     def _stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         try:
             for number, request in enumerate(requests):
-                self.add(number, request)
+                self._scheduler.add(number, request)
             while self.busy:
                 yield from self.step()
         finally:
@@ -173,9 +172,9 @@ class Engine:
         """
         self._compact()
         self._start_waiting()
-        if not self.overlap or any(sequence.mask for sequence in self._running):
-            self._read_all(but=0)  # first tokens: some sequences end with theirs; masks need all
-        return self._take_events()
+        masked = any(sequence.mask for sequence in self._running)
+        # Some sequences end with their first token, and masks need all tokens so far.
+        return self._read_all(but=len(self._unread) if self.overlap and not masked else 0)
 
     @torch.no_grad()
     def advance(self) -> list[Event]:
@@ -183,12 +182,7 @@ class Engine:
         self._compact()
         if self._running:
             self._launch()
-        self._read_all(but=1 if self.overlap and self._running else 0)
-        return self._take_events()
-
-    def _take_events(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+        return self._read_all(but=1 if self.overlap and self._running else 0)
 
     def _compact(self) -> None:
         """Close the gaps of sequences that have finished, or that need no further step."""
@@ -207,14 +201,14 @@ class Engine:
     def _start_waiting(self) -> None:
         """Fill free places with samples of waiting requests and sample their first tokens."""
         first = len(self._running)
-        logits = []
         started = self._scheduler.schedule(self.max_batch - first)
         # Rows of similar length side by side: a step reads them no further than they reach.
-        for waiting, sample in sorted(started, key=lambda pair: len(pair[0].request.prompt)):
+        started.sort(key=lambda pair: len(pair[0].request.prompt))
+        logits = []
+        for row, (waiting, sample) in enumerate(started, start=first):
             request, prompt = waiting.request, waiting.prefix
             assert prompt is not None
             sequence = Sequence(waiting.number, sample, request, self.max_length, waiting.cached)
-            row = len(self._running)
             self._runner.start(row, prompt, request, sequence.seed)
             self._running.append(sequence)
             self._mask(row, sequence)
@@ -248,15 +242,18 @@ class Engine:
         sequences = self._running[first:]
         self._unread.append((sequences, self._runner.fetch(first, len(sequences), plan)))
 
-    def _read_all(self, but: int) -> None:
-        """Read sampled tokens, oldest first, leaving `but` launches in flight."""
+    def _read_all(self, but: int) -> list[Event]:
+        """Read sampled tokens, oldest first, leaving `but` launches in flight; return all events
+        that have not been returned."""
         while len(self._unread) > but:
             sequences, fetch = self._unread.popleft()
             for sequence, sampled in zip(sequences, fetch(), strict=True):
                 if not sequence.finished:
                     self._events.append(sequence.read(*sampled))
+        events, self._events = self._events, []
+        return events
 
 
 def _covering(sequences: abc.Sequence[Sequence]) -> SamplingPlan:
-    plan = SamplingPlan.covering(sequence.request.params for sequence in sequences)
-    return replace(plan, bias=True) if any(sequence.mask for sequence in sequences) else plan
+    params = [sequence.request.params for sequence in sequences]
+    return SamplingPlan.covering(params, masked=any(sequence.mask for sequence in sequences))

@@ -20,6 +20,9 @@ from torch import Tensor
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 
 _MASK32 = 0xFFFFFFFF
+TABLES = {"bias": torch.float32, "counts": torch.int32, "prompted": torch.bool}
+"""What to add to each row's logits, how often it has said each token, and which ones its prompt
+has."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,8 @@ class SamplingPlan:
     logprobs: bool = False
 
     @classmethod
-    def covering(cls, params: Iterable[SamplingParams]) -> SamplingPlan:
-        """Return the least plan for rows with these parameters."""
-        rows = list(params)
+    def covering(cls, rows: Sequence[SamplingParams], masked: bool = False) -> SamplingPlan:
+        """Return the least plan for rows with these parameters, and with masks or without."""
         drawn = [each for each in rows if each.temperature > 0]
         largest = max((each.top_k or 0 for each in drawn), default=0)
         return cls(
@@ -50,7 +52,7 @@ class SamplingPlan:
             top_p=any(each.top_p is not None for each in drawn),
             min_p=any(each.min_p > 0 for each in drawn),
             penalties=any(each.penalises for each in rows),
-            bias=any(each.logit_bias for each in rows),
+            bias=masked or any(each.logit_bias for each in rows),
             logprobs=any(each.logprobs is not None for each in rows),
         )
 
@@ -92,23 +94,10 @@ class Sampler:
         # made for the first that does, before its step is captured: graphs keep its address.
         self._tables: dict[str, Tensor] = {}
 
-    @property
-    def _bias(self) -> Tensor:
-        return self._table("bias", torch.float32)
-
-    @property
-    def _counts(self) -> Tensor:
-        """How often each row has said each token."""
-        return self._table("counts", torch.int32)
-
-    @property
-    def _prompted(self) -> Tensor:
-        """Whether a row's prompt has each token."""
-        return self._table("prompted", torch.bool)
-
-    def _table(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _table(self, name: str) -> Tensor:
         if name not in self._tables:
-            self._tables[name] = torch.zeros(self._shape, dtype=dtype, device=self._device)
+            dtype, device = TABLES[name], self._device
+            self._tables[name] = torch.zeros(self._shape, dtype=dtype, device=device)
         return self._tables[name]
 
     def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
@@ -119,14 +108,14 @@ class Sampler:
         self._top_k[row] = params.top_k or 0
         self._seeds[row] = seed
         if params.penalises:
-            self._counts[row] = 0
+            self._table("counts")[row] = 0
             ids = self._to_device(prompt, torch.int64)
-            self._prompted[row].zero_().index_fill_(0, ids, True)
+            self._table("prompted")[row].zero_().index_fill_(0, ids, True)
         if params.logit_bias or "bias" in self._tables:
             self._set_bias(row, params)
 
     def _set_bias(self, row: int, params: SamplingParams) -> Tensor:
-        bias = self._bias[row].zero_()
+        bias = self._table("bias")[row].zero_()
         if params.logit_bias:
             values = self._to_device(params.logit_bias.values(), torch.float32)
             bias.index_copy_(0, self._to_device(params.logit_bias, torch.int64), values)
@@ -146,7 +135,7 @@ class Sampler:
 
     def state(self, rows: int) -> list[Tensor]:
         """Return views of what sampling changes of the first `rows` rows, besides records."""
-        return [self._counts[:rows]] if "counts" in self._tables else []
+        return [self._tables["counts"][:rows]] if "counts" in self._tables else []
 
     def sample(
         self,
@@ -182,16 +171,17 @@ class Sampler:
     ) -> Tensor:
         """Apply penalties and bias; rows without them keep their logits bit for bit."""
         if plan.penalties:
-            counts = self._counts[rows]
+            counts = self._table("counts")[rows]
             if said is not None:
                 once = torch.ones_like(said, dtype=torch.int32)
                 counts.scatter_add_(1, said[:, None], once[:, None])
             factor, presence, frequency = self._penalties[rows, :, None].unbind(1)
             repeated = torch.where(logits > 0, logits / factor, logits * factor)
-            logits = torch.where((counts > 0) | self._prompted[rows], repeated, logits)
+            known = (counts > 0) | self._table("prompted")[rows]
+            logits = torch.where(known, repeated, logits)
             logits = logits - frequency * counts - presence * (counts > 0)
         if plan.bias:
-            logits = logits + self._bias[rows]
+            logits = logits + self._table("bias")[rows]
         return logits
 
     def _draw(self, logits: Tensor, positions: Tensor, rows: slice, plan: SamplingPlan) -> Tensor:

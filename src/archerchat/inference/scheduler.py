@@ -17,7 +17,7 @@ from itertools import pairwise, takewhile
 from operator import eq
 
 from archerchat.inference.kv_cache import Prefix
-from archerchat.inference.prefill import iter_batches, prefill
+from archerchat.inference.model_runner import Prefill, iter_batches
 from archerchat.inference.sequence import Request
 from archerchat.model.transformer import Transformer
 
@@ -50,10 +50,9 @@ class KeptPrompts:
         """Return the longest kept prompt that `prompt` equals or begins with."""
         ids = tuple(prompt)
         found = max((kept for kept in self._kept if ids[: len(kept)] == kept), key=len, default=())
-        if not found:
-            return None
-        self._kept.move_to_end(found)
-        return self._kept[found]
+        if found:
+            self._kept.move_to_end(found)
+        return self._kept.get(found)
 
     def keep(self, prompt: Sequence[int], ran: Prefix) -> None:
         """Copy a prompt out of the batch that it ran in; drop those used longest ago."""
@@ -147,7 +146,7 @@ class Scheduler:
         elif self._shared:
             if self._prefix is None:
                 shared = waiting.request.prompt[: self._shared]
-                self._prefix = prefill(self._model, [shared]).prefix(0)
+                self._prefix = Prefill(self._model, [shared]).prefix(0)
                 self.prefilled_tokens += self._shared
             waiting.prefix = self._prefix
 
@@ -162,7 +161,7 @@ class Scheduler:
             start = prefix.length if prefix else 0
             rows = [waiting.request.prompt[start:] for waiting in members]
             for batch in iter_batches([len(row) for row in rows]):
-                ran = prefill(self._model, [rows[i] for i in batch], prefix)
+                ran = Prefill(self._model, [rows[i] for i in batch], prefix)
                 self.prefilled_tokens += sum(ran.lengths)
                 for place, i in enumerate(batch):
                     members[i].prefix = prompt = ran.prefix(place)
@@ -176,12 +175,10 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Prompts whose first `shared` tokens are the same."""
+    """Prompts, by their indices, whose first `shared` tokens are the same; 0 if that is too few."""
 
     shared: int
-    """0 for prompts that share nothing worth it."""
     members: list[int]
-    """Indices of prompts."""
 
     @property
     def saved(self) -> int:
@@ -199,31 +196,27 @@ def group_by_prefix(prompts: Sequence[list[int]]) -> list[PrefixGroup]:
     """
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
     common = [common_length(prompts[i], prompts[j]) for i, j in pairwise(order)]
-    done: list[PrefixGroup] = []
     # Groups to the left that share their first tokens, and how many, with the next prompt.
-    opened: list[tuple[int, list[PrefixGroup]]] = [(0, done)]
+    opened: list[tuple[int, list[PrefixGroup]]] = [(0, [])]
     for index, following in zip(order, [*common, 0], strict=True):
         groups = [PrefixGroup(0, [index])]
         following = following if following >= MIN_SHARED else 0
         while opened[-1][0] > following:
             shared, left = opened.pop()
-            groups = _join([*left, *groups], shared, done)
+            groups = _join([*left, *groups], shared)
         if opened[-1][0] < following:
             opened.append((following, []))
         opened[-1][1].extend(groups)
-    for group in done:
-        group.members.sort()
-    return sorted(done, key=lambda group: group.members[0])
+    found = [PrefixGroup(group.shared, sorted(group.members)) for group in opened[0][1]]
+    return sorted(found, key=lambda group: group.members[0])
 
 
-def _join(groups: list[PrefixGroup], shared: int, done: list[PrefixGroup]) -> list[PrefixGroup]:
+def _join(groups: list[PrefixGroup], shared: int) -> list[PrefixGroup]:
     """Make one group of those that have `shared` tokens in common, if that saves more.
 
-    A group that saves more by itself moves to `done`: less in common cannot make up for it.
+    A group that saves more by itself stays as it is.
     """
-    joining: list[PrefixGroup] = []
-    for group in groups:
-        worth_it = shared * len(group.members) > group.saved
-        (joining if worth_it else done).append(group)
+    apart = [group for group in groups if shared * len(group.members) <= group.saved]
+    joining = [group for group in groups if shared * len(group.members) > group.saved]
     joined = PrefixGroup(shared, [i for group in joining for i in group.members])
-    return [joined] if joined.saved > sum(group.saved for group in joining) else joining
+    return [*apart, joined] if joined.saved > sum(g.saved for g in joining) else groups

@@ -174,7 +174,6 @@ class Sequence:
 
     @property
     def needs_step(self) -> bool:
-        """Whether another token must be drawn."""
         return not self.finished and self.num_drawn < self._max_tokens
 
     @property
@@ -182,17 +181,22 @@ class Sequence:
         """The token that replaces the one drawn last, or None."""
         return self._forced.get(self.num_drawn - 1)
 
-    def read(self, sampled: int, logprobs: TokenLogprobs | None = None) -> Event:
-        """Take the next sampled token; decide what the sequence says and whether it ends."""
+    def read(self, sampled: int, record: abc.Sequence[float] = ()) -> Event:
+        """Take the next sampled token; decide what the sequence says and whether it ends.
+
+        Args:
+            record: the token's row of `Sampler.records`, if the request asks for logprobs.
+        """
         index, params = len(self.token_ids), self.request.params
         forced = index in self._forced
         token = self._forced.get(index, sampled)
-        if forced or params.logprobs is None:
-            logprobs = None
-        elif logprobs is not None:
-            logprobs = TokenLogprobs(logprobs.logprob, logprobs.top[: params.logprobs])
-        stopped = token in params.stop_token_ids
-        text = ""
+        logprobs = None
+        if params.logprobs is not None and not forced:
+            own, *likely = record
+            values, ids = likely[: len(likely) // 2], map(int, likely[len(likely) // 2 :])
+            top = tuple(zip(ids, values, strict=True))[: params.logprobs]
+            logprobs = TokenLogprobs(own, top)
+        stopped, text = token in params.stop_token_ids, ""
         if not stopped:
             self.token_ids.append(token)
             text = self._text.read(token) if self._text else ""
@@ -201,9 +205,8 @@ class Sequence:
             reason = "stop"
         elif index == self._max_tokens - 1:
             reason = self._limit_reason
-        self.finished = reason is not None
-        if self.finished:
-            text += self._text.finish() if self._text else ""
+        if reason is not None:
+            text += self._end()
         elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
         return Event(
@@ -221,6 +224,9 @@ class Sequence:
 
     def cancel(self) -> Event:
         """End it here."""
-        self.finished = True
-        text = self._text.finish() if self._text else ""
+        text = self._end()
         return Event(self.number, self.sample, None, finish_reason="cancelled", text=text)
+
+    def _end(self) -> str:
+        self.finished = True
+        return self._text.finish() if self._text else ""

@@ -24,7 +24,7 @@ from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.inference import sequence
 from archerchat.inference.chat import ChatSession, ContextFull
-from archerchat.inference.prefill import iter_batches, score_prompts
+from archerchat.inference.model_runner import iter_batches, score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
 from archerchat.serving import requests as asked

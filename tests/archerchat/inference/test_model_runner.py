@@ -15,10 +15,10 @@ from archerchat.inference.model_runner import (
     PART_ROWS,
     SPAN,
     ModelRunner,
+    Prefill,
     forward_token,
     row_spans,
 )
-from archerchat.inference.prefill import prefill
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
@@ -30,7 +30,7 @@ GREEDY = SamplingParams(temperature=0)
 
 def begin(runner: ModelRunner, row: int, prompt: list[int]) -> int:
     """Start a row; return its first token."""
-    ran = prefill(runner.model, [prompt])
+    ran = Prefill(runner.model, [prompt])
     runner.start(row, ran.prefix(0), Request(prompt, GREEDY), seed=0)
     runner.sample_first(row, ran.last_logits, SamplingPlan())
     return int(runner.tokens[row])
@@ -99,5 +99,5 @@ def test_fetched_tokens_are_those_at_the_time(model: Transformer) -> None:
     runner.tokens.copy_(torch.tensor([5, 6, 7, 8]))
     fetches = [runner.fetch(0, 4, SamplingPlan()), runner.fetch(2, 1, SamplingPlan())]
     runner.tokens.zero_()
-    read = [[token for token, _ in fetch()] for fetch in fetches]
+    read = [[token for (token,) in fetch()] for fetch in fetches]
     assert read == [[5, 6, 7, 8], [7]]
