@@ -108,10 +108,8 @@ class Engine:
         self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:
-        """Queue a request; its events carry `number`, which no other request in work may have.
-
-        Raises as `check` does.
-        """
+        """Queue a request, or raise as `check` does; its events carry `number`, which no other
+        request in work may have."""
         self.check(request)
         self._scheduler.add(number, request)
 
@@ -134,10 +132,7 @@ class Engine:
     def stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         """Yield what happens to the requests, numbered as they are listed, as it happens.
 
-        Closing the iterator drops them.
-
-        Raises:
-            UsageError: a request cannot be served. It is raised by the call, before anything runs.
+        Closing the iterator drops them. The call raises as `check` does, before anything runs.
         """
         assert not self.busy, "the engine has other requests in work"
         for request in requests:
@@ -188,13 +183,11 @@ class Engine:
         """Close the gaps of sequences that have finished, or that need no further step."""
         row = 0
         while row < len(self._running):
-            sequence = self._running[row]
-            if sequence.needs_step:
+            if self._running[row].needs_step:
                 row += 1
                 continue
-            last = self._running.pop()
-            self._plan = None
-            if last is not sequence:
+            last, self._plan = self._running.pop(), None
+            if row < len(self._running):
                 self._runner.move(len(self._running), row, last.num_cached)
                 self._running[row] = last
 

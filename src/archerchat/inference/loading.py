@@ -183,11 +183,10 @@ def build_inference_model(source: Transformer) -> Transformer:
         return source
     packs = can_pack(source.device, source.compute_dtype)
     model = deepcopy(source, {id(p): p for p in source.parameters()})
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                packed = packs and min(child.weight.shape) >= MIN_PACKED
-                setattr(module, name, CastLinear(child, source.compute_dtype, packed))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear):
+            packed = packs and min(layer.weight.shape) >= MIN_PACKED
+            model.set_submodule(name, CastLinear(layer, source.compute_dtype, packed))
     return model
 
 

@@ -21,8 +21,7 @@ from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 
 _MASK32 = 0xFFFFFFFF
 TABLES = {"bias": torch.float32, "counts": torch.int32, "prompted": torch.bool}
-"""What to add to each row's logits, how often it has said each token, and which ones its prompt
-has."""
+"""What is added to a row's logits, how often it has said each token, which ones its prompt has."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class Sampler:
         self._top_k = torch.zeros(rows, dtype=torch.int64, device=device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.records = torch.zeros(rows, 1 + 2 * min(MAX_LOGPROBS, vocab_size), device=device)
-        # Tables (rows, vocab_size), 9 bytes an entry in all. Few requests need them, so a table is
-        # made for the first that does, before its step is captured: graphs keep its address.
+        # `TABLES` (rows, vocab_size), 9 bytes an entry in all. Few requests need them, so a table
+        # is made for the first that does, before its step is captured: graphs keep its address.
         self._tables: dict[str, Tensor] = {}
 
     def _table(self, name: str) -> Tensor:

@@ -10,7 +10,7 @@ kept, and a later prompt that begins with one of them runs only the rest.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -39,44 +39,17 @@ class WaitingRequest:
     """Tokens of its prompt that an earlier request has run."""
 
 
-class KeptPrompts:
-    """Prompts that have run, the most recently used ones up to `max_tokens` in all."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-
-    def find(self, prompt: Sequence[int]) -> Prefix | None:
-        """Return the longest kept prompt that `prompt` equals or begins with."""
-        ids = tuple(prompt)
-        found = max((kept for kept in self._kept if ids[: len(kept)] == kept), key=len, default=())
-        if found:
-            self._kept.move_to_end(found)
-        return self._kept.get(found)
-
-    def keep(self, prompt: Sequence[int], ran: Prefix) -> None:
-        """Copy a prompt out of the batch that it ran in; drop those used longest ago."""
-        ids = tuple(prompt)
-        if not MIN_SHARED <= len(ids) <= self._max_tokens or ids in self._kept:
-            return
-        self._kept[ids] = ran.clone()
-        while sum(map(len, self._kept)) > self._max_tokens:
-            self._kept.popitem(last=False)
-
-    def clear(self) -> None:
-        self._kept.clear()
-
-
 class Scheduler:
     """Keep the waiting requests, and run their prompts when their turn comes.
 
     Attributes:
-        kept: prompts that later ones may continue, up to `kept_tokens` tokens.
+        kept: prompts that later ones may continue, up to `kept_tokens` tokens in all; those used
+            longest ago come first, and go first.
         prefilled_tokens: prompt tokens run so far: each shared prefix once, padding not counted.
     """
 
     def __init__(self, model: Transformer, kept_tokens: int = 0) -> None:
-        self._model = model
+        self._model, self._kept_tokens = model, kept_tokens
         self._waiting: dict[int, WaitingRequest] = {}  # by number, the oldest first
         # Groups of the waiting requests; empty after a new one, which may change all of them.
         self._groups: deque[tuple[int, list[WaitingRequest]]] = deque()
@@ -84,7 +57,7 @@ class Scheduler:
         self._group: deque[WaitingRequest] = deque()
         self._shared = 0
         self._prefix: Prefix | None = None
-        self.kept = KeptPrompts(kept_tokens)
+        self.kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self.prefilled_tokens = 0
 
     def __len__(self) -> int:
@@ -139,23 +112,26 @@ class Scheduler:
         self._group.extend(w for w in members if self._waiting.pop(w.number, None))
 
     def _find_prefix(self, waiting: WaitingRequest) -> None:
-        """Set what has run of a prompt: a kept prompt, or what the group shares, run once."""
-        found = self.kept.find(waiting.request.prompt)
-        if found and found.length >= self._shared:
-            waiting.prefix, waiting.cached = found, found.length
+        """Set what has run of a prompt: the longest kept prompt that it begins with or equals, or
+        what the group shares, run once."""
+        ids = tuple(waiting.request.prompt)
+        found = max((kept for kept in self.kept if ids[: len(kept)] == kept), key=len, default=())
+        if found:
+            self.kept.move_to_end(found)
+        if found and len(found) >= self._shared:
+            waiting.prefix, waiting.cached = self.kept[found], len(found)
         elif self._shared:
             if self._prefix is None:
-                shared = waiting.request.prompt[: self._shared]
-                self._prefix = Prefill(self._model, [shared]).prefix(0)
+                self._prefix = Prefill(self._model, [ids[: self._shared]]).prefix(0)
                 self.prefilled_tokens += self._shared
             waiting.prefix = self._prefix
 
     def _run(self, requests: Iterable[WaitingRequest]) -> None:
         """Run what has not run of prompts, in batches with one prefix and similar lengths."""
-        groups: dict[int, list[WaitingRequest]] = {}
+        groups = defaultdict[int, list[WaitingRequest]](list)
         for waiting in requests:
             if waiting.prefix is None or waiting.prefix.length < len(waiting.request.prompt):
-                groups.setdefault(id(waiting.prefix), []).append(waiting)
+                groups[id(waiting.prefix)].append(waiting)
         for members in groups.values():
             prefix = members[0].prefix
             start = prefix.length if prefix else 0
@@ -165,7 +141,13 @@ class Scheduler:
                 self.prefilled_tokens += sum(ran.lengths)
                 for place, i in enumerate(batch):
                     members[i].prefix = prompt = ran.prefix(place)
-                    self.kept.keep(members[i].request.prompt, prompt)
+                    self._keep(tuple(members[i].request.prompt), prompt)
+
+    def _keep(self, ids: tuple[int, ...], ran: Prefix) -> None:
+        if MIN_SHARED <= len(ids) <= self._kept_tokens and ids not in self.kept:
+            self.kept[ids] = ran.clone()
+            while sum(map(len, self.kept)) > self._kept_tokens:
+                self.kept.popitem(last=False)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -190,9 +172,8 @@ def group_by_prefix(prompts: Sequence[list[int]]) -> list[PrefixGroup]:
     """Group one prompt or more so that running each group's beginning once saves tokens.
 
     Sorted, prompts that begin alike are neighbours. From those that share most to those that share
-    least, groups become one where that saves more than they save by themselves.
-
-    The groups are in the order of their first member; every prompt is in one.
+    least, groups become one where that saves more than they save by themselves. The groups are in
+    the order of their first member; every prompt is in one.
     """
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
     common = [common_length(prompts[i], prompts[j]) for i, j in pairwise(order)]

@@ -81,7 +81,6 @@ def choose_backend(
 
 
 def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why a backend cannot run on a device; None where it can."""
     if backend == "flash" and flash_module(device, dtype) is None:
         return "needs a CUDA device, a 16-bit dtype and the flash_attn package"
     if backend == "varlen" and not runs_varlen(device, dtype):
@@ -93,11 +92,25 @@ def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
+def prepare_mask(
+    length: int, window: int, device: torch.device, backend: Backend, segments: Tensor | None = None
+) -> Any:
+    """Return what `attend` needs for these sizes beside its tensors. Call it outside of compiled
+    code.
+
+    That is a block mask for `flex` and each block's biases for `matmul`, for which compiled code
+    would otherwise compare positions for every score. With `segments` (B, T) it is made for each
+    batch: a block mask for `flex`, the documents' first tokens for `varlen`. It is None elsewhere.
+    """
+    if segments is None:
+        return _fixed_mask(length, window, device, backend)
+    if backend == "varlen":
+        return _document_starts(segments)
+    return _flex_mask(length, window, device, segments) if backend == "flex" else None
+
+
 @functools.lru_cache(maxsize=64)
-def prepare_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
-    """Return what `attend` needs for these sizes beside its tensors: a block mask for `flex`,
-    each block's biases for `matmul` (compiled code would otherwise compare positions for every
-    score), None for the others. Call it outside of compiled code."""
+def _fixed_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
     if backend == "flex" and window < length - 1:
         return _flex_mask(length, window, device)
     if backend == "matmul" and length <= MATMUL_MAX_KEYS:
@@ -105,17 +118,6 @@ def prepare_mask(length: int, window: int, device: torch.device, backend: Backen
             _bias(_band_mask(stop - start, stop - first, window, start - first, device))
             for start, stop, first in _blocks(length, min(window, length - 1))
         )
-    return None
-
-
-def prepare_document_mask(segments: Tensor, window: int, backend: Backend) -> Any:
-    """Return what `attend` needs beside `segments` (B, T), made for each batch: a block mask for
-    `flex`, the documents' first tokens for `varlen`, None for the others. Call it outside of
-    compiled code."""
-    if backend == "varlen":
-        return _document_starts(segments)
-    if backend == "flex":
-        return _flex_mask(segments.size(1), window, segments.device, segments)
     return None
 
 
@@ -140,8 +142,8 @@ def attend(
         mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `varlen` or
             `sdpa` do: it has to be compiled, once for each length, or it holds every score.
         segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
-            document only. `mask` is then from `prepare_document_mask`, and T = S. `flash` cannot
-            do this; `varlen` without a mask computes as `sdpa` does.
+            document only, and T = S. `flash` cannot do this; `varlen` without a mask computes as
+            `sdpa` does.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -297,7 +299,7 @@ def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _capability(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the major compute capability, 0 for other devices and for 32 bits."""
+    """Return the major compute capability; 0 for other devices and for 32 bits."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return 0
     return torch.cuda.get_device_capability(device)[0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archerchat.model import fp8
-from archerchat.model.attention import Backend, Past, attend, prepare_document_mask, prepare_mask
+from archerchat.model.attention import Backend, Past, attend, prepare_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 from archerchat.model.loss import LOGIT_CAP
@@ -327,24 +327,25 @@ class Transformer(nn.Module):
         """
         assert before is None or segments is None, "a cache holds one document per row"
         run, layers = regions or Regions(), self.config.num_layers
-        positions = torch.arange(token_ids.size(1), device=self.device)
-        if before:
-            positions = before.positions
+        length = token_ids.size(1)
+        positions = before.positions if before else torch.arange(length, device=self.device)
         rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
         x0 = x = middle = self._embed(token_ids, run, before, segments)
-        lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * layers
-        if self.residual_lambdas is not None and self.input_lambdas is not None:
-            both = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
-            lambdas = list(zip(*both, strict=True))
-        fresh = regions is not None and before is None
-        masks = self._masks(token_ids, segments) if fresh else [None] * layers
+        lambdas = [
+            [None] * layers if each is None else each.unbind()
+            for each in (self.residual_lambdas, self.input_lambdas)
+        ]
+        masks = [None] * layers
+        if regions is not None and before is None:
+            masks = self._masks(length, segments)
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
                 value = self.value_embeddings[str(i)](token_ids).to(self.compute_dtype)
             past = before.layers[i] if before else None
             kept = before.kept[i] if before and before.kept else None
-            given = block, x, x0, value, rotary, *lambdas[i], masks[i], past, segments, kept
+            mixing = lambdas[0][i], lambdas[1][i]
+            given = block, x, x0, value, rotary, *mixing, masks[i], past, segments, kept
             if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
                 x = checkpoint(run.block, *given, use_reentrant=False)
             else:
@@ -368,15 +369,10 @@ class Transformer(nn.Module):
         previous = before.previous if before else None
         return run.smear(x, self.smear_gate.weight, self.smear_lambda, previous, segments)
 
-    def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
+    def _masks(self, length: int, segments: Tensor | None) -> list[Any]:
         """Return one prepared mask per layer, for compiled regions."""
-        length, device, windows = token_ids.size(1), token_ids.device, self.config.windows
-        made: dict[int, Any] = {}
-        for window in set(windows):
-            if segments is None:
-                made[window] = prepare_mask(length, window, device, self.backend)
-            else:
-                made[window] = prepare_document_mask(segments, window, self.backend)
+        windows, device = self.config.windows, self.device
+        made = {w: prepare_mask(length, w, device, self.backend, segments) for w in set(windows)}
         return [made[window] for window in windows]
 
     def logits(self, hidden: Tensor) -> Tensor:
