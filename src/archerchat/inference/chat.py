@@ -68,8 +68,6 @@ class ContextFull(UsageError):
 
 
 class Turn(NamedTuple):
-    """What the user said and what was answered."""
-
     message: str
     answer: Sequence[int]
 
@@ -97,8 +95,7 @@ class ChatSession:
         self.forgotten, self.completion = 0, Completion()
 
     def resume(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
-        """Take over a conversation that has a user's message; return the last one, and what is
-        said to it already."""
+        """Take over a conversation; return the user's last message and what is said to it."""
         turns = list(messages)
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         encode = partial(encode_answer, self.tokenizer)
@@ -146,11 +143,10 @@ class ChatSession:
         return {"messages": messages}
 
     def build_request(self, message: str, said: Sequence[int] = (), forget: bool = True) -> Request:
-        """Return what asks the engine for an answer, with as many turns as there is room for.
+        """Return what asks the engine for an answer that begins with what is `said`.
 
         Args:
-            said: the beginning of the answer.
-            forget: whether turns may be left out.
+            forget: leave out the oldest turns until there is room.
 
         Raises:
             ContextFull: the prompt leaves no room.

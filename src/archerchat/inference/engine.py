@@ -7,15 +7,12 @@
 
 Sequences in work have the first rows of the cache. When one finishes, the last row moves into its
 place, and waiting requests get the places at the end. What a sequence says depends on its own
-prompt, parameters and seed alone. A server uses `add`, `step` and `cancel`.
+prompt, parameters and seed alone: greedy tokens are those of the plain forward pass in float32, up
+to ties within rounding (1e-6 of a logit). In 16-bit dtypes another batch size rounds differently.
 
 With `overlap` a step is launched before the tokens of the one before it are read, so that a GPU
 never waits for the host. Forced tokens replace the sampled ones before anything is computed from
 them. A sequence whose end is seen one step late has one token too many, which is dropped.
-
-Greedy tokens equal those of the plain forward pass in float32, whatever the batch, up to ties
-within rounding (1e-6 of a logit). In 16-bit dtypes the products of another batch size round
-differently: each answer is as good, but not always the same token for token.
 """
 
 from __future__ import annotations
@@ -78,7 +75,7 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Rows in use: a sequence that has finished has none, though its gap may still be open."""
+        """Rows in use; a sequence that has finished has none."""
         return sum(not sequence.finished for sequence in self._running)
 
     @property
@@ -161,10 +158,8 @@ class Engine:
 
     @torch.no_grad()
     def admit(self) -> list[Event]:
-        """Fill free rows with waiting requests; return what happened, first tokens included.
-
-        A server shows first tokens at once, without waiting for the other half of the step.
-        """
+        """Fill free rows with waiting requests; return what happened, first tokens included, which
+        a server shows without waiting for the other half of the step."""
         self._compact()
         self._start_waiting()
         masked = any(sequence.mask for sequence in self._running)
@@ -216,7 +211,7 @@ class Engine:
         """Launch a step, before which the tokens that hooks forced replace the sampled ones."""
         for row, sequence in enumerate(self._running):
             if (token := sequence.forced_input) is not None:
-                self._runner.force(row, token)
+                self._runner.tokens[row] = token
             self._mask(row, sequence)
         self._plan = self._plan or _covering(self._running)
         self._runner.step([sequence.num_cached for sequence in self._running], self._plan)

@@ -38,18 +38,16 @@ MIN_PACKED = 64
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for inference, its tokenizer, and where they come from."""
+    """A model ready for inference, its tokenizer, and the checkpoint that they come from."""
 
     model: Transformer
     tokenizer: Tokenizer
     path: Path
-    """The checkpoint."""
     step: int
     meta: dict[str, Any]
 
     @property
     def tag(self) -> str:
-        """The model's name."""
         return self.path.parent.name
 
 
@@ -79,9 +77,9 @@ def load_model(
     """Load a model, by default the one saved last, and the tokenizer that it was trained with.
 
     Raises:
-        UsageError: there is no such model or step.
+        UsageError: there is no such model or step, or it was imported without a tokenizer.
         CheckpointError: the checkpoint is damaged.
-        TokenizerError: the tokenizer is missing, or not the one that the model was trained with.
+        TokenizerError: its tokenizer is missing, or was replaced since.
     """
     directory = find_model(home, stage, tag)
     checkpoint = load_checkpoint(find_checkpoint(directory, step), sections=("model",))
@@ -115,12 +113,7 @@ def read_bits_per_byte(path: Path) -> float | None:
 
 
 def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
-    """Load the tokenizer that a checkpoint's model was trained with.
-
-    Raises:
-        UsageError: the model was imported without one.
-        TokenizerError: it is missing, or was replaced since.
-    """
+    """Load the tokenizer that a checkpoint's model was trained with; raises as `load_model`."""
     named = checkpoint.meta.get("tokenizer")
     if named is None:
         raise UsageError(
@@ -140,8 +133,8 @@ class CastLinear(Linear):
 
     def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)
-        self.packed = packed
-        self._source = (source.weight,)  # in a tuple, which keeps it from being a parameter here
+        # In a tuple, which keeps it from being a parameter here.
+        self.packed, self._source = packed, (source.weight,)
         self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
         self.refresh()
 

@@ -10,9 +10,9 @@ there are and how far the longest reaches, and never waits for a value. These tw
 shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
 replayed. Rows beyond those in use compute on stale values that nobody reads.
 
-Hundreds of small operations bound a step on CUDA, and a single row's step on CPUs. Compiled, it
-takes a fraction of the time (docs/LOG.md), after seconds of compiling. On CUDA each kind of layer
-is compiled once for all sizes, on CPUs the whole step for each size.
+Hundreds of small operations bound a step on CUDA, and a single row's step on CPUs; compiled, it
+takes a fraction of the time (docs/LOG.md). On CUDA each kind of layer is compiled once for all
+sizes, on CPUs the whole step for each size.
 """
 
 from __future__ import annotations
@@ -110,10 +110,8 @@ class Prefill:
 def score_prompts(
     model: Transformer, rows: Sequence[Sequence[int]], top: int
 ) -> list[list[TokenLogprobs | None]]:
-    """Return what the model gave each token of each row, and the `top` most likely ones there.
-
-    The first token of a row has none: nothing comes before it.
-    """
+    """Return what the model gave each token of each row but the first, and the `top` most likely
+    ones there."""
     found = []
     for row, hidden in zip(rows, Prefill(model, rows).hidden, strict=True):
         scores: list[TokenLogprobs | None] = [None]
@@ -173,7 +171,7 @@ def forward_token(
 
 
 class ModelRunner:
-    """Rows in decoding: their cache, last tokens and sampling parameters.
+    """Rows in decoding: their cache, the `tokens` sampled last, and their sampling parameters.
 
     `rows` is the most at a time; the other arguments, and `model`, are as in `Engine`.
     """
@@ -252,10 +250,6 @@ class ModelRunner:
         with torch.cuda.graph(graph, pool=self._pool):
             self._run(self._forward, [(rows, span)], plan)
         return graph
-
-    def force(self, row: int, token: int) -> None:
-        """Replace the token that was sampled last."""
-        self.tokens[row] = token
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row that keeps `length` tokens over another."""

@@ -50,7 +50,7 @@ class SamplingPlan:
             top_k=1 << (largest - 1).bit_length() if largest else 0,
             top_p=any(each.top_p is not None for each in drawn),
             min_p=any(each.min_p > 0 for each in drawn),
-            penalties=any(each.penalises for each in rows),
+            penalties=any(each.penalties for each in rows),
             bias=masked or any(each.logit_bias for each in rows),
             logprobs=any(each.logprobs is not None for each in rows),
         )
@@ -103,10 +103,10 @@ class Sampler:
         """Give a row its parameters; `seed` is the sample's own."""
         filters = params.temperature, params.top_p or 1.0, params.min_p
         self._filters[row] = self._to_device(filters, torch.float32)
-        self._penalties[row] = self._to_device(params.penalties, torch.float32)
+        self._penalties[row] = self._to_device(params.penalties or (1, 0, 0), torch.float32)
         self._top_k[row] = params.top_k or 0
         self._seeds[row] = seed
-        if params.penalises:
+        if params.penalties:
             self._table("counts")[row] = 0
             ids = self._to_device(prompt, torch.int64)
             self._table("prompted")[row].zero_().index_fill_(0, ids, True)

@@ -48,10 +48,7 @@ class Past(Protocol):
     """One layer's KV cache: what it keeps of the tokens before those that it is given."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from new tokens (B, T, H, D) to what is kept and to themselves, and keep them.
-
-        q and k are rotated and normalised; k and v are (B, T, K, D).
-        """
+        """Attend from new tokens (B, T, H, D) to what is kept and to themselves (B, T, K, D)."""
         ...
 
 
@@ -151,8 +148,7 @@ def attend(
     window = min(window, k.size(1) - 1)
     if backend == "flash":
         assert segments is None, "documents are masked by the other backends"
-        flashed: Tensor = _attend_flash(q, k, v, window)
-        return flashed
+        return _attend_flash(q, k, v, window)  # type: ignore[no-any-return]
     continues = k.size(1) > q.size(1)
     limited = continues or window < q.size(1) - 1
     if backend == "flex" and segments is None and not limited:
@@ -231,10 +227,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _SoftmaxMatmul(torch.autograd.Function):
-    """Attention by two products, the scores kept in the compute dtype for the backward pass.
+    """Attention by two products in the compute dtype around a softmax in float32.
 
-    Autograd would take the exponentials a second time, and would give the keys' gradient as the
-    transpose of q^T @ g, which what reads it next steps through a row at a time.
+    Exponentials are taken without subtracting the row's maximum, which saves two passes over the
+    scores: normalised queries and keys bound them by 1.44 * sqrt(D). The clamp keeps inputs that
+    are not normalised finite; gradients ignore it. Autograd would take the exponentials a second
+    time, and would give the keys' gradient as the transpose of q^T @ g, which what reads it next
+    steps through a row at a time.
     """
 
     @staticmethod
@@ -260,12 +259,6 @@ class _SoftmaxMatmul(torch.autograd.Function):
 
 
 def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Materialise the scores: products in the compute dtype, softmax in float32.
-
-    Exponentials are taken without subtracting the row's maximum, which saves two passes over
-    the scores: normalised queries and keys bound them by 1.44 * sqrt(D). The clamp keeps
-    inputs that are not normalised finite; gradients ignore it.
-    """
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -293,16 +286,16 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     return out
 
 
-def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length attention runs there."""
-    return _capability(device, dtype) >= 8
-
-
 def _capability(device: torch.device, dtype: torch.dtype) -> int:
     """Return the major compute capability; 0 for other devices and for 32 bits."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return 0
     return torch.cuda.get_device_capability(device)[0]
+
+
+def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length attention runs there."""
+    return _capability(device, dtype) >= 8
 
 
 def _row_starts(x: Tensor) -> Tensor:
@@ -353,7 +346,7 @@ def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Run the package's kernels, between two pieces of compiled code."""
     name = flash_module(q.device, q.dtype)
     assert name is not None, "choose_backend lets 'flash' through only where it runs"
-    attend_flash = importlib.import_module(name).flash_attn_func
-    out = attend_flash(q, k, v, causal=True, window_size=(window, 0))
+    module = importlib.import_module(name)
+    out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result

@@ -40,8 +40,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D) for positions (T,); of
-    (B, T), in rows that begin elsewhere, they are (B, T, 1, D/2)."""
+    """Return cosines and sines (..., T, 1, D/2) of position * base^(-2j/D) for (..., T)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-exponents / head_dim)
     return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
@@ -173,8 +172,7 @@ def smear(
     """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
 
     Args:
-        previous: (B, T, C), normalised embeddings of the tokens before each, zeros where there is
-            none. By default a row's tokens follow one another, and the first has none.
+        previous: as in `Before`. By default a row's tokens follow one another; the first has none.
         segments: (B, T) numbers of packed documents, whose first tokens have none before them.
     """
     x = norm(x)
@@ -212,8 +210,7 @@ class Before:
 class Regions:
     """The functions that a forward pass is made of, as they are or compiled.
 
-    Compiling a block instead of the whole model makes one graph serve every layer of its kind,
-    so that compile time does not grow with depth.
+    One graph then serves every layer of a kind, so that compile time does not grow with depth.
     """
 
     smear: Callable[..., Tensor] = smear
