@@ -94,9 +94,8 @@ class Engine:
         last = self.model.config.vocab_size - 1
         ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
         for name, tokens in ids.items():
-            if tokens and (min(tokens) < 0 or max(tokens) > last):
-                unknown = next(token for token in tokens if not 0 <= token <= last)
-                raise UsageError(f"{name} has token {unknown}; the model knows 0 to {last}")
+            if unknown := [token for token in tokens if not 0 <= token <= last]:
+                raise UsageError(f"{name} has token {unknown[0]}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""

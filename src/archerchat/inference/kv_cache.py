@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -153,15 +154,14 @@ class KVCache:
         # writes a step's keys and values to all of them.
         heads, dim = config.num_kv_heads, config.head_dim
         shapes = {size: (2, self.sizes.count(size), rows, heads, size, dim) for size in self.sizes}
-        self._rings = {
-            size: torch.zeros(shape, dtype=dtype, device=device) for size, shape in shapes.items()
-        }
+        make = partial(torch.zeros, dtype=dtype, device=device)
+        self._rings = {size: make(shape) for size, shape in shapes.items()}
         # Views of each layer's keys and values (rows, K, S, D). A ring has its layers in order.
         self._layers = [
             self._rings[size][:, self.sizes[:i].count(size)].unbind()
             for i, size in enumerate(self.sizes)
         ]
-        self.previous = torch.zeros(rows, config.model_dim, dtype=dtype, device=device)
+        self.previous = make((rows, config.model_dim))
         # A captured step also runs rows that nothing was put in. With a length of 0 they would
         # attend to nothing at all and leave NaN, which no mask hides.
         self.lengths = torch.ones(rows, dtype=torch.int64, device=device)

@@ -153,7 +153,7 @@ class Sequence:
     def __init__(
         self, number: int, sample: int, request: Request, max_length: int, cached: int = 0
     ) -> None:
-        params, room = request.params, max_length - len(request.prompt)
+        params = request.params
         self.number, self.sample, self.request, self._cached = number, sample, request, cached
         self.seed = derive_seed(params.seed, sample)
         self.token_ids: list[int] = []  # what it has said, as far as the host has read it
@@ -163,9 +163,7 @@ class Sequence:
         self.mask = request.mask() if request.mask else None
         self._text = Detokenizer(request.decode, params.stop) if request.decode else None
         self._forced: dict[int, int] = {}  # tokens that replace drawn ones, by index
-        self._max_tokens = min(params.max_new_tokens, room)
-        within = params.max_new_tokens <= room
-        self._limit_reason: FinishReason = "max_tokens" if within else "length"
+        self._max_tokens = min(params.max_new_tokens, max_length - len(request.prompt))
 
     @property
     def num_cached(self) -> int:
@@ -204,7 +202,7 @@ class Sequence:
         if stopped or (self._text and self._text.stopped):
             reason = "stop"
         elif index == self._max_tokens - 1:
-            reason = self._limit_reason
+            reason = "max_tokens" if self._max_tokens == params.max_new_tokens else "length"
         if reason is not None:
             text += self._end()
         elif self._hook is not None and not forced:
