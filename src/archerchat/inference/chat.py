@@ -7,11 +7,9 @@
     for piece in model.chat(temperature=0.6).answer("What is 6 times 7?"):
         print(piece.text, end="")
 
-Options of sampling are the fields of `SamplingParams`, as on the command line.
-
-In a conversation, answers are kept as the tokens that the model said, results of the calculator
-among them, so the next prompt continues exactly what was said. When the context is full, the oldest
-turns are left out of the prompt; a system message stays.
+Options of sampling are the fields of `SamplingParams`. In a conversation, answers are kept as the
+tokens that the model said, results of the calculator among them, so the next prompt continues
+exactly what was said. When the context is full, the oldest turns are left out of the prompt.
 """
 
 from __future__ import annotations
@@ -108,8 +106,7 @@ class ChatSession:
         """Yield the answer to `message` as it comes; closing the iterator ends it there.
 
         Raises:
-            UsageError: the message is empty, or does not fit into the context; the conversation
-                then stays as it was.
+            UsageError: the message is empty or too long; the conversation stays as it was.
         """
         if not message.strip():
             raise UsageError("there is nothing to answer: write a message")
@@ -196,10 +193,8 @@ class Model:
         return generate_texts(self.engine, tokenizer, ids, params)
 
     def score(self, prompt: str, *continuations: str) -> list[float]:
-        """Return the log probability of each continuation of the prompt, in nats.
-
-        Scored are the tokens from the first one that the prompt alone does not have.
-        """
+        """Return the log probability in nats of what each continuation adds to the prompt: of the
+        tokens from the first one that the prompt alone does not have."""
         tokenizer = self.loaded.tokenizer
         texts = [prompt, *(prompt + each for each in continuations)]
         alone, *rows = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in texts)

@@ -120,16 +120,13 @@ class RingLayer:
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Attend from one query per head to the filled cache slots.
 
-    CPUs use the fused kernel, which reads 16-bit keys several times faster than a product of one
-    row (docs/LOG.md).
-
     Args:
         q: (B, K, H/K, D); keys, values: (B, K, S, D); mask: (B, 1, 1, S).
 
     Returns:
         (B, K, H/K, D), and the log of the sum of exponentials (B, K, H/K) in float32.
     """
-    if q.device.type == "cpu":
+    if q.device.type == "cpu":  # reads 16-bit keys several times faster (docs/LOG.md)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         past, total = fused(q, keys, values, 0.0, False, attn_mask=mask)
         return past, total

@@ -1,8 +1,5 @@
 """Load a model with its tokenizer, and put its weights in the form that inference wants.
 
-    loaded = load_model(home, runtime, "sft", "d12")
-    fast = build_inference_model(loaded.model)
-
 In training a linear layer keeps float32 masters and casts them at each use. A decoding step uses
 each weight once, for a few rows, so the cast would cost more than the product. The inference model
 has its matrices cast already. On CPUs bfloat16 ones are also packed in the order that oneDNN's

@@ -2,7 +2,6 @@
 
     prefix = Prefill(model, [shared_ids]).prefix(0)
     following = Prefill(model, continuations, prefix).last_logits
-    scores = score_prompts(model, rows, top=5)
 
 A step takes each row's last token from a tensor, runs it against the cache, samples the next token
 and leaves it in the same tensor. Lengths grow on the device too. The host only says how many rows
@@ -32,10 +31,7 @@ from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Regions, Transformer, norm
 
-NewToken = tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]
-"""Capped float32 logits (B, vocab_size), and what the cache should add: the normalised embedding
-(B, C), each layer's key and value (B, K, D)."""
-Forward = Callable[..., NewToken]
+Forward = Callable[..., tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]
 Fetch = Callable[[], list[tuple[Any, ...]]]
 """Waits for sampled tokens; returns each row's, with its `Sampler.records` if the plan has them."""
 
@@ -149,13 +145,16 @@ def forward_token(
     previous: Tensor,
     parts: Sequence[list[tuple[Tensor, Tensor]]],
     regions: Regions | None = None,
-) -> NewToken:
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """Run one token (B,) of each row after its past; changes nothing.
 
     Args:
         lengths: (B,), tokens before it.
         previous: (B, C), the normalised embedding of the one before it.
         parts: the rows' `KVCache.views`, in one part or several.
+
+    Returns:
+        Capped float32 logits (B, vocab_size), and what `KVCache.append` takes.
     """
     masked = []
     rows = torch.split(lengths, [part[0][0].size(0) for part in parts])

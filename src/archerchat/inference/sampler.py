@@ -1,8 +1,7 @@
 """Sample one token for each row of a batch, each by its own parameters and seed.
 
 The uniform number behind a draw is a hash of the row's seed and of the token's position, and of
-nothing else: the rows around it do not matter. Everything is tensors of fixed shapes, and the host
-never looks at a value.
+nothing else. Everything is tensors of fixed shapes, and the host never looks at a value.
 
 Penalties and bias change the logits, also of rows that take the most likely token. A row's top-k
 and top-p become a number of tokens to keep, most likely first, lower ids first among equals, and
