@@ -323,7 +323,7 @@ class Transformer(nn.Module):
             segments: (B, T) numbers of the packed documents, to keep them from seeing each other.
         """
         assert before is None or segments is None, "a cache holds one document per row"
-        run, layers = regions or Regions(), self.config.num_layers
+        run, layers, windows = regions or Regions(), self.config.num_layers, self.config.windows
         length = token_ids.size(1)
         positions = before.positions if before else torch.arange(length, device=self.device)
         rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
@@ -332,17 +332,18 @@ class Transformer(nn.Module):
             [None] * layers if each is None else each.unbind()
             for each in (self.residual_lambdas, self.input_lambdas)
         ]
-        masks = [None] * layers
-        if regions is not None and before is None:
-            masks = self._masks(length, segments)
+        masks: dict[int, Any] = {}
+        if regions is not None and before is None:  # for compiled code, which cannot make them
+            for window in set(windows):
+                masks[window] = prepare_mask(length, window, self.device, self.backend, segments)
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
                 value = self.value_embeddings[str(i)](token_ids).to(self.compute_dtype)
             past = before.layers[i] if before else None
             kept = before.kept[i] if before and before.kept else None
-            mixing = lambdas[0][i], lambdas[1][i]
-            given = block, x, x0, value, rotary, *mixing, masks[i], past, segments, kept
+            mixing, mask = (lambdas[0][i], lambdas[1][i]), masks.get(windows[i])
+            given = block, x, x0, value, rotary, *mixing, mask, past, segments, kept
             if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
                 x = checkpoint(run.block, *given, use_reentrant=False)
             else:
@@ -365,12 +366,6 @@ class Transformer(nn.Module):
             return norm(x)
         previous = before.previous if before else None
         return run.smear(x, self.smear_gate.weight, self.smear_lambda, previous, segments)
-
-    def _masks(self, length: int, segments: Tensor | None) -> list[Any]:
-        """Return one prepared mask per layer, for compiled regions."""
-        windows, device = self.config.windows, self.device
-        made = {w: prepare_mask(length, w, device, self.backend, segments) for w in set(windows)}
-        return [made[window] for window in windows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the unembedding's input (..., C) to capped float32 logits (..., vocab_size)."""
