@@ -136,9 +136,8 @@ class Detokenizer:
         return text
 
     def _until_stop(self, text: str) -> str:
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops]
-        found = [(end, start) for end, start in found if start >= 0]
-        if found:
+        places = [(text.find(stop), stop) for stop in self._stops]
+        if found := [(start + len(stop), start) for start, stop in places if start >= 0]:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
         starts = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
