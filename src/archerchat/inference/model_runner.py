@@ -32,6 +32,9 @@ from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Regions, Transformer, norm
 
 Forward = Callable[..., tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]
+RowSpan = tuple[int, int, int]
+"""The first of some rows, the one after their last, and how many cache slots to read for them: more
+than any of them keeps."""
 Fetch = Callable[[], list[tuple[Any, ...]]]
 """Waits for sampled tokens; returns each row's, with its `Sampler.records` if the plan has them."""
 
@@ -216,17 +219,13 @@ class ModelRunner:
             span = COMPILED_SPAN
             while span <= longest:
                 span *= 4
-            self._run(self._single, [(1, span)], plan)
+            self._run(self._single, [(0, 1, span)], plan)
         else:
             self._run(self._forward, list(row_spans(lengths)), plan)
 
-    def _run(self, forward: Forward, spans: Sequence[tuple[int, int]], plan: SamplingPlan) -> None:
-        """Run a step over parts of the rows, each given as in `row_spans`."""
-        parts, rows = [], 0
-        for count, span in spans:
-            parts.append(self.cache.views(rows, rows + count, span))
-            rows += count
-        cache, tokens = self.cache, self.tokens[:rows]
+    def _run(self, forward: Forward, spans: Sequence[RowSpan], plan: SamplingPlan) -> None:
+        rows, cache = spans[-1][1], self.cache
+        tokens, parts = self.tokens[:rows], [cache.views(*span) for span in spans]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
         logits, embedded, new = forward(self.model, tokens, lengths, previous, parts)
         tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
@@ -241,13 +240,13 @@ class ModelRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._run(self._forward, [(rows, span)], plan)
+                self._run(self._forward, [(0, rows, span)], plan)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(kept, saved, strict=True):
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._run(self._forward, [(rows, span)], plan)
+            self._run(self._forward, [(0, rows, span)], plan)
         return graph
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -274,13 +273,12 @@ class ModelRunner:
         return read
 
 
-def row_spans(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield parts of neighbouring rows: their number, and how many cache slots to read for them,
-    which is more than any of them keeps."""
+def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:
+    """Yield parts of neighbouring rows that are read equally far."""
 
     def span_of(first: int) -> int:
         return (max(lengths[first : first + PART_ROWS]) // SPAN + 1) * SPAN
 
     for span, group in groupby(range(0, len(lengths), PART_ROWS), key=span_of):
         firsts = list(group)
-        yield min(firsts[-1] + PART_ROWS, len(lengths)) - firsts[0], span
+        yield firsts[0], min(firsts[-1] + PART_ROWS, len(lengths)), span

@@ -42,11 +42,11 @@ def test_places_without_a_row_may_run_too(model: Transformer, prompt: Prompt) ->
     runner = ModelRunner(model, 4, 200, compile=False)
     said = [begin(runner, 0, first)]
     for _ in range(8):
-        runner._run(forward_token, [(4, 64)], SamplingPlan())
+        runner._run(forward_token, [(0, 4, 64)], SamplingPlan())
         said.append(int(runner.tokens[0]))
     late = [begin(runner, 2, second)]
     for _ in range(8):
-        runner._run(forward_token, [(4, 64)], SamplingPlan())
+        runner._run(forward_token, [(0, 4, 64)], SamplingPlan())
         said.append(int(runner.tokens[0]))
         late.append(int(runner.tokens[2]))
     for start, answer in ((first, said), (second, late)):
@@ -58,14 +58,13 @@ def test_places_without_a_row_may_run_too(model: Transformer, prompt: Prompt) ->
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=70))
 def test_parts_cover_the_rows_and_reach_past_their_lengths(lengths: list[int]) -> None:
     spans = list(row_spans(lengths))
-    assert sum(count for count, _ in spans) == len(lengths)
-    assert all(a[1] != b[1] for a, b in pairwise(spans))
-    row = 0
-    for count, span in spans:
-        assert row % PART_ROWS == 0
+    assert [first for first, _, _ in spans] == [0, *(stop for _, stop, _ in spans[:-1])]
+    assert spans[-1][1] == len(lengths)
+    assert all(a[2] != b[2] for a, b in pairwise(spans))
+    for first, stop, span in spans:
+        assert first % PART_ROWS == 0
         assert span % SPAN == 0
-        assert max(lengths[row : row + count]) < span <= max(lengths[row : row + count]) + SPAN
-        row += count
+        assert max(lengths[first:stop]) < span <= max(lengths[first:stop]) + SPAN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
