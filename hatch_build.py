@@ -48,3 +48,4 @@ class CustomBuildHook(endlex.CustomBuildHook):  # type: ignore[name-defined, mis
         ),
     )
     WITHOUT = "archerchat: the chat page will show answers with less care"
+    WEB = None

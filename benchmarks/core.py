@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from archerchat.evals.core.results import NEAR_TIE
+from archerchat.evals.core.evaluate import NEAR_TIE
 from core_paths import PATHS, run_path
 from measuring import run_in_child
 

@@ -1,4 +1,4 @@
-"""Build hook: put the pages' chart library (uPlot, MIT) from the npm registry into the package.
+"""Build hook: put the chart library (uPlot, MIT) from the npm registry and the export's page in.
 
 The library is not kept in the repository. When a wheel, an editable install or an sdist is built
 and the files are not there yet, npm fetches the pinned version, its known hash is checked, and the
@@ -6,6 +6,9 @@ three files that the pages use go to `server/web/static/vendor/uplot`. Where npm
 Node that installs from the Python index is a requirement of the build alone; installing a built
 wheel needs neither. If the library cannot be fetched, the build continues with a warning, since the
 rest of the server works; with ENDLEX_REQUIRE_ASSETS=1 (set it for a release) it fails.
+
+The page of an export, with scripts, styles and the library in it, is built into each wheel, and
+never into the source tree: an editable installation makes it from the sources that it has.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import base64
 import hashlib
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import tarfile
@@ -58,6 +62,10 @@ class CustomBuildHook(BuildHookInterface[Any]):
     FOLDER = "src/endlex/server/web/static/vendor/uplot"
     PACKAGES: tuple[Package, ...] = (UPLOT,)
     WITHOUT = "endlex: the pages will draw no charts"
+    WEB: str | None = "src/endlex/server/web"
+    """Where export_shell.py and its sources are, if there is an export."""
+
+    _scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def folder(self) -> Path:
@@ -69,7 +77,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
         return [NODE_FROM_PYTHON] if self._missing() and not shutil.which("npm") else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Fetch the assets that are not there."""
+        """Fetch the assets that are not there, and build the exported page of a wheel."""
         for package in self._missing():
             try:
                 fetch(package, self.folder)
@@ -81,6 +89,22 @@ class CustomBuildHook(BuildHookInterface[Any]):
                     f"{self.WITHOUT}, for {package.name} could not be fetched: "
                     f"{error}\nTo add it, install again with access to an npm registry."
                 )
+        if self.WEB and self.target_name == "wheel" and version == "standard":
+            self._build_export(Path(self.WEB), build_data.setdefault("force_include", {}))
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what was built for the wheel, which has it now."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _build_export(self, web: Path, force_include: dict[str, str]) -> None:
+        if self._missing():
+            return  # the server refuses to export without the library
+        self._scratch = tempfile.TemporaryDirectory(prefix="endlex-export-")
+        built = Path(self._scratch.name) / "export_built.html"
+        module = runpy.run_path(str(Path(self.root) / web / "export_shell.py"))
+        built.write_text(module["build_shell"](), encoding="utf-8")
+        force_include[str(built)] = (web.relative_to("src") / "templates" / built.name).as_posix()
 
     def _missing(self) -> list[Package]:
         """Return the packages of which a file is not there; each appears whole, by renaming."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -44,6 +46,25 @@ def test_every_module_is_in_one_of_the_two(wheels: tuple[Path, Path]) -> None:
     assert {name for name in client | server if name.endswith(".py")} == sources
     assert "endlex/py.typed" in client
     assert "endlex/server/web/static/vendor/uplot/uPlot.iife.min.js" in server
+
+
+def test_a_wheel_has_the_export_built(wheels: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "endlex/server/web/templates/export_built.html" in modules(wheels[1])
+    for wheel in wheels:
+        zipfile.ZipFile(wheel).extractall(tmp_path)
+    shutil.rmtree(tmp_path / "endlex/server/web/static")  # what is built needs no source
+    code = "from endlex.server.web import pages; print(pages.render('T$1', '{\"run\": \"$2\"}'))"
+    written = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "utf-8"},
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    from endlex.server.web import pages
+
+    assert written.stdout.decode() == pages.render("T$1", '{"run": "$2"}') + "\n"
 
 
 def test_the_client_alone_is_small_and_says_where_the_server_is(

@@ -48,7 +48,7 @@ SUFFIX = ".safetensors"
 STEP_NAME = re.compile(rf"(?:step_(\d{{6,}})|\.step_(\d{{6,}}){re.escape(STALE)})")
 
 
-class _Damaged(Exception):
+class _Damaged(CheckpointError):
     """A problem with a checkpoint, without a remedy yet."""
 
 
@@ -59,11 +59,7 @@ class Stateful(Protocol):
         """Return the whole state: tensors and JSON values by name."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
-
-        Raises:
-            CheckpointError, KeyError, ValueError: it does not fit this object.
-        """
+        """Continue from it; a CheckpointError, KeyError or ValueError if it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,6 @@ def save_checkpoint(
     """
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
-    assert state, "a checkpoint has at least one section"
     values = {
         section: {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
         for section, entries in state.items()
@@ -128,11 +123,7 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace a saved section's values other than tensors, atomically.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or cannot be written; it is then as it was.
-    """
+    """Replace a saved section's values other than tensors, atomically or not at all."""
     try:
         content = _read_meta(path)
         content["state"][section] = json.loads(json.dumps(encode_json(values)))
@@ -148,23 +139,21 @@ def _write_sections(
     files = {}
     for section, entries in state.items():
         file = directory / (check_name(section, "section") + SUFFIX)
-        if any(isinstance(value, Tensor) for value in entries.values()):
-            save_file(_storable(entries), file)
+        if tensors := _storable(entries):
+            save_file(tensors, file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     return files
 
 
 def _storable(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors, copied where safetensors needs it: strided, remote or aliased ones."""
-    stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in entries.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        local = tensor.detach().cpu().contiguous()
-        storage = local.untyped_storage().data_ptr()
-        stored[name] = local.clone() if storage in storages else local
-        storages.add(storage)
+    stored, storages = dict[str, Tensor](), set[int]()
+    for name, value in entries.items():
+        if isinstance(value, Tensor):
+            local = value.detach().cpu().contiguous()
+            storage = local.untyped_storage().data_ptr()
+            stored[name] = local.clone() if storage in storages else local
+            storages.add(storage)
     return stored
 
 
@@ -200,7 +189,7 @@ def _intact(path: Path, verify: bool) -> bool:
     try:
         for name, entry in _read_meta(path)["files"].items():
             _check_file(path / name, entry, verify)
-    except (_Damaged, CheckpointError):
+    except CheckpointError:
         return False
     return True
 
@@ -218,11 +207,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Path:
-    """Return the path of `step` in `directory`, or of the latest step.
-
-    Raises:
-        UsageError: there is no such step, or none at all.
-    """
+    """Return the path of `step` in `directory`, or of the latest step; a UsageError if none."""
     steps = list_checkpoints(directory)
     if not steps:
         raise UsageError(f"no checkpoint in {directory}: train a model first, or check the name")
@@ -234,8 +219,8 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
 def list_models(home: Home, stage: str) -> list[Path]:
     """Return the directories of a stage's models, by name."""
     directory = home.stage_dir(stage)
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    return [entry for entry in entries if list_checkpoints(entry)]
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return [entry for entry in sorted(entries) if list_checkpoints(entry)]
 
 
 def find_model(home: Home, stage: str, tag: str | None) -> Path:
@@ -244,15 +229,14 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
     Raises:
         UsageError: there is no such model; the message lists the others.
     """
-    stage_dir, models = home.stage_dir(stage), list_models(home, stage)
-    if not models:
+    models = {path.name: path for path in list_models(home, stage)}
+    if models and tag is None:
+        return max(models.values(), key=lambda model: saved_at(find_checkpoint(model)))
+    if tag not in models:
         named = f" {tag!r}" if tag else ""
-        raise UsageError(f"no {stage} model{named} under {stage_dir}: train or import one first")
-    if tag is None:
-        return max(models, key=lambda model: saved_at(find_checkpoint(model)))
-    if tag not in (names := [model.name for model in models]):
-        raise UsageError(f"no {stage} model {tag!r} under {stage_dir}; there is {', '.join(names)}")
-    return stage_dir / tag
+        hint = f"; there is {', '.join(models)}" if models else ": train or import one first"
+        raise UsageError(f"no {stage} model{named} under {home.stage_dir(stage)}{hint}")
+    return models[tag]
 
 
 def saved_at(path: Path) -> int:
@@ -262,10 +246,7 @@ def saved_at(path: Path) -> int:
 
 
 def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkpoint:
-    """Read a step's directory, as `find_checkpoint` returns it, onto the CPU.
-
-    Args:
-        sections: read only these; None reads all.
+    """Read a step's directory, or only some of its `sections`, onto the CPU.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, the format is unknown, or

@@ -62,16 +62,12 @@ def read_place(environment: Mapping[str, str]) -> Place:
     Raises:
         UsageError: torchrun's variables are incomplete, not numbers, or contradict each other.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = {name: environment[name] for name in names if environment.get(name)}
-    if not given:
+    given = {name: environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not any(given.values()):
         return Place()
-    try:
-        rank, local_rank, world_size = (int(given[name]) for name in names)
-    except (KeyError, ValueError):
-        rank, local_rank, world_size = -1, -1, -1
+    rank, local_rank, world_size = (int(v) if v.isdecimal() else -1 for v in given.values())
     if not (0 <= rank < world_size and 0 <= local_rank < world_size):
-        found = ", ".join(f"{name}={environment.get(name, '')!r}" for name in names)
+        found = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise UsageError(
             f"the environment has {found}, which torchrun does not set: start with torchrun, or "
             "unset all three for one process"

@@ -30,7 +30,6 @@ STALE = ".stale" + TEMPORARY
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """Errors of `flock` if another process has the lock; others mean that locks are not offered."""
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
-"""Errors for requests that a file system does not support."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 ELSEWHERE = "point ARCHERCHAT_HOME at another disk"
 
@@ -57,15 +56,12 @@ def fsync(descriptor: int) -> None:
 
 def fsync_path(path: Path) -> None:
     """Write a file to the disk, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool:
-    """Mark an open temporary entry as in use until it is closed; False if it already is."""
+    """Lock an open entry until it is closed; False if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -76,15 +72,25 @@ def _lock(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
+def _opened(entry: Path) -> Iterator[int]:
+    """Yield a descriptor of a file or directory, to lock it or write it to the disk."""
+    descriptor = os.open(entry, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Reserve `directory` for this process; a UsageError if another process has it.
 
-    The directory is created if missing, and removed if the block leaves it empty.
+    It is created if missing, and removed if the block leaves it empty.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(directory) as free:
-            if not free:
+        with _opened(directory) as descriptor:
+            if not _lock(descriptor):
                 raise UsageError(
                     f"another process is using {directory}: wait for it, or choose another name"
                 )
@@ -92,16 +98,6 @@ def exclusive(directory: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             directory.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(entry: Path) -> Iterator[bool]:
-    """Lock `entry` for the block; yields False if another process has it."""
-    descriptor = os.open(entry, os.O_RDONLY)
-    try:
-        yield _lock(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -139,7 +135,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
     stale = path.with_name(f".{path.name}{STALE}")
     try:
-        with _locked(temporary):
+        with _opened(temporary) as descriptor:
+            _lock(descriptor)
             _if_offered("set permissions", lambda: temporary.chmod(0o755))
             yield temporary
             for entry in (*temporary.rglob("*"), temporary):
@@ -190,7 +187,8 @@ def remove_leftovers(directory: Path) -> None:
         if entry.name.endswith(STALE) and not replaced.exists():
             entry.replace(replaced)
             continue
-        with contextlib.suppress(OSError), _locked(entry) as free:
+        with contextlib.suppress(OSError), _opened(entry) as descriptor:
+            free = _lock(descriptor)
             if free and entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             elif free:
@@ -217,7 +215,7 @@ def hash_ends(*paths: Path) -> str:
 
 
 def recall(path: Path) -> dict[str, Any]:
-    """Return the values that `remember` kept in a file; an empty dict if it cannot be read."""
+    """Return the values that `remember` kept in a file; none if it cannot be read."""
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -39,14 +39,14 @@ class Home:
     def tokenizer_dir(self, name: str) -> Path:
         return self.root / "tokenizers" / check_name(name, "tokenizer name")
 
-    def stage_dir(self, stage: str) -> Path:
-        return self.root / "checkpoints" / check_name(stage, "stage")
+    def stage_dir(self, stage: str, kind: str = "checkpoints") -> Path:
+        return self.root / kind / check_name(stage, "stage")
 
     def checkpoint_dir(self, stage: str, tag: str) -> Path:
         return self.stage_dir(stage) / check_name(tag, "model tag")
 
     def eval_dir(self, stage: str, tag: str) -> Path:
-        return self.root / "evals" / check_name(stage, "stage") / check_name(tag, "model tag")
+        return self.stage_dir(stage, "evals") / check_name(tag, "model tag")
 
     def run_dir(self, tag: str) -> Path:
         return self.root / "runs" / check_name(tag, "run name")
@@ -57,12 +57,7 @@ class Home:
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name` if it can be one directory's name.
-
-    Raises:
-        UsageError: it is empty, starts with a dot, or holds anything but ASCII letters, digits,
-            '-', '_' and '.'.
-    """
+    """Return `name` if it can be one directory's name, else raise a UsageError."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise UsageError(
             f"{what} {name!r} cannot be a directory's name: use letters, digits, '-', '_' and, "

@@ -17,13 +17,13 @@ import re
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 
 Refuse = Callable[[str], None]
 """Receives a problem with a file or a line, which is left out if the function returns."""
@@ -51,18 +51,13 @@ def refuse(problem: str) -> None:
     raise DataError(problem)
 
 
-def _open_zstd(path: Path) -> IO[bytes]:
+def _open_zstd(path: Path) -> Any:
     import pyarrow as pa  # imported here: chats and evaluations need no Arrow
 
-    return cast(IO[bytes], pa.input_stream(str(path), compression="zstd"))
+    return pa.input_stream(str(path), compression="zstd")
 
 
-_OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstd,
-}
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 def _split_name(path: Path) -> tuple[str, str]:
@@ -88,10 +83,13 @@ class Folder:
 
 
 def list_folder(source: Path, kinds: Collection[str]) -> Folder:
-    """Sort the files below `source` into splits by name; hidden files are ignored.
+    """Sort the files of some `kinds` below `source` into splits by name, without hidden files.
 
-    A file is read if `file_kind` is one of `kinds`. A `source` that is a file is always read.
+    A `source` that is a file is always read. It is a UsageError if there is none.
     """
+    if not source.exists():
+        remedy = f"give a file or a folder of {', '.join(kinds)} files"
+        raise UsageError(f"{source} does not exist: {remedy}")
     if not source.is_dir():
         return Folder([source], [], [])
     found = sorted(
@@ -136,7 +134,7 @@ def iter_lines(
     path: Path, bad: Refuse = refuse, newline: str | None = None
 ) -> Iterator[tuple[str, str]]:
     """Yield each line of a text file, decompressed by its suffix, with its place, `name:number`."""
-    opener: Callable[[Path], Any] = _OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))
+    opener: Any = _OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))
     number = 0
     try:
         with io.BufferedReader(opener(path)) as file:
@@ -164,13 +162,13 @@ def iter_rows(path: Path, bad: Refuse = refuse) -> Iterator[Place]:
     if kind in TABLE_KINDS:
         yield from _iter_table(path, "\t" if kind == ".tsv" else ",", bad)
         return
-    lines = iter_lines(path, bad)
+    lines: Iterable[tuple[str, str]] = iter_lines(path, bad)
     if kind == ".json":
-        read = list(lines)
+        lines = list(lines)
         try:
-            value = json.loads("".join(line for _, line in read))
+            value = json.loads("".join(line for _, line in lines))
         except (ValueError, RecursionError):
-            lines = iter(read)
+            pass  # one value per line
         else:
             items = value if isinstance(value, list) else [value]
             yield from ((f"{path}, item {i}", item) for i, item in enumerate(items, start=1))

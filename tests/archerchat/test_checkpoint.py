@@ -7,7 +7,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,54 +220,6 @@ def test_temporaries_of_killed_processes_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".step_000010.xyz.tmp" / "model.safetensors").write_bytes(b"half")
     save_checkpoint(tmp_path, 20, sections(), {})
     assert names(tmp_path) == ["step_000020"]
-
-
-KILLED_SAVER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from archerchat.checkpoint import find_checkpoint, list_checkpoints
-from archerchat.checkpoint import load_checkpoint, save_checkpoint
-
-def save_forever(directory, step):
-    while True:
-        step += 1
-        tensors = {"w": torch.full((50_000,), float(step))}
-        save_checkpoint(directory, step, {"model": tensors, "rng": tensors}, {}, keep_last=2)
-
-torch.set_num_threads(1)  # the pool of threads does not survive a fork
-directory, last = Path(sys.argv[1]), 0
-save_checkpoint(directory, 0, {"model": {"w": torch.zeros(50_000)}}, {})
-for seed in range(12):
-    child = os.fork()
-    if not child:
-        save_forever(directory, last)
-    while list_checkpoints(directory)[-1] == last:
-        time.sleep(0.001)
-    time.sleep(random.Random(seed).uniform(0, 0.05))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    loaded = load_checkpoint(find_checkpoint(directory))
-    assert loaded.step > last, (loaded.step, last)
-    assert (loaded.state["model"]["w"] == loaded.step).all(), loaded.step
-    for step in list_checkpoints(directory):
-        load_checkpoint(find_checkpoint(directory, step))
-    last = loaded.step
-print(last, len(list_checkpoints(directory)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.slow
-def test_kill_9_at_any_moment_leaves_a_latest_checkpoint_that_loads(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED_SAVER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    last, kept = map(int, done.stdout.split())
-    assert last >= 12
-    assert kept <= 3  # killed between the rename and the pruning
-    save_checkpoint(tmp_path, last + 1, sections(), {}, keep_last=1)
-    assert names(tmp_path) == [f"step_{last + 1:06d}"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.rank0.safetensors", "meta.json"])

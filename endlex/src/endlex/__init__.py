@@ -67,7 +67,10 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(LATE[name]), name)
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib import metadata
 
-        return version("endlex")
+        try:
+            return metadata.version("endlex")
+        except metadata.PackageNotFoundError:
+            return "(not installed)"
     raise AttributeError(f"module 'endlex' has no attribute {name!r}")

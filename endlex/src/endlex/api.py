@@ -15,17 +15,17 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlencode
 
 from endlex.client.directories import server_token, server_url
 from endlex.client.transport import Refused, Transport, quoted
-from endlex.protocol import CONSOLE, NON_FINITE, RUN_ID, EndlexError
+from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 
 PAGE = 200
-NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
-LAST, BEST = "last", "best"
+LAST = "last"
 
 
 class Api:
@@ -47,12 +47,7 @@ class Api:
         if named is None:
             raise EndlexError("no server is known: give --url or set ENDLEX_URL (http://HOST:8817)")
         self.transport = Transport(named, token or server_token())
-        self.read_only = read_only
-
-    @property
-    def url(self) -> str:
-        """Where the server is."""
-        return self.transport.url
+        self.url, self.read_only = self.transport.url, read_only
 
     def runs(
         self,
@@ -74,12 +69,12 @@ class Api:
         Raises:
             EndlexError: the search is not one, or the server refuses or cannot be reached.
         """
+        asked = {"q": query or None, "project": project, "sort": sort}
+        asked["archived"] = "true" if archived else None
         found: list[RunInfo] = []
         while True:
             size = PAGE if limit is None else min(PAGE, limit - len(found))
-            asked = {"q": query or None, "project": project, "sort": sort, "offset": len(found)}
-            asked |= {"archived": "true" if archived else None, "limit": size}
-            page = self.get("/runs", asked)
+            page = self.get("/runs", {**asked, "offset": len(found), "limit": size})
             found += [RunInfo(self, run) for run in page["runs"]]
             if not page["runs"] or len(found) >= min(page["total"], limit or page["total"]):
                 return found
@@ -97,18 +92,19 @@ class Api:
                 if refusal.status != 404:
                     raise
         try:
-            named = [run for archived in (False, True) for run in self.runs(archived=archived)]
+            named = self.runs() + self.runs(archived=True)
         except Refused as refusal:
             if refusal.status != 403:
                 raise
-            raise EndlexError(f"{refusal}; {NAME_HINT}") from refusal
+            hint = "names are looked up with the scope read: give a run's id, or another token"
+            raise EndlexError(f"{refusal}; {hint}") from refusal
         found = [run for run in named if word in (run.name, f"{run.project}/{run.name}", run.id)]
         if not found:
             raise EndlexError(f"{self.url} has no run {word!r}: `endlex ls` lists what is there")
         if len(found) > 1:
             listed = ", ".join(f"{run.id} ({run.project}/{run.name})" for run in found[:20])
             raise EndlexError(f"{word!r} is the name of {len(found)} runs: give an id of {listed}")
-        return RunInfo(self, self.get(quoted("runs", found[0].id)))
+        return RunInfo(self, found[0].whole)
 
     def get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
         """Return what `GET path` answers; query values that are None are left out."""
@@ -134,32 +130,35 @@ class Api:
     def download(self, path: str, file: IO[bytes]) -> None:
         """Write what `GET path` answers to a file; raises as `send`."""
         with self.transport.download(path) as blocks:
-            for block in blocks:
-                file.write(block)
+            file.writelines(blocks)
 
 
 class RunInfo:
     """A run of a server; what a list leaves out is requested when it is needed."""
 
-    def __init__(self, api: Api, content: Mapping[str, Any]) -> None:
-        self._api, self._listed = api, dict(content)
+    def __init__(self, api: Api, content: dict[str, Any]) -> None:
+        self._api, self._content = api, content
         self.id, self.name, self.project = content["run"], content["name"], content["project"]
         self.status, self.tags = content["status"], content["tags"]
         self.summary: dict[str, Any] = content["summary"]
         """Each metric's last value."""
+        self.url = f"{api.url}/runs/{self.id}"
+        """The run's page."""
 
     def __repr__(self) -> str:
         return f"<run {self.project}/{self.name} {self.id} {self.status}>"
 
     def __getitem__(self, key: str) -> Any:
         """Return one key of what `GET /runs/RUN` answers, such as "created" or "group"."""
-        return self._listed[key] if key in self._listed and key != "config" else self.whole[key]
+        is_known = key in self._content and key != "config"
+        return self._content[key] if is_known else self.whole[key]
 
-    @cached_property
+    @property
     def whole(self) -> dict[str, Any]:
         """All that `GET /runs/RUN` answers."""
-        known = "sessions" in self._listed
-        return self._listed if known else dict(self._api.get(quoted("runs", self.id)))
+        if "sessions" not in self._content:
+            self._content = self._api.get(quoted("runs", self.id))
+        return self._content
 
     @property
     def config(self) -> dict[str, Any]:
@@ -176,11 +175,6 @@ class RunInfo:
         """Name, step, state, bytes, aliases and metadata of each, by step."""
         return list(self.whole["checkpoints"])
 
-    @property
-    def url(self) -> str:
-        """The run's page."""
-        return f"{self._api.url}/runs/{self.id}"
-
     def history(
         self, metrics: Sequence[str] = (), *, frame: str | None = None, long: bool = False
     ) -> Any:
@@ -194,37 +188,35 @@ class RunInfo:
         Raises:
             EndlexError: neither library is installed.
         """
-        query = "".join(f"&metric={quoted(name)[1:]}" for name in metrics)
+        query = urlencode({"format": "csv", "metric": metrics}, doseq=True)
         content = io.BytesIO()
-        self._api.download(f"{quoted('runs', self.id, 'export')}?format=csv{query}", content)
+        self._api.download(f"{quoted('runs', self.id, 'export')}?{query}", content)
         content.seek(0)
         name, library = _frames(frame)
-        points = library.read_csv(content)
         if name == "pandas":
-            points["value"] = points["value"].replace(NON_FINITE).astype(float)
+            points = library.read_csv(content, dtype={"value": float})
             if long:
                 return points
             wide = points.pivot(index="step", columns="metric", values="value")
             return wide.rename_axis(columns=None).reset_index()
-        text = points["value"].cast(library.String).replace("Infinity", "inf")
-        points = points.with_columns(text.replace("-Infinity", "-inf").cast(library.Float64))
+        points = library.read_csv(content, schema_overrides={"value": library.Float64})
         return points if long else points.pivot("metric", index="step", values="value").sort("step")
 
-    def texts(self, name: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+    def texts(
+        self, name: str | None = None, limit: int = 100, before_step: int | None = None
+    ) -> list[dict[str, Any]]:
         """Return the latest texts, of one name if it is given: id, name, step, time, text.
 
         Endlex's own texts are returned only by name: run/environment, run/changes, run/exception.
         """
-        query = {"name": name, "limit": limit}
+        query = {"name": name, "limit": limit, "before_step": before_step}
         return list(self._api.get(quoted("runs", self.id, "texts"), query)["texts"])
 
     def console(self) -> str:
         """Return what the run printed, as far as it was kept."""
         pieces: list[dict[str, Any]] = []
-        query: dict[str, Any] = {"name": CONSOLE, "limit": 1000}
-        while page := self._api.get(quoted("runs", self.id, "texts"), query)["texts"]:
+        while page := self.texts(CONSOLE, 1000, pieces[-1]["step"] if pieces else None):
             pieces += page
-            query["before_step"] = page[-1]["step"]
         return "\n".join(piece["text"] for piece in reversed(pieces))
 
     def download(self, which: str, directory: Path | str) -> list[Path]:
@@ -240,22 +232,18 @@ class RunInfo:
 
     def update(self, **changes: Any) -> None:
         """Change name, tags, group, notes or archived; the `Api` must not be read-only."""
-        self._listed = dict(self._api.send("PATCH", quoted("runs", self.id), changes))
-        self.__dict__.pop("whole", None)
-        self.name, self.tags = self._listed["name"], self._listed["tags"]
+        self._content = self._api.send("PATCH", quoted("runs", self.id), changes)
+        self.name, self.tags = self._content["name"], self._content["tags"]
 
 
 def _frames(wanted: str | None) -> tuple[str, Any]:
-    names = ("pandas", "polars")
-    if wanted not in (None, *names):
+    names = ("pandas", "polars") if wanted is None else (wanted,)
+    if wanted not in (None, "pandas", "polars"):
         raise EndlexError(f"frame {wanted!r} must be pandas or polars")
-    for name in names if wanted is None else (wanted,):
-        try:
+    for name in names:
+        with suppress(ModuleNotFoundError):
             return name, importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    asked = wanted or " or ".join(names)
-    raise EndlexError(f"history needs {asked}: pip install {wanted or names[0]}")
+    raise EndlexError(f"history needs {' or '.join(names)}: pip install {names[0]}")
 
 
 def choose_checkpoint(
@@ -266,22 +254,20 @@ def choose_checkpoint(
     Raises:
         EndlexError: none is meant, or several of one step; the message lists what there is.
     """
-    published = [c for c in checkpoints if c["state"] == "published"]
-    if not published:
+    newest = [c for c in checkpoints if c["state"] == "published"]
+    if not newest:
         waiting = ", ".join(f"{c['name']} is {c['state']}" for c in checkpoints)
         raise EndlexError(f"run {run} has no published checkpoint{waiting and f' ({waiting})'}")
-    newest = sorted(published, key=lambda c: (c["step"], c["created"]))
+    newest.sort(key=lambda c: (c["step"], c["created"]))
     named = [c for c in newest if c["name"] == which]
     aliased = [c for c in newest if which in (c.get("aliases") or ())]
-    if named or aliased:
-        return (named or aliased)[-1]
-    if which == LAST:
-        return newest[-1]
+    if latest := named or aliased or (newest if which == LAST else []):
+        return latest[-1]
     listed = ", ".join(f"{c['name']} (step {c['step']:,})" for c in newest[-20:])
     at_step = [c for c in newest if which.isdecimal() and c["step"] == int(which)]
     if len(at_step) > 1:
         raise EndlexError(f"run {run} has several checkpoints of step {which}: {listed}")
     if not at_step:
-        hint = "; no checkpoint has the alias best" if which == BEST else ""
+        hint = "; no checkpoint has the alias best" if which == "best" else ""
         raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
     return at_step[0]

@@ -20,12 +20,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import endlex
 from endlex.client.process import replace_unencodable
 from endlex.protocol import SCOPES, EndlexError
 from endlex.search import HELP
-
-STDOUT = 1
-SPEC = Path(__file__).with_name("cli.toml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,15 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
         return int(command(**options))
-    except EndlexError as error:
-        print(f"endlex: {error}", file=sys.stderr)
-        return error.exit_status
     except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except OSError as error:
+    except (EndlexError, OSError) as error:
         print(f"endlex: {error}", file=sys.stderr)
-        return 1
+        return error.exit_status if isinstance(error, EndlexError) else 1
     except KeyboardInterrupt:
         print("\nendlex: interrupted", file=sys.stderr)
         return 130
@@ -62,8 +57,8 @@ def _shield(words: list[str]) -> list[str]:
 
 
 def read_spec() -> dict[str, Any]:
-    """Return what `cli.toml` says: shared arguments, commands, and groups of commands."""
-    return tomllib.loads(SPEC.read_text(encoding="utf-8"))
+    """Return what `cli.toml` says: shared arguments, and commands, some with their own commands."""
+    return tomllib.loads(Path(__file__).with_name("cli.toml").read_text(encoding="utf-8"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,46 +69,33 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="The server is --url or ENDLEX_URL; the token is ENDLEX_TOKEN or the file "
         "~/.config/endlex/token, never an argument, where other users could read it.",
     )
-    parser.add_argument("--version", action="version", version=f"endlex {_version()}")
+    parser.add_argument("--version", action="version", version=f"endlex {endlex.__version__}")
     spec = read_spec()
-    commands = _add_commands(parser, spec["commands"], spec["shared"])
-    for name, group in spec["groups"].items():
-        members = commands.add_parser(name, help=group["text"], description=group["text"])
-        _add_commands(members, group["commands"], spec["shared"])
+    _add_commands(parser, spec["commands"], spec["shared"])
     return parser
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("endlex")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _add_commands(
     parser: argparse.ArgumentParser, commands: dict[str, Any], shared: dict[str, Any]
-) -> Any:
+) -> None:
     inside = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in commands.items():
         text = command["text"]
         one = inside.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if "commands" in command:
+            _add_commands(one, command["commands"], shared)
+            continue
         one.set_defaults(command_function=command["does"])
         if name == "ls":
             one.formatter_class = argparse.RawDescriptionHelpFormatter
             one.epilog = "search:\n  " + HELP.replace("\n", "\n  ")
         for given in command["args"]:
             options = dict(shared[given] if isinstance(given, str) else given)
-            options["help"] = options.get("help", "").replace("SCOPES", _scopes())
+            scopes = "; ".join(f"{scope}: {allowed}" for scope, allowed in SCOPES.items())
+            options["help"] = options.get("help", "").replace("SCOPES", scopes)
             if "type" in options:
                 options["type"] = TYPES[options["type"]]
             one.add_argument(*options.pop("name").split(), **options)
-    return inside
-
-
-def _scopes() -> str:
-    return "; ".join(f"{scope}: {allowed}" for scope, allowed in SCOPES.items())
 
 
 def _number(kind: Callable[[str], Any], smallest: float, largest: float = inf) -> Any:
@@ -136,5 +118,8 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "amount": _number(float, 0),
     "positive": _number(float, 1e-9),
     "seconds": _number(float, 0.1, 86_400),
+    "text": lambda text: sys.stdin.read() if text == "-" else text,
+    "webhook": lambda url: f"json+{url}" if url else None,
+    "ntfy": lambda url: f"ntfy+{url}" if url else None,
 }
 """What `type` may say."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
 
 
-def test_runs_are_changed_many_at_once(cli: Any, train: Any, online: str) -> None:
+def test_runs_are_changed_many_at_once(
+    cli: Any, train: Any, online: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directories = [train(f"edit-{n}", project="edited") for n in range(2)]
     assert cli("sync", *directories)[0] == 0
     ids = cli("ls", "--ids", "project:edited")[1].split()
@@ -20,7 +23,11 @@ def test_runs_are_changed_many_at_once(cli: Any, train: Any, online: str) -> Non
     assert cli("tag", *ids, "--add", "a", "--add", "b")[1] == "2 runs tagged\n"
     assert cli("tag", ids[0], "--remove", "a")[0] == 0
     assert shown("tags") == [["b"], ["a", "b"]]
-    assert cli("note", ids[0], "first try")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("first try"))
+    assert cli("note", ids[0], "-")[1] == "1 run changed: notes = 'first try'\n"
+    assert cli("group", *ids, "--name", "sweep")[0] == 0
+    assert cli("group", ids[1], "--name", "")[0] == 0
+    assert shown("group") == ["sweep", None]
     assert cli("group", *ids, "--name", "sweep")[0] == 0
     assert cli("rename", "edited/edit-1", "renamed")[0] == 0
     assert (shown("notes"), shown("group")) == (["first try", None], ["sweep"] * 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from endlex.importers.run_directory import RunWriter, Source
+from endlex.importers.run_directory import RunWriter
 
 needs_wandb, needs_tensorboard = (
     pytest.mark.skipif(find_spec(name) is None, reason="needs the extra endlex[import]")
@@ -60,10 +60,10 @@ def test_several_files_of_one_run_are_sessions_of_it(
     """Three offline folders of a run that was resumed twice: 20 steps in each."""
 
     def import_part(file: Path, root: Path, project: str | None) -> RunWriter:
-        source = Source("wandb", "p/resumed01", "p", "r", 1.7e9 + int(file.stem), run="resumed001")
-        with RunWriter(root, source) as writer:
+        begun = 1.7e9 + int(file.stem)
+        with RunWriter(root, "wandb", "p/resumed01", "p", "r", begun, run="resumed001") as writer:
             for step in range(int(file.stem) * 20, int(file.stem) * 20 + 20):
-                writer.metrics(step, 1.7e9 + step, {"loss": 1.0})
+                writer.metrics((step, 1.7e9 + step), {"loss": 1.0})
         return writer
 
     monkeypatch.setattr("endlex.importers.wandb.import_wandb", import_part)

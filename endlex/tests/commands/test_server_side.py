@@ -90,7 +90,7 @@ def test_an_export_is_hidden_until_it_is_whole(
     directory = train()
     before, meanwhile = set(place.iterdir()), set[Path]()
     monkeypatch.setattr(
-        "endlex.commands.export.write_run", lambda *_: meanwhile.update(place.iterdir())
+        "endlex.commands.transfer.write_run", lambda *_: meanwhile.update(place.iterdir())
     )
     assert cli("export", directory, "-o", "run.csv")[0] == 0
     (hidden,) = meanwhile - before
@@ -256,6 +256,24 @@ def test_serve_lets_nobody_in_by_mistake(cli: Any, place: Path) -> None:
     status, _, err = cli("serve", "--public", "--port", 0, "--data", "data")
     assert status == 1
     assert "endlex token create" in err
+
+
+def test_serve_refuses_an_address_that_no_alert_can_reach(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = ("serve", "--public", "--port", 0, "--data", "data")  # no token: it never begins
+    for words in (
+        ("--alert", ""),
+        ("--alert", "ftp://x"),
+        ("--ntfy", "x"),
+        ("--alert-webhook", "x"),
+    ):
+        status, _, err = cli(*serve, *words)
+        assert (status, "endlex token create" in err) == (1, False), words
+    words = ("--ntfy", "", "--alert-webhook", "", "--ntfy", "https://ntfy.example/t")
+    assert "endlex token create" in cli(*serve, *words)[2]
+    monkeypatch.setenv("ENDLEX_ALERTS", "ftp://x")
+    assert "ftp://x" in cli(*serve)[2]
 
 
 def test_watch_prints_lines_on_a_pipe_until_the_end(cli: Any, train: Any, online: str) -> None:

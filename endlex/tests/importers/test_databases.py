@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from endlex.importers.neptune import find_neptune_runs, import_neptune
-from endlex.importers.trackio import find_trackio_files, import_trackio
+from endlex.importers import neptune, trackio
+from endlex.importers.trackio import import_trackio
 from endlex.protocol import EndlexError
 from endlex.reading import read_run, summarize
 
@@ -50,6 +50,8 @@ def test_each_run_of_a_trackio_database(tmp_path: Path) -> None:
                     "gone": {"_type": "trackio.video", "file_path": "../../secret"},
                     "h": {"_type": "trackio.histogram", "bins": [0, 1, 2], "values": [3, 4]},
                     "t": {"_type": "trackio.table", "_value": [{"q": "x", "a": 1}]},
+                    "no table": {"_type": "trackio.table", "_value": [1]},
+                    "no rows": {"_type": "trackio.table", "_value": ["x"]},
                 }
             ),
         ),
@@ -72,8 +74,9 @@ def test_each_run_of_a_trackio_database(tmp_path: Path) -> None:
     image = tmp_path / "media" / "toy" / "a" / "3" / "x.png"
     image.parent.mkdir(parents=True)
     image.write_bytes(b"\x89PNG")
-    (found,) = find_trackio_files(tmp_path)
-    first, second = import_trackio(found, tmp_path / "out")
+    ((_, import_found),) = trackio.find_runs(tmp_path, tmp_path / "out", None)
+    both: Any = import_found()
+    first, second = both
     run = summarize(first.directory)
     assert (run["project"], run["name"], run["group"], run["config"]) == (
         "toy",
@@ -88,7 +91,7 @@ def test_each_run_of_a_trackio_database(tmp_path: Path) -> None:
     assert [t["rows"] for t in tables] == [[[0, 1, 3], [1, 2, 4]], [["x", 1]]]
     (picture,) = of_type(first.directory, "media")
     assert (picture["name"], picture["caption"]) == ("img", "c")
-    assert first.skipped == {"damaged row": 1, "video": 1}
+    assert first.skipped == {"damaged row": 1, "video": 1, "table": 2}
     assert summarize(second.directory)["summary"] == {"loss": 3.0}
     with pytest.raises(EndlexError, match="no database of trackio"):
         import_trackio(image, tmp_path / "out")
@@ -152,8 +155,8 @@ def test_the_parts_of_a_neptune_run(tmp_path: Path) -> None:
     picture = tmp_path / "exports" / "files" / "toy" / "pic.png"
     picture.parent.mkdir(parents=True)
     picture.write_bytes(b"\x89PNG")
-    (paths,) = find_neptune_runs(tmp_path / "exports")
-    imported = import_neptune(paths, tmp_path / "out")
+    ((_, import_found),) = neptune.find_runs(tmp_path / "exports", tmp_path / "out", None)
+    imported: Any = import_found()
     run = summarize(imported.directory)
     assert (run["project"], run["name"], run["tags"]) == (
         "me/toy",

@@ -11,12 +11,7 @@ import pytest
 
 pytest.importorskip("tensorboard", reason="the importers need the extra endlex[import]")
 
-from endlex.importers.tensorboard import (
-    find_event_directories,
-    import_tensorboard,
-    iter_events,
-    run_name,
-)
+from endlex.importers.tensorboard import find_runs, import_tensorboard, iter_events
 from endlex.protocol import EndlexError
 from endlex.reading import session_files, session_status
 
@@ -48,21 +43,24 @@ def test_scalars_of_both_kinds_and_texts(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_become_the_configuration(tmp_path: Path) -> None:
-    imported = import_tensorboard(FIXTURE / "torch" / "hp", tmp_path)
+    imported = import_tensorboard(FIXTURE / "torch" / "hp", tmp_path, "p", "hp")
     assert records(imported.directory, "session")[0]["config"] == {"lr": 0.1, "opt": "adam"}
     assert records(imported.directory, "metrics")[0]["values"] == {"hp/metric": 1.0}
 
 
 def test_tensors_of_the_second_version(tmp_path: Path) -> None:
-    imported = import_tensorboard(FIXTURE / "tensors", tmp_path, "p")
+    imported = import_tensorboard(FIXTURE / "tensors", tmp_path, "p", "tensors")
     values = [row["values"] for row in records(imported.directory, "metrics")]
     assert values == [{"x": step / 2} for step in range(5)]
 
 
-def test_each_directory_is_a_run_named_by_its_path() -> None:
-    found = find_event_directories(FIXTURE)
-    assert [run_name(FIXTURE, d) for d in found] == ["tensors", "torch", "torch/hp"]
-    assert run_name(FIXTURE / "torch", FIXTURE / "torch") == "torch"
+def test_each_directory_is_a_run_named_by_its_path(tmp_path: Path) -> None:
+    def names(top: Path) -> list[str]:
+        runs: list[Any] = [import_one() for _, import_one in find_runs(top, tmp_path, None)]
+        return [run.name for run in runs]
+
+    assert names(FIXTURE) == ["tensors", "torch", "torch/hp"]
+    assert names(FIXTURE / "torch") == ["torch", "hp"]
 
 
 def test_a_torn_file_is_read_to_where_it_is_whole(tmp_path: Path) -> None:
@@ -87,28 +85,47 @@ def test_what_is_whole_around_a_damaged_record_is_kept(tmp_path: Path, inside: i
     found = list(iter_events(damaged, skipped.append))
     assert found == whole[:2] + whole[3:]
     assert skipped == ["damaged record"]
-    assert import_tensorboard(tmp_path, tmp_path / "out").skipped["damaged record"] == 1
+    assert import_tensorboard(tmp_path, tmp_path / "out", "p", "n").skipped["damaged record"] == 1
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "events.out.tfevents.other").write_bytes(b"PK\3\4" * 50)
     with pytest.raises(EndlexError, match="not an event file"):
-        import_tensorboard(tmp_path, tmp_path / "out")
+        import_tensorboard(tmp_path, tmp_path / "out", "p", "n")
 
 
-def test_images_are_files(tmp_path: Path) -> None:
+def write_event(directory: Path, value: Any) -> None:
+    """Write an event file with one value."""
     summary = pytest.importorskip("tensorboard.compat.proto.summary_pb2")
     event = pytest.importorskip("tensorboard.compat.proto.event_pb2")
     checksum = pytest.importorskip("tensorboard.compat.tensorflow_stub.pywrap_tensorflow")
-    value = summary.Summary.Value(tag="sample")
-    value.image.encoded_image_string = b"\x89PNG"
     body = event.Event(step=3, wall_time=2.0, summary=summary.Summary(value=[value]))
     content = body.SerializeToString()
     head = len(content).to_bytes(8, "little")
     record = [head, checksum.masked_crc32c(head).to_bytes(4, "little"), content]
     record.append(checksum.masked_crc32c(content).to_bytes(4, "little"))
-    (tmp_path / "events.out.tfevents.1").write_bytes(b"".join(record))
-    imported = import_tensorboard(tmp_path, tmp_path / "out")
+    (directory / "events.out.tfevents.1").write_bytes(b"".join(record))
+
+
+def test_hyperparameters_have_an_order_so_that_a_second_import_is_the_same(tmp_path: Path) -> None:
+    summary = pytest.importorskip("tensorboard.compat.proto.summary_pb2")
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    data, value = plugin.HParamsPluginData(), summary.Summary.Value(tag="hparams")
+    for key in "hcagebfd":
+        data.session_start_info.hparams[key].number_value = 1.0
+    value.metadata.plugin_data.plugin_name = "hparams"
+    value.metadata.plugin_data.content = data.SerializeToString()
+    write_event(tmp_path, value)
+    imported = import_tensorboard(tmp_path, tmp_path / "out", "p", "n")
+    assert "".join(records(imported.directory, "session")[0]["config"]) == "abcdefgh"
+
+
+def test_images_are_files(tmp_path: Path) -> None:
+    summary = pytest.importorskip("tensorboard.compat.proto.summary_pb2")
+    value = summary.Summary.Value(tag="sample")
+    value.image.encoded_image_string = b"\x89PNG"
+    write_event(tmp_path, value)
+    imported = import_tensorboard(tmp_path, tmp_path / "out", "p", "n")
     (media,) = records(imported.directory, "media")
     assert (media["name"], media["step"], media["mime"]) == ("sample", 3, "image/png")
     assert len(list((imported.directory / "media").iterdir())) == 1
@@ -116,4 +133,4 @@ def test_images_are_files(tmp_path: Path) -> None:
 
 def test_an_empty_directory_is_said(tmp_path: Path) -> None:
     with pytest.raises(EndlexError, match="no event files"):
-        find_event_directories(tmp_path)
+        find_runs(tmp_path, tmp_path, None)

@@ -14,7 +14,7 @@ pytest.importorskip("wandb", reason="the importers need the extra endlex[import]
 
 from wandb.proto import wandb_internal_pb2
 
-from endlex.importers.wandb import FRAGMENT, FULL, find_wandb_files, import_wandb, iter_records
+from endlex.importers.wandb import FRAGMENT, FULL, find_runs, import_wandb, iter_records
 from endlex.protocol import EndlexError, decode_number
 from endlex.reading import session_files, session_status
 
@@ -194,9 +194,9 @@ def _resealed(content: bytes) -> bytes:
 
 def test_nothing_to_import_is_said(tmp_path: Path) -> None:
     with pytest.raises(EndlexError, match=r"no \.wandb file"):
-        find_wandb_files(tmp_path)
+        find_runs(tmp_path, tmp_path, None)
     other = tmp_path / "other.wandb"
     other.write_bytes(b"PK\3\4")
     with pytest.raises(EndlexError, match=r"not a \.wandb file"):
         import_wandb(other, tmp_path)
-    assert find_wandb_files(FIXTURE) == [FILE]
+    assert [place for place, _ in find_runs(FIXTURE, tmp_path, None)] == [FILE]

@@ -6,11 +6,12 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from endlex.server.web import pages
+from endlex.server.web import export_shell, pages
 
 HOSTILE = "</script><script>alert(1)</script><!--"
 RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name": HOSTILE}]}
@@ -51,7 +52,7 @@ def test_nothing_given_ends_an_element_or_asks_for_anything() -> None:
 
 
 def test_every_module_comes_once_after_what_it_imports() -> None:
-    script = pages.bundle(pages.ENTRY)
+    script = export_shell.bundle(export_shell.ENTRY)
     modules = re.findall(r"^const module_(\w+) = ", script, re.MULTILINE)
     assert len(modules) == len(set(modules)) > 15
     assert modules[-1] == "export_page"
@@ -62,22 +63,35 @@ def test_every_module_comes_once_after_what_it_imports() -> None:
     assert not re.search(r"^(?:import|export) ", script, re.MULTILINE)
 
 
-def test_the_bundle_is_a_script(tmp_path: Any) -> None:
+def test_the_bundle_is_a_script(tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node on PATH; the browser tests run the bundle")
     file = tmp_path / "bundle.mjs"
-    file.write_text(pages.bundle(pages.ENTRY))
+    file.write_text(export_shell.bundle(export_shell.ENTRY))
     checked = subprocess.run([node, "--check", str(file)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
 
 
 def test_modules_that_import_each_other_are_an_error(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "js").mkdir()
     for one, other in (("a", "b"), ("b", "a")):
         (tmp_path / f"js/{one}.js").write_text(f'import {{ x }} from "./{other}.js";\n')
-    monkeypatch.setattr(pages, "STATIC", tmp_path)
+    monkeypatch.setattr(export_shell, "STATIC", tmp_path)
     with pytest.raises(AssertionError, match=r"a\.js -> b\.js -> a\.js"):
-        pages.bundle("a.js")
+        export_shell.bundle("a.js")
+
+
+def test_an_edited_source_is_in_the_next_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout keeps no built page that could grow old; a wheel's is in ../test_packaging.py."""
+    assert not pages.BUILT_SHELL.exists()
+    static = shutil.copytree(pages.STATIC, tmp_path / "static")
+    monkeypatch.setattr(export_shell, "STATIC", static)
+    page("before")
+    for name in ("js/dom.js", "run.css"):
+        (static / name).write_text((static / name).read_text() + f"\n/* $edited {name} */\n")
+    assert {"/* $edited js/dom.js */", "/* $edited run.css */"} <= {*page("after").splitlines()}

@@ -29,7 +29,7 @@ from archerchat.inference.loading import LoadedModel, ModelOptions
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
 from archerchat.inference.sequence import Event, Request
 from archerchat.inference.tools import PartType
-from archerchat.tasks.layouts import write_lines
+from archerchat.tasks.conversation import write_lines
 
 HELP = """\
 /clear            start a new conversation

@@ -29,8 +29,8 @@ from archerchat.downloads import Report
 from archerchat.errors import DataError, UsageError
 from archerchat.files import explained_writes, remove_leftovers, write_bytes
 from archerchat.home import Home
+from archerchat.tasks.conversation import write_lines
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
-from archerchat.tasks.layouts import write_lines
 
 STDLIB = "stdlib"
 DEFAULT_SHARDS = 8

@@ -31,8 +31,9 @@ from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text_batches
 from archerchat.evals.core.bundle import find_bundle, load_bundle
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
-from archerchat.evals.core.results import (
+from archerchat.evals.core.evaluate import (
+    CoreEvaluation,
+    CoreOptions,
     CoreResult,
     CoreTaskResult,
     PartialResults,
@@ -188,7 +189,6 @@ def _run_core(
 def _measure_texts(
     config: EvalBaseConfig, home: Home, splits: list[str], loaded: LoadedModel, console: Console
 ) -> dict[str, float]:
-    """Measure bits per byte on the splits and the text file; print one table."""
     model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.meta.get("config") or {}
     rows, length = config.device_batch_size, model.config.sequence_length
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")

@@ -34,8 +34,8 @@ from archerchat.inference.loading import ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import write_lines
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.layouts import write_lines
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
 
 SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=50)
@@ -161,16 +161,10 @@ def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
 
 
 def _keep(answers: list[dict[str, Any]], task: Task, answer: Answer) -> None:
-    values = {
-        "task": task.name,
-        "problem": answer.problem,
-        "sample": answer.sample,
-        "right": answer.right,
-        "lenient": answer.lenient,
-        "finish_reason": answer.completion.finish_reason,
-        "text": answer.text,
-    }
-    answers.append(values)
+    names = ("problem", "sample", "right", "lenient")
+    judged = {"task": task.name, **{name: getattr(answer, name) for name in names}}
+    reason = answer.completion.finish_reason
+    answers.append({**judged, "finish_reason": reason, "text": answer.text})
 
 
 def _sentence(result: ChatTaskResult) -> str:

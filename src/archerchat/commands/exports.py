@@ -21,11 +21,11 @@ from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.flops import count_parameters
 from archerchat.report.document import build_environment
-from archerchat.report.results import SCORES, latest, load_results
+from archerchat.report.runs import SCORES, latest, load_results
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.collected import JsonlTask
+from archerchat.tasks.conversation import Layout, render_layout, write_lines
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.layouts import Layout, render_layout, write_lines
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
 

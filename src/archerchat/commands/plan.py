@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,14 +28,14 @@ def plan(config: PlanConfig, home: Home) -> None:
     if config.data is not None:
         shards, _ = split_shards(list_shards(data_directory(config.data, home)))
         tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        config = replace(config, vocab_size=tokenizer.vocab_size)
         text = measure_text(shards, tokenizer, config.dial.max_seq_len + 1)
         packing = "best-fit" if config.data in SOURCES else text.packing
     content = build_plan(config, home.cache_dir)
     if config.json:
         if text is not None:
             passes = text.passes(content["hyperparameters"]["total_tokens"], packing)
-            content["text"] = dataclasses.asdict(text) | {"packing": packing, "passes": passes}
+            content["text"] = asdict(text) | {"packing": packing, "passes": passes}
         print(json.dumps(content, allow_nan=False))
         return
     # A plan for another machine does not use the text that is on this one, unless --data names it.
@@ -45,7 +45,7 @@ def plan(config: PlanConfig, home: Home) -> None:
     environment.filters["days"] = lambda hours: (
         duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"
     )
-    tables = environment.get_template("plan.txt").render(
+    printed = environment.get_template("plan.txt").render(
         content,
         config=config,
         text=text,
@@ -53,9 +53,12 @@ def plan(config: PlanConfig, home: Home) -> None:
         own=own,
         free=RESERVED_SHARE,
         cpu_tokens=CPU_TOKENS,
+        from_own=f" --data {quote(own)}" if own else "",
+        pretrain_flags=" ".join(_pretrain_flags(config, content["memory"]["device_batch_size"])),
     )
+    *tables, commands = printed.strip().split("\n\n")
     console = Console(markup=False, emoji=False, highlight=False)
-    for part in tables.strip().split("\n\n"):
+    for part in tables:
         title, *rows = part.split("\n")
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
         table.add_column(style="cyan", min_width=20)
@@ -64,38 +67,24 @@ def plan(config: PlanConfig, home: Home) -> None:
         for row in rows:
             table.add_row(*(cell.rstrip() for cell in row.split(" | ")))
         console.print(table)
-    console.print("Commands", style="bold")
-    for line in _commands(config, content, own):
-        console.print(line, soft_wrap=True)
+    title, _, lines = commands.partition("\n")
+    console.print(title, style="bold")
+    console.print(lines, soft_wrap=True)
 
 
-def _commands(config: PlanConfig, content: dict[str, Any], own: str) -> list[str]:
-    """Return the commands for this run, from text to a chat model; `own` names text to use."""
-    dial, size = config.dial, content["memory"]["device_batch_size"]
-    data = f" --data {quote(own)}" if own else ""
-    tag, given = f"--model-tag d{dial.depth}", []
+def _pretrain_flags(config: PlanConfig, size: int | None) -> Iterator[str]:
+    """Yield the flags that differ from the defaults."""
     if config.tokenizer != "default":
-        given.append(f"--tokenizer {quote(config.tokenizer)}")
-    for field in dataclasses.fields(dial):
-        flag, value = field.name.replace("_", "-"), getattr(dial, field.name)
+        yield f"--tokenizer {quote(config.tokenizer)}"
+    for field in fields(config.dial):
+        flag, value = field.name.replace("_", "-"), getattr(config.dial, field.name)
         if value is False:
-            given.append(f"--no-{flag}")
+            yield f"--no-{flag}"
         elif field.name == "depth" or value != field.default:
-            given.append(f"--{flag} {value}")
+            yield f"--{flag} {value}"
     if config.activation_checkpointing:
-        given.append("--activation-checkpointing")
+        yield "--activation-checkpointing"
     if config.optimizer_state != "float32":
-        given.append(f"--optimizer-state {config.optimizer_state}")
+        yield f"--optimizer-state {config.optimizer_state}"
     if size is not None:
-        given.append(f"--device-batch-size {size}")
-    commands = [
-        f"pretrain{data} {' '.join(given)}",
-        f"eval base {tag}",
-        f"sft {tag}",
-        f"eval chat {tag}",
-    ]
-    if config.data is None:  # with --data both are here
-        commands.insert(0, f"tokenizer train{data} --vocab-size {config.vocab_size}")
-    if not own:
-        commands.insert(0, f"data download --num-shards {content['data']['train_shards']}")
-    return [f"archerchat {command}" for command in commands]
+        yield f"--device-batch-size {size}"

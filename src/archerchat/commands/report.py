@@ -18,7 +18,8 @@ from archerchat.report.comparison import (
     read_course,
 )
 from archerchat.report.document import CHARTS, HTML, MARKDOWN
-from archerchat.report.report import build_training_report, gather
+from archerchat.report.report import build_training_report
+from archerchat.report.runs import gather
 from archerchat.report.scaling import Parameters, build_scaling_report, fit_runs, gather_sizes
 
 
@@ -57,11 +58,13 @@ def target_directory(out: Path | None, home: Home, name: str) -> Path:
     """Return `out`, or the home's directory for a report of this name.
 
     Raises:
-        UsageError: `out` holds anything but a report.
+        UsageError: `out` has no name, or holds anything but a report.
     """
     if out is None:
         return home.root / "reports" / check_name(name, "report name")
     out = out.expanduser()
+    if out.name in ("", ".."):
+        raise UsageError(f"--out {out} cannot be replaced from here: name a directory")
     if out.exists():
         content = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
         if content and not (HTML in content and content <= {HTML, MARKDOWN, CHARTS}):

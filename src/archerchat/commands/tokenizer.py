@@ -154,34 +154,24 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
             vocabularies[published.title] = found
     sizes = {title: int((each.token_bytes > 0).sum()) for title, each in vocabularies.items()}
     encoders = {title: each.encode for title, each in vocabularies.items()}
-    texts = _shard_texts(config, tokenizer, home)
-    texts |= {name: [text] for name, text in load_samples().items()}
-    rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
+    documents = _shard_texts(config, tokenizer, home)
+    documents |= {name: [text] for name, text in load_samples().items()}
+    rows = [measure_compression(name, text, encoders) for name, text in documents.items()]
     columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
     title = "Bytes per token (in brackets: ours divided by theirs)"
     table = build_table("text", "bytes", *columns, title=title)
+    texts: dict[str, Any] = {}
     for row in rows:
-        cells = [f"{row.bytes_per_token(OURS):.2f}"]
-        for title in list(sizes)[1:]:
-            cells.append(f"{row.bytes_per_token(title):.2f} ({row.ratio(OURS, title):.2f}x)")
-        table.add_row(row.text, f"{row.num_bytes:,}", *cells)
+        rates = {title: row.bytes_per_token(title) for title in sizes}
+        ratios = {title: row.ratio(OURS, title) for title in sizes if title != OURS}
+        cells = (f"{rates[title]:.2f} ({ratio:.2f}x)" for title, ratio in ratios.items())
+        table.add_row(row.text, f"{row.num_bytes:,}", f"{rates[OURS]:.2f}", *cells)
+        counts = {"bytes": row.num_bytes, "tokens": row.tokens}
+        texts[row.text] = counts | {"bytes_per_token": rates, "ratio": ratios}
     build_console().print(table)
     if config.json is not None:
-        figures = {
-            "tokenizer": config.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocabulary_sizes": sizes,
-            "texts": {
-                row.text: {
-                    "bytes": row.num_bytes,
-                    "tokens": dict(row.tokens),
-                    "bytes_per_token": {title: row.bytes_per_token(title) for title in sizes},
-                    "ratio": {title: row.ratio(OURS, title) for title in sizes if title != OURS},
-                }
-                for row in rows
-            },
-        }
-        write_json(config.json, figures)
+        about = {"tokenizer": config.name, "fingerprint": tokenizer.fingerprint}
+        write_json(config.json, about | {"vocabulary_sizes": sizes, "texts": texts})
 
 
 def _find_published(

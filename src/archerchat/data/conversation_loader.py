@@ -5,8 +5,7 @@ Conversations longer than a row are truncated, after a complete answer if one fi
 without a token to learn are dropped, so every row has one.
 
 While it is packed, a conversation is one int32 array: a token to learn is its id, any other is
-`~id`. Rank r of W takes conversations r, r + W, ... The last row of a pass is padded, and the next
-pass begins.
+`~id`. Rank r of W takes conversations r, r + W, ... The last row of a pass is padded.
 
     loader = ConversationLoader(mixture, tokenizer, batch_size=8, sequence_length=256)
     batch = next(loader)  # batch.inputs, batch.targets: (B, T)
@@ -46,7 +45,7 @@ class Counts:
     cut: int = 0
     """Conversations that were truncated to a row."""
     dropped: int = 0
-    """Conversations without a token to learn, or without one in the part that fits a row."""
+    """Conversations without a token to learn in the part that fits a row."""
     targets: int = 0
     """Positions in all rows, T per row."""
     padding: int = 0
@@ -59,12 +58,12 @@ class Counts:
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions that are padding; NaN before the first batch."""
+        """Share of the positions, NaN before the first batch."""
         return self.padding / self.targets if self.targets else math.nan
 
     @property
     def trained_share(self) -> float:
-        """Share of the positions that are learned from; NaN before the first batch."""
+        """Share of the positions, NaN before the first batch."""
         return self.trained / self.targets if self.targets else math.nan
 
 
@@ -75,17 +74,14 @@ class Used:
     counts: Counts
     consumed: int
     """Conversations that are in returned rows, or were dropped."""
-    share: int
-    """Conversations per pass."""
     progress: float
-    """Share of a pass's conversations that the slowest loader has used; 1 or more after a pass."""
+    """Passes over the mixture that the slowest loader has used."""
 
     @classmethod
     def of(cls, parts: Sequence[Used]) -> Used:
         return cls(
             sum((part.counts for part in parts), Counts()),
             sum(part.consumed for part in parts),
-            sum(part.share for part in parts),
             min(part.progress for part in parts),
         )
 
@@ -104,9 +100,7 @@ def render_whole(
 def fit_conversation(
     ids: Sequence[int], mask: Sequence[int], row_length: int, end_id: int
 ) -> tuple[Document | None, bool]:
-    """Truncate a rendered conversation to a row, and encode it for the packer.
-
-    A longer conversation is cut after the last `end_id`, `<|assistant_end|>`, that fits.
+    """Cut a rendered conversation after the last `end_id` that fits a row; encode it for packing.
 
     Returns:
         The document, None if no token to learn is left; and whether it was truncated.
@@ -164,7 +158,7 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
             "batch_size": batch_size,
             "sequence_length": sequence_length,
             "buffer_size": buffer_size,
-            "mixture": describe_mixture(mixture),
+            "mixture": mixture.describe(),
             "tokenizer": tokenizer.fingerprint,
             "rank": rank,
             "world_size": world_size,
@@ -176,9 +170,9 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
     @property
     def used(self) -> Used:
         """How this rank's conversations were used up to the last returned batch."""
-        counts, share = self._state.progress.counts, len(self._indices)
+        counts = self._state.progress.counts
         consumed = counts.read - len(self._state.documents)
-        return Used(counts, consumed, share, consumed / share)
+        return Used(counts, consumed, consumed / len(self._indices))
 
     def _parse(self, state: Mapping[str, Any]) -> _Progress:
         return _Progress(Counts(**state["counts"]))
@@ -208,7 +202,7 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
 
     def _iter_pass(self) -> Iterator[Row]:
         """Yield the rows of this pass from where it is."""
-        share, empty = len(self._indices), True
+        share, dropped = len(self._indices), self._counts.dropped
         passes, rest = divmod(self._counts.read, share)
         draining = rest == 0 and len(self._packer) > 0  # the pass is read, but not yet packed
         end = (passes if draining else passes + 1) * share
@@ -218,13 +212,11 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
             # Fill now, so that conversations to be dropped at the end of the pass are read with its
             # last row, and the pass is then known to be over.
             self._fill(end)
+            if row is None and not len(self._packer):
+                row = self._packer.finish()
             if row is not None:
-                empty = False
                 yield row
-        if (row := self._packer.finish()) is not None:
-            empty = False
-            yield row
-        if empty and rest == 0:
+        if self._counts.dropped - dropped == share:
             raise DataError(
                 f"none of {share} conversations has a word of the assistant to learn within "
                 f"{self._packer.row_length - 1} tokens: give others, or a longer row"
@@ -242,9 +234,3 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
             else:
                 self._counts += Counts(read=1, cut=int(cut))
                 self._packer.add(document)
-
-
-def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
-    """Identify a mixture's conversations, with each task under its number."""
-    described = mixture.describe()
-    return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}

@@ -71,8 +71,8 @@ def build_corpus(
 ) -> bool:
     """Write the documents of `groups`, shuffled, as the shards of `directory`, atomically.
 
-    Returns False, without reading `groups`, if `directory` already has this recipe and these
-    options. Documents without a visible character are left out.
+    Returns False, and reads nothing, if `directory` already has this recipe and these options.
+    Documents without a visible character are left out.
 
     Args:
         recipe: a JSON value that changes whenever `groups` or `held_out` would.
@@ -103,9 +103,9 @@ def build_corpus(
         )
     with explained_writes(directory), new_directory(directory) as temporary:
         shards = _write_corpus(groups, held_out, temporary, options, input_bytes)
+        manifest = {"format": FORMAT, "recipe": recipe, "options": asdict(options)}
         sizes = {shard.name: shard.stat().st_size for shard in shards}
-        made_from = {"recipe": recipe, "options": asdict(options)}
-        write_json(temporary / MANIFEST, {"format": FORMAT, **made_from, "shards": sizes})
+        write_json(temporary / MANIFEST, manifest | {"shards": sizes})
     return True
 
 
@@ -136,13 +136,13 @@ def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
 def _list_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe the source files that differ, by name, then the other settings."""
     before, after = _facts_by_file(saved), _facts_by_file(now)
-    changes = {
-        "added": after.keys() - before.keys(),
-        "removed": before.keys() - after.keys(),
-        "changed": {name for name in before.keys() & after.keys() if before[name] != after[name]},
-    }
+    changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
     lines = []
-    for change, names in changes.items():
+    for change, names in (
+        ("added", after.keys() - before.keys()),
+        ("removed", before.keys() - after.keys()),
+        ("changed", changed),
+    ):
         if names:
             named = [*sorted(names)[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])]
             lines.append(f"source files {change} ({len(names):,}): {', '.join(named)}")
@@ -176,15 +176,8 @@ def _write_corpus(
             yield from texts
 
     def write(documents: Iterable[str], count: int, per_shard: int, first: int) -> list[Path]:
-        return write_shards(
-            documents,
-            directory,
-            documents_per_row_group=(
-                options.documents_per_row_group or min(256, max(1, count // 8))
-            ),
-            documents_per_shard=per_shard,
-            first_index=first,
-        )
+        per_group = options.documents_per_row_group or min(256, max(1, count // 8))
+        return write_shards(documents, directory, per_group, per_shard, first)
 
     with TemporaryDirectory(prefix=".spill-", dir=directory) as scratch:
         num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
@@ -212,8 +205,7 @@ def _spill(
 ) -> tuple[list[int], int]:
     """Put each group into a random bucket.
 
-    Returns:
-        The sizes of the non-empty groups, and the number of those that are not from `held_out`.
+    Return the sizes of the non-empty groups, and the number of those that are not held out.
     """
     sizes, num_train = list[int](), 0
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.data.shards import TEXT_COLUMN, iter_documents
-from archerchat.errors import DataError, UsageError
+from archerchat.errors import DataError
 from archerchat.text_files import (
     JSON_KINDS,
     TABLE_KINDS,
@@ -45,11 +45,7 @@ class Reading:
     first_empty: str = ""
 
     def iter_texts(self, files: Sequence[Path]) -> Iterator[str]:
-        """Iterate over the documents of `files` in order, without null and blank ones.
-
-        Raises:
-            DataError: a file or a row is broken, unless `skip_bad`.
-        """
+        """Iterate over the documents of `files` in order, without null and blank ones."""
         for path in files:
             for where, text in self._iter_file(path):
                 if not text or text.isspace():
@@ -113,17 +109,10 @@ class Reading:
 
 
 def list_files(source: Path) -> Folder:
-    """Return the readable files below `source`, or `source` itself if it is a file.
-
-    Raises:
-        UsageError, DataError: there is no `source`, or no such file in it.
-    """
-    remedy = f"give a folder of {', '.join(KINDS)} files"
-    if not source.exists():
-        raise UsageError(f"{source} does not exist: {remedy}")
+    """Return the readable files below `source`, at least one, or `source` itself if it is one."""
     folder = list_folder(source, KINDS)
     if not folder.train:
-        raise DataError(f"nothing to read in {source}: {remedy}")
+        raise DataError(f"nothing to read in {source}: give a folder of {', '.join(KINDS)} files")
     return folder
 
 

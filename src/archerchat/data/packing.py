@@ -31,9 +31,9 @@ class Buffered(NamedTuple):
     """A document that waits for a row."""
 
     tokens: Document
-    """Its tokens, at most those that a row can take."""
+    """At most those that a row can take."""
     length: int
-    """Its number of tokens when it was added, by which best fit chooses."""
+    """Number of tokens before any were cut, by which best fit chooses."""
     start: int = 0
     """Number of its tokens that are in rows already; the rest follows another BOS."""
 
@@ -89,8 +89,7 @@ class BestFitPacker(_OpenRow):
     def add(self, document: Document, length: int | None = None) -> None:
         """Buffer a document of at least one token; a cropped one had `length`."""
         length = length or len(document)
-        fits = self._padding is None or length <= self.row_length
-        assert fits, "no row would ever take it"
+        assert self._padding is None or length <= self.row_length, "no row would ever take it"
         if len(document) > self.row_length:
             document = document[: self.row_length].copy()
         arrival = next(self._arrivals)
@@ -127,8 +126,7 @@ class BestFitPacker(_OpenRow):
         return len(self._sorted)
 
     def _pop(self, index: int) -> Buffered:
-        _, arrival = self._sorted.pop(index)
-        return self._by_arrival.pop(arrival)
+        return self._by_arrival.pop(self._sorted.pop(index)[1])
 
 
 class ConcatPacker(_OpenRow):
@@ -136,7 +134,7 @@ class ConcatPacker(_OpenRow):
 
     A document `BOS a b c` that meets two free tokens leaves `BOS a` at the end of this row and
     starts the next with `BOS b c`. Nothing is dropped, and every token after a document's BOS is a
-    target exactly once. It has the methods of `BestFitPacker`.
+    target exactly once.
     """
 
     def __init__(self, row_length: int) -> None:

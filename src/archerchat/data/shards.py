@@ -8,7 +8,6 @@ group of a shard.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,17 +28,13 @@ def data_directory(data: str, home: Home) -> Path:
     """Return the directory of `data`: a path, or the name of a source under the home.
 
     `./climbmix`, `~/climbmix`, `..` and `/x/climbmix` are paths; `climbmix` is always a name.
-
-    Raises:
-        UsageError: there is no such directory; the message lists the known names.
     """
-    if "/" in data or os.sep in data or data.startswith((".", "~")):
+    if "/" in data or data.startswith((".", "~")):
         with contextlib.suppress(RuntimeError):  # ~ and a user that does not exist
             if (path := Path(data).expanduser()).is_dir():
                 return path
         raise UsageError(f"{data} is not a directory: give one that holds shards, or a name")
-    directory = home.data_dir(data)
-    if directory.is_dir():
+    if (directory := home.data_dir(data)).is_dir():
         return directory
     names = ", ".join(source.name for source in list_sources(home))
     known = f"; there is {names}. Choose one of them, or " if names else ": "
@@ -62,11 +57,7 @@ def list_shards(directory: Path) -> list[Path]:
 
 
 def split_shards(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the train shards and the validation shard, which is the last one by name.
-
-    Raises:
-        DataError: there are fewer than two.
-    """
+    """Return the train shards and the last one by name, for validation; a DataError without two."""
     if len(shards) < 2:
         raise DataError(
             f"{shards[0].parent if shards else 'the list'} holds {len(shards)} shard; two are "
@@ -76,14 +67,11 @@ def split_shards(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return ordered[:-1], ordered[-1:]
 
 
-class Shard:
+class Shard(contextlib.AbstractContextManager["Shard"]):
     """Read one Parquet file, a row group at a time; a context manager that closes it.
 
-    Args:
-        column: the column of documents, of any of Arrow's types for text or UTF-8.
-
     Raises:
-        DataError: the file is missing, cut short, corrupt, or has no such column of text.
+        DataError: the file is missing, cut short, corrupt, or has no such column of text or UTF-8.
     """
 
     def __init__(self, path: Path, column: str = TEXT_COLUMN) -> None:
@@ -93,11 +81,9 @@ class Shard:
             self._metadata, schema = self._file.metadata, self._file.schema_arrow
         self.num_row_groups: int = self._metadata.num_row_groups
         self.num_documents: int = self._metadata.num_rows
-        try:
-            _check_column(path, column, schema)
-        except DataError:
+        if problem := _find_problem(schema, column):
             self.close()
-            raise
+            raise DataError(f"{path}{problem}")
 
     @property
     def documents_per_row_group(self) -> list[int]:
@@ -120,9 +106,6 @@ class Shard:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Shard:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -138,15 +121,16 @@ class Shard:
             ) from error
 
 
-def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
+def _find_problem(schema: pa.Schema, column: str) -> str | None:
     if column not in schema.names:
-        raise DataError(
-            f"{path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): name "
-            "the one that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
+        return (
+            f" has no column {column!r} (it has {', '.join(schema.names) or 'none'}): name the one "
+            "that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
         )
     kind = schema.field(column).type
     if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
-        raise DataError(f"{path}: column {column!r} holds {kind}: it must hold strings")
+        return f": column {column!r} holds {kind}: it must hold strings"
+    return None
 
 
 def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterator[str]:
@@ -160,17 +144,13 @@ def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterato
 def write_shards(
     documents: Iterable[str],
     directory: Path,
-    *,
     documents_per_row_group: int = 256,
     documents_per_shard: int = 8192,
     first_index: int = 0,
 ) -> list[Path]:
     """Write `documents` in order as `shard_00000.parquet` and so on, each atomically.
 
-    One shard's documents are in memory at a time.
-
-    Raises:
-        DataError: the disk is full or cannot be written.
+    One shard's documents are in memory at a time. A full disk is a DataError.
     """
     remaining = iter(documents)
     paths: list[Path] = []

@@ -31,21 +31,16 @@ _EXCLUDED = re.compile(
     r"(.*/)?((site-packages|dist-packages|tests?|idle_test|lib-dynload|__pycache__|__phello__"
     r"|config-[^/]*)/.*|_sysconfigdata[^/]*|(sitecustomize|usercustomize)\.py)"
 )
-_TOPICS = Path("pydoc_data", "topics.py")
+_TOPICS = "pydoc_data/topics"
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def stdlib_directory() -> Path:
-    """Return the directory of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def list_stdlib(root: Path) -> list[Path]:
-    """Return the corpus's source files below `root`, in order.
-
-    Raises:
-        DataError: this Python has only compiled files.
-    """
+    """Return the corpus's source files below `root`, in order; a DataError if there are none."""
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     files = [found[name] for name in sorted(found) if not _EXCLUDED.fullmatch(name)]
     if not files:
@@ -86,22 +81,14 @@ def _iter_texts(root: Path, files: Sequence[Path]) -> Iterator[list[str]]:
                 tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError):
             continue  # not text or not Python: nothing to learn from
-        if path.relative_to(root) == _TOPICS:
-            yield from ([text] for text in _list_topics(tree))
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name == _TOPICS:  # a dictionary of strings
+            tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+            yield from ([text] for table in tables for text in ast.literal_eval(table).values())
         elif "charmap_build(" not in source:  # the encodings' tables
-            yield [source, render_help(_module_name(path.relative_to(root)), tree)]
+            name = name.removesuffix("/__init__").replace("/", ".")
+            yield [source, render_help(name, tree)]
     yield from ([render_builtin(name)] for name in sorted(vars(builtins)))
-
-
-def _module_name(path: Path) -> str:
-    parts = path.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-def _list_topics(tree: ast.Module) -> list[str]:
-    """Read the strings out of `topics = {...}`."""
-    tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
-    return [text for table in tables for text in ast.literal_eval(table).values()]
 
 
 def render_help(name: str, tree: ast.Module) -> str:

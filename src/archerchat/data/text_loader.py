@@ -30,11 +30,9 @@ class Position:
     """Place of the last chunk of documents that entered the packer's buffer."""
 
     shard: int
-    """Index in the list of shards."""
     row_group: int
-    """Index in that shard."""
     epoch: int
-    """Number of the pass over the data, from 1."""
+    """From 1."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ class _Progress:
 class TextLoader(PrefetchingLoader[_Progress]):
     """Iterate over batches of packed tokens, epoch after epoch, without end.
 
-    Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a document of a
-    single BOS.
+    Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a single BOS.
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
@@ -75,8 +72,7 @@ class TextLoader(PrefetchingLoader[_Progress]):
             that the saved state does not name, such as those downloaded since, are ignored.
 
     Raises:
-        DataError: a shard is missing or broken (also raised by `next`), or no shard has a row
-            group for each rank.
+        DataError: a shard is broken (also from `next`), or none has a row group for each rank.
     """
 
     def __init__(
@@ -117,7 +113,6 @@ class TextLoader(PrefetchingLoader[_Progress]):
 
     @property
     def usage(self) -> Usage:
-        """How much of the text the batches so far have used."""
         return self._state.progress.usage
 
     def _parse(self, state: Mapping[str, Any]) -> _Progress:
@@ -141,12 +136,12 @@ class TextLoader(PrefetchingLoader[_Progress]):
         self._shards = [paths[name] for name, _ in settings["shards"]]
         self._sizes = [size for _, size in settings["shards"]]
         row_length = settings["sequence_length"] + 1
-        # The order decides what concat does, so no document has to wait for others.
-        self._packer: BestFitPacker | ConcatPacker = ConcatPacker(row_length)
-        self._chunk = 1
+        self._packer: BestFitPacker | ConcatPacker
         if settings["packing"] == "best-fit":
             self._packer = BestFitPacker(row_length, settings["buffer_size"])
             self._chunk = settings["tokenizer_batch"]
+        else:  # the order decides, so no document has to wait for others
+            self._packer, self._chunk = ConcatPacker(row_length), 1
         for document in state.documents:
             self._packer.add(document.rest(), document.length)
         self._progress, dropped_before = state.progress, state.progress.usage.dropped
@@ -171,9 +166,10 @@ class TextLoader(PrefetchingLoader[_Progress]):
         skip = self._progress.next_document
         for position, texts in self._iter_row_groups(self._progress.position):
             for start in range(skip, len(texts), self._chunk):
-                end = min(start + self._chunk, len(texts))
+                chunk = texts[start : start + self._chunk]
+                end = start + len(chunk)
                 self._progress = replace(self._progress, position=position, next_document=end)
-                yield texts[start:end]
+                yield chunk
             skip = 0
 
     def _iter_row_groups(self, first: Position) -> Iterator[tuple[Position, list[str]]]:
@@ -213,14 +209,13 @@ class TextLoader(PrefetchingLoader[_Progress]):
 
 def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
     """Return names and sizes, after checking that some shard has a row group for each rank."""
-    most = 0
+    most, directory = 0, shards[0].parent
     for path in shards:
         with Shard(path) as shard:
             most = max(most, shard.num_row_groups)
         if most >= world_size:
             break
     else:
-        directory = shards[0].parent
         if most == 0:
             raise DataError(f"no documents in {directory}: {MAKE_DATA}")
         raise DataError(

@@ -41,6 +41,8 @@ from archerchat.tokenizer.chat_format import render_for_completion
 
 ANSWER_TOKENS = 512
 """Maximum tokens per answer in ChatCORE."""
+LIMIT_SEED = 1337
+"""Seed for the shuffle before a limit: data sets are sorted by subject."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +54,13 @@ class ChatTaskResult(TaskResult):
     lenient: int | None = None
     """Number of samples that are right by the task's lenient rule; None for a task without one."""
     cut_prompts: int = 0
-    """Number of prompts that were truncated to the context."""
     cut_answers: int = 0
     """Number of answers that ended at the token limit or at the end of the context."""
     answer_tokens: int = 0
 
     @property
     def lenient_accuracy(self) -> float | None:
-        """The share of answers that are right by the lenient rule; None without one."""
-        total = self.examples * self.num_samples
-        return None if self.lenient is None else self.lenient / total
+        return None if self.lenient is None else self.lenient / (self.examples * self.num_samples)
 
     def to_json(self) -> dict[str, Any]:
         figures: dict[str, Any] = {
@@ -103,11 +102,10 @@ class Answer:
     text: str
     """The answer without calculator expressions and results, as it was judged."""
     right: bool
-    """Whether the answer is right by the reference's rule."""
+    """Whether it is right by the reference's rule."""
     lenient: bool
-    """Whether the answer is right by the reference's rule or by the task's lenient rule."""
+    """Whether it is right by the reference's rule or by the task's lenient rule."""
     prompt_cut: bool
-    """Whether the prompt was truncated to leave room for the answer."""
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -187,10 +185,6 @@ def answer_problems(
     return sorted(answers, key=lambda answer: (place[answer.problem], answer.sample))
 
 
-LIMIT_SEED = 1337
-"""Seed for the shuffle before a limit: data sets are sorted by subject."""
-
-
 def limited(task: Task, limit: int | None) -> Task:
     """Return `limit` examples drawn from the whole task, or the task itself for None."""
     return task if limit is None or limit >= len(task) else task.shuffled(LIMIT_SEED)[:limit]
@@ -213,7 +207,7 @@ def evaluate_task(
         on_answer: called with every answer that this rank generated.
 
     Raises:
-        DataError: the task is empty, or its files are broken.
+        DataError: the task is empty.
         UsageError: the task is for training only.
         SandboxError: the task runs programs and there is no sandbox on this machine.
     """
@@ -268,8 +262,7 @@ def choose_letters(
 ) -> list[str]:
     """Return the letter that the model prefers in answer to each question; the first of equals."""
     prompts = [render_for_completion(tokenizer, question) for question in questions]
-    chosen = [""] * len(prompts)
-    done = 0
+    chosen, done = [""] * len(prompts), 0
     for batch in iter_batches([len(prompt) for prompt in prompts]):
         logits = Prefill(model, [prompts[i] for i in batch]).last_logits.cpu()
         for row, index in zip(logits, batch, strict=True):
@@ -282,11 +275,7 @@ def choose_letters(
 
 
 def letter_token(tokenizer: Tokenizer, letter: str) -> int:
-    """Return the token of a letter.
-
-    Raises:
-        DataError: the letter takes several tokens.
-    """
+    """Return the token of a letter; a DataError if it takes several."""
     ids = tokenizer.encode(letter)
     if len(ids) != 1:
         raise DataError(

@@ -34,7 +34,6 @@ from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, prepare_process
 
 NAME = "archerchat"
-"""The model's name in the harness."""
 MAX_NEW_TOKENS = 256
 """Length of an answer, unless the task says another."""
 
@@ -42,14 +41,9 @@ MAX_NEW_TOKENS = 256
 def score_prompts(
     model: Transformer, prompts: Sequence[Prompt], batch_tokens: int | None = None
 ) -> list[tuple[float, bool]]:
-    """Return each prompt's log probability, and whether all its tokens are the likeliest.
-
-    Args:
-        batch_tokens: tokens per forward pass; by default as many as CORE takes.
-    """
+    """Return each prompt's log probability, and whether all its tokens are the likeliest."""
     trees = [build_tree(index, [prompt]) for index, prompt in enumerate(prompts)]
-    scores = [(0.0, True)] * len(prompts)
-    done = 0
+    scores, done = [(0.0, True)] * len(prompts), 0
     with LiveLine(build_console(stderr=True), "log likelihoods", len(prompts)) as line:
         for outcomes in iter_outcomes(model, trees, "language_modeling", batch_tokens):
             for outcome in outcomes:
@@ -86,7 +80,7 @@ class HarnessModel:
         loaded: LoadedModel | None = None,
         **ignored: Any,
     ) -> None:
-        super().__init__()
+        super().__init__()  # the harness's own class, if there is one
         if unknown := ignored.keys() - {"batch_size", "max_batch_size"}:
             raise UsageError(
                 f"--model_args has {min(unknown)!r}; known are tag, stage, step, dtype, home and "
@@ -156,11 +150,7 @@ class HarnessModel:
 
 
 def register() -> type:
-    """Make `--model archerchat` known to the harness and return its class.
-
-    Raises:
-        UsageError: the harness is not installed.
-    """
+    """Make `--model archerchat` known to the harness, if it is installed; return its class."""
     try:
         model = importlib.import_module("lm_eval.api.model")
         registry = importlib.import_module("lm_eval.api.registry")
@@ -175,7 +165,6 @@ def register() -> type:
 
 
 def main() -> None:
-    """Run the harness's own command."""
     try:
         register()
         importlib.import_module("lm_eval.__main__").cli_evaluate()

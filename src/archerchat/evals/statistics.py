@@ -28,8 +28,7 @@ def wilson_interval(right: float, trials: int, z: float = Z_95) -> Interval:
         right: the number of successes. It may be a sum of shares, if each of `trials` problems
             was answered several times; the interval is then too wide rather than too narrow.
     """
-    assert 0 <= right <= trials, f"{right} of {trials}"
-    assert trials > 0, "an interval needs at least one trial"
+    assert 0 <= right <= trials > 0, f"{right} of {trials}"
     share, weight = right / trials, z * z / trials
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))

@@ -57,8 +57,14 @@ Unit = tuple[str, AdamGroup | MuonGroup]
 """A parameter of AdamW, or a stack of Muon by its first member's name."""
 
 
-def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | MuonGroup]:
-    """Sort every parameter of a `Transformer` into its group, in the order of SPEC section 3."""
+def build_groups(
+    model: nn.Module, rates: LearningRates, decay: float = 1.0
+) -> list[AdamGroup | MuonGroup]:
+    """Sort every parameter of a `Transformer` into its group, in the order of SPEC section 3.
+
+    Args:
+        decay: factor on AdamW's weight decay.
+    """
     names = [name for name, _ in model.named_parameters()]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     matrices = [name for name in names if name.startswith("blocks.")]
@@ -68,10 +74,10 @@ def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | Muo
         return tuple(name for name in wanted if name in shapes)
 
     groups: list[AdamGroup | MuonGroup] = [
-        AdamGroup(("unembedding.weight",), rates.unembedding, (0.8, 0.96), 0.01),
-        AdamGroup(("token_embedding.weight",), rates.embedding, (0.8, 0.995), 0.001),
-        AdamGroup(values, rates.value_embedding, (0.8, 0.995), 0.01),
-        AdamGroup(present("residual_lambdas"), rates.residual_lambdas, (0.8, 0.95), 0.05),
+        AdamGroup(("unembedding.weight",), rates.unembedding, (0.8, 0.96), 0.01 * decay),
+        AdamGroup(("token_embedding.weight",), rates.embedding, (0.8, 0.995), 0.001 * decay),
+        AdamGroup(values, rates.value_embedding, (0.8, 0.995), 0.01 * decay),
+        AdamGroup(present("residual_lambdas"), rates.residual_lambdas, (0.8, 0.95), 0.05 * decay),
         AdamGroup(present("input_lambdas"), rates.input_lambdas, (0.96, 0.95), 0.0),
         AdamGroup(
             present("smear_gate.weight", "smear_lambda", "backout_lambda"),

@@ -17,9 +17,7 @@ import numpy as np
 from archerchat.errors import DataError
 from archerchat.home import Home
 from archerchat.report.charts import Lines, Series, draw
-from archerchat.report.report import gather
-from archerchat.report.results import latest
-from archerchat.report.runs import Run
+from archerchat.report.runs import Run, gather, latest
 
 FIRST_STEPS = 20
 FIRST_LOSS, LAST_LOSS = f"loss of the first {FIRST_STEPS} steps", "loss of the last tenth"

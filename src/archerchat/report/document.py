@@ -60,7 +60,7 @@ class Document:
         """SVG by its path relative to the Markdown file."""
         environment = build_environment(FOLDER)
         environment.finalize = lambda v: v if isinstance(v, Markup) else escaped(str(v))
-        environment.globals |= {"draw": self._draw, "passage": _passage, "table": _table}
+        environment.globals |= {"draw": self._draw, "passage": _passage}
         text = environment.get_template(template).render(version=__version__, **values)
         self.markdown = re.sub(r"\n{3,}(?=[^\n`])", "\n\n", text)
 
@@ -103,14 +103,6 @@ class Document:
             for name, text in {HTML: self.html, MARKDOWN: self.markdown, **self.charts}.items():
                 (new / name).write_text(text, encoding="utf-8")
         return directory / HTML, directory / MARKDOWN
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = True) -> Markup:
-    """Render a table; if all columns but the first hold figures, they are aligned right."""
-    rule = ["---", *["---:" if figures else "---"] * (len(columns) - 1)]
-    cells = [[escaped(cell) for cell in row] for row in (columns, *rows)]
-    lines = (f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
-    return Markup("\n".join(lines))
 
 
 def _passage(title: str, text: str, language: str = "text") -> Markup:

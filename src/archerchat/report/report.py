@@ -11,13 +11,11 @@ from typing import Any
 
 from archerchat.config import STAGES
 from archerchat.evals.statistics import centred
-from archerchat.home import Home
 from archerchat.model.flops import count_parameters
 from archerchat.planning.gpus import Prices, find_gpu
 from archerchat.report.charts import Bars, Lines, Series, compact
-from archerchat.report.document import ABSENT, FOLDER, Document
-from archerchat.report.results import SCORES, Result, latest, load_results
-from archerchat.report.runs import Run, load_family
+from archerchat.report.document import FOLDER, Document
+from archerchat.report.runs import SCORES, Result, Run, latest
 
 ROLLOUTS = {
     "rollout/reward": "mean reward",
@@ -29,17 +27,6 @@ TOKENS = {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"}
 """Metrics that share a chart, with their labels."""
 MAX_LABEL = 32
 """Most characters of a task's name next to its bar."""
-Table = tuple[list[str], list[list[str]]]
-"""Column heads, and rows."""
-
-
-def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
-    """Read the runs of a model, as `load_family` does, and the results of its stages."""
-    runs = load_family(home, tag)
-    places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
-    # After a partial pull an evaluation may exist without the journal of its run.
-    places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
-    return runs, [r for stage, tag in places for r in load_results(home, stage, tag)]
 
 
 def build_training_report(
@@ -53,7 +40,7 @@ def build_training_report(
         runs=runs,
         published=published,
         counts=count_parameters(runs[0].model) if runs[0].model else None,
-        tokens={run.tag: n for run in runs if (n := run.last("train/tokens"))},
+        tokens=sum(run.last("train/tokens") or 0 for run in runs),
         core=latest(results, "core", "base"),
         chat=latest(results, "chat"),
         evaluations=[result for result in evaluations if result and result.tasks],
@@ -67,12 +54,13 @@ def build_training_report(
     )
 
 
-def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]) -> Table:
-    """Return the results of each stage, beside the reference's at the same depth and GPT-2's."""
+def _compare(
+    runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Return the columns, which are stages and others' results, and by row its cells by column."""
     depth = runs[0].model.num_layers if runs[0].model else None
-    reference = published["reference"].get(str(depth), {})
-    order = [*STAGES, f"reference d{depth}", "GPT-2 XL"]
-    cells: dict[str, dict[str, str]] = defaultdict(dict)  # by row, then by column
+    reference = f"reference d{depth}"
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
     for run in runs:
         if (bits := run.last("val/bpb")) is not None:
             text = "text" if run.stage == "base" else "answers"
@@ -85,12 +73,12 @@ def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[
             if kind == "core" and result.is_whole:
                 cells[name]["GPT-2 XL"] = str(published["core"]["GPT-2 XL"])
     cells["tokens"] = {r.stage: compact(n) for r in runs if (n := r.last("train/tokens"))}
-    for name in reference.keys() & cells.keys():
-        cells[name][order[-2]] = str(reference[name])
+    for name, figure in published["reference"].get(str(depth), {}).items():
+        if name in cells:
+            cells[name][reference] = str(figure)
     found = {run.stage for run in runs}.union(*cells.values())
-    columns = [name for name in order if name in found]
-    rows = [[name, *(row.get(c, ABSENT) for c in columns)] for name, row in cells.items() if row]
-    return ["", *columns], rows
+    columns = [name for name in (*STAGES, reference, "GPT-2 XL") if name in found]
+    return columns, {name: row for name, row in cells.items() if row}
 
 
 def _score(result: Result) -> str:
@@ -103,29 +91,29 @@ def _spendings(
     runs: Sequence[Run], results: Sequence[Result], prices: Prices
 ) -> list[dict[str, Any]]:
     """Return the time of each run and each evaluation, and its cost in dollars, None if unknown."""
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(name: str, run: Run, **seconds: float) -> None:
         price, _ = prices.per_hour(find_gpu(run.device))
         hours = sum(seconds.values()) / 3600 * (run.setting("hardware", "world_size") or 1)
         cost = None if price is None else hours * price
-        rows.append({"name": name, "cost": cost, **seconds})
+        rows.append({"name": name, "seconds": seconds, "cost": cost})
 
     for run in runs:
-        training, evals = run.training_seconds, run.eval_seconds
+        training, evaluation = run.training_seconds, run.eval_seconds
         # A session's first record is written after its model is built.
-        other = max(0.0, run.wall_seconds - training - evals)
-        add(run.tag, run, training_seconds=training, eval_seconds=evals, other_seconds=other)
+        other = max(0.0, run.wall_seconds - training - evaluation)
+        add(run.tag, run, training=training, evaluation=evaluation, other=other)
     for result in results:
         own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
         seconds = sum(task.seconds for task in result.tasks)
         name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
-        add(name, (own or runs)[-1], training_seconds=0.0, eval_seconds=seconds, other_seconds=0.0)
+        add(name, (own or runs)[-1], training=0.0, evaluation=seconds, other=0.0)
     return rows
 
 
-def _environment(runs: Sequence[Run]) -> Table:
-    """Return each run's machine and software."""
+def _environment(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Return the facts about each run's machine and software: by name, one value per run."""
     columns = [
         {"host": run.host}
         | (run.setting("environment") or {})
@@ -135,65 +123,51 @@ def _environment(runs: Sequence[Run]) -> Table:
         | {"precision": run.setting("identity", "dtype")}
         for run in runs
     ]
-    rows = []
-    for name in dict.fromkeys(name for facts in columns for name in facts):
-        values = [facts.get(name) for facts in columns]
-        rows.append([name, *("not recorded" if v in (None, "") else str(v) for v in values)])
-    return ["", *(run.tag for run in runs)], rows
+    return {name: [each.get(name) for each in columns] for facts in columns for name in facts}
 
 
 def run_charts(run: Run) -> list[Lines]:
     """Return the charts of a run's metrics; those without a curve are left out."""
+
+    def curve(metric: str, label: str = "", **looks: Any) -> Series:
+        return Series(label, [*run.metrics.get(metric, {}).items()], **looks)
+
+    def curves(labels: Mapping[str, str]) -> list[Series]:
+        known = [name for name in labels if name in run.metrics]
+        return [curve(name, labels[name], color=i) for i, name in enumerate(known)]
+
+    losses = [curve("train/loss", kind="faint"), curve("train/smooth_loss", "training")]
+    if run.stage == "rl":
+        loss = Lines("Policy loss", "step", losses)  # it has no unit
+    else:
+        bits = [curve("val/bpb", "validation", color=1, on_right=True)]
+        losses += bits if "val/bpb" in run.metrics else []
+        positive = all(value > 0 for each in losses for _, value in each.points)
+        right = "bits per byte" if len(losses) > 2 else ""
+        loss = Lines("Loss", "step", losses, "nats per token", right, log_y=positive)
+    # The axis of MFU is on the right, if MFU is proportional to the speed.
+    speeds, shares = (run.metrics.get(f"train/{n}", {}) for n in ("tokens_per_second", "mfu"))
+    ratios = [
+        shares[step] / speed for step, speed in speeds.items() if step in shares and speed > 0
+    ]
+    scale = 100 * median(ratios) if ratios and max(ratios) <= 1.01 * min(ratios) else None
+    mfu, throughput = "MFU in %" if scale else "", curve("train/tokens_per_second")
     rate = "train/matrix_lr" if "train/matrix_lr" in run.metrics else "train/lr_multiplier"
     of_peak = "" if rate == "train/matrix_lr" else "share of the peak"
     low, high = (run.metrics.get(f"core/{end}", {}) for end in ("low", "high"))
-    core = _series(run, "core/score", band=[(x, low[x], high[x]) for x in low if x in high])
+    core = curve("core/score", band=[(x, low[x], high[x]) for x in low if x in high])
     passes = {n: n.replace("val/pass_at_", "pass@") for n in run.metrics if "/pass_at_" in n}
     charts = [
-        _loss_chart(run),
-        _throughput_chart(run),
-        Lines("Learning rate of the matrices", "step", [_series(run, rate)], of_peak),
+        loss,
+        Lines("Throughput", "step", [throughput], "tokens/s", mfu, scale, from_zero=True),
+        Lines("Learning rate of the matrices", "step", [curve(rate)], of_peak),
         Lines("CORE while training, 95% interval", "step", [core]),
-        Lines("Rollouts", "step", _group(run, ROLLOUTS), "share"),
-        Lines("Tokens of a step", "step", _group(run, TOKENS)),
-        Lines("Seconds of the rollouts", "step", [_series(run, "rollout/seconds")]),
-        Lines("Pass rate on the test", "step", _group(run, passes)),
+        Lines("Rollouts", "step", curves(ROLLOUTS), "share"),
+        Lines("Tokens of a step", "step", curves(TOKENS)),
+        Lines("Seconds of the rollouts", "step", [curve("rollout/seconds")]),
+        Lines("Pass rate on the test", "step", curves(passes)),
     ]
     return [chart for chart in charts if any(len(each.points) > 1 for each in chart.series)]
-
-
-def _group(run: Run, labels: Mapping[str, str]) -> list[Series]:
-    names = [name for name in labels if name in run.metrics]
-    return [_series(run, name, labels[name], color=i) for i, name in enumerate(names)]
-
-
-def _series(run: Run, metric: str, label: str = "", **looks: Any) -> Series:
-    return Series(label, [*run.metrics.get(metric, {}).items()], **looks)
-
-
-def _loss_chart(run: Run) -> Lines:
-    """Return the chart of training and validation loss; a policy's loss has no unit."""
-    curves = [
-        _series(run, "train/loss", kind="faint"),
-        _series(run, "train/smooth_loss", "training"),
-    ]
-    if run.stage == "rl":
-        return Lines("Policy loss", "step", curves)
-    if "val/bpb" in run.metrics:
-        curves.append(_series(run, "val/bpb", "validation", color=1, on_right=True))
-    positive = all(value > 0 for series in curves for _, value in series.points)
-    right = "bits per byte" if len(curves) > 2 else ""
-    return Lines("Loss", "step", curves, "nats per token", right, log_y=positive)
-
-
-def _throughput_chart(run: Run) -> Lines:
-    """Return the chart of tokens per second, with MFU on the right if it is proportional."""
-    rates, shares = (run.metrics.get(f"train/{n}", {}) for n in ("tokens_per_second", "mfu"))
-    ratios = [shares[step] / rate for step, rate in rates.items() if step in shares and rate > 0]
-    scale = 100 * median(ratios) if ratios and max(ratios) <= 1.01 * min(ratios) else None
-    curve = _series(run, "train/tokens_per_second")
-    label = "MFU in %" if scale else ""
-    return Lines("Throughput", "step", [curve], "tokens/s", label, scale, from_zero=True)
 
 
 def result_chart(result: Result) -> Bars:

@@ -1,26 +1,33 @@
-"""Read runs from their journals, merged across interruptions.
+"""Read what a model's runs logged, merged across interruptions, and what its evaluations found.
 
 A run that resumes from a checkpoint repeats the steps after it. `build_run` keeps the value that
 the last session logged for a step, and drops what earlier sessions logged for later steps, so the
 curves belong to the present weights.
+
+A result's file under `evals/<stage>/<tag>` begins with its kind: `core_000960.json`,
+`offline_000960_max8.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs, its
+`.partial.json` has the finished tasks; CORE's describes the evaluation under `key`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from archerchat.config import STAGES
 from archerchat.errors import UsageError
+from archerchat.evals.chat import ANSWER_TOKENS
+from archerchat.evals.core.evaluate import FULL_TASKS
+from archerchat.evals.statistics import TaskResult
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
-from archerchat.training.loop import OVERFIT_SHARE
+from archerchat.training.state import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
 STEP_METRIC = "train/loss"
@@ -84,18 +91,18 @@ class Run:
 
     @property
     def base(self) -> str | None:
-        """Name of the model that the run started from."""
-        return self._present_name(self.setting("identity", "base", "tag"))
+        """Present name of the model that the run started from."""
+        return self._renamed(self.setting("identity", "base", "tag"))
 
     @property
     def model_tag(self) -> str:
-        """Name of the model that the run trained."""
+        """Present name of the model that the run trained."""
         base = self.setting("identity", "base", "tag")
         given = self.setting("config", "output_tag" if base else "model_tag")
         depth = self.setting("model_config", "num_layers")
-        return str(self._present_name(given or base or (f"d{depth}" if depth else self.tag)))
+        return str(self._renamed(given or base or (f"d{depth}" if depth else self.tag)))
 
-    def _present_name(self, tag: str | None) -> str | None:
+    def _renamed(self, tag: str | None) -> str | None:
         for rename in self.renames:
             tag = rename["to"] if tag == rename["from"] else tag
         return tag
@@ -234,3 +241,102 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
         chosen += [run for run in known if run.stage == stage and run.model_tag in bases]
     loaded = [load_run(home, run.tag) for run in chosen]
     return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.start))
+
+
+Kind = Literal["core", "chat", "offline"]
+SCORES: dict[Kind, str] = {"core": "CORE", "chat": "ChatCORE", "offline": "offline tasks"}
+"""Names of the evaluations' scores. Offline tasks are generated, and are not CORE."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation of one checkpoint."""
+
+    kind: Kind
+    stage: str
+    tag: str
+    step: int
+    score: float | None
+    """CORE, ChatCORE or the offline tasks' mean centred accuracy; None if tasks are missing."""
+    tasks: list[TaskResult]
+    complete: bool
+    conditions: list[str]
+    """Differences from the published evaluation, such as "at most 8 per task"."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can be compared with published scores."""
+        return self.score is not None and not self.conditions
+
+
+def load_results(home: Home, stage: str, tag: str) -> list[Result]:
+    """Return the evaluations of a model at a stage, by step; of a step, the fullest is last.
+
+    Those without a score, because tasks are missing, come first. Damaged files are skipped.
+    """
+    results = []
+    for kind in SCORES:
+        for path in (home.root / "evals" / stage / tag).glob(f"{kind}_*.json"):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                results.append(_read(kind, stage, tag, json.loads(path.read_bytes())))
+
+    def fullness(result: Result) -> tuple[bool, int, int, int]:
+        examples = sum(task.examples for task in result.tasks)
+        return result.score is not None, result.step, examples, -len(result.conditions)
+
+    return sorted(results, key=fullness)
+
+
+def _read(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
+    """Read a file of `archerchat eval base` or `archerchat eval chat`."""
+    about, conditions = content.get("key", content), []
+    if kind == "chat":
+        complete, options = content["complete"], content["sampling"]
+        cap = max(filter(None, content["limits"].values()), default=None)
+        tasks = []
+        for name, task in content["tasks"].items():
+            examples, samples = task["problems"], task.get("num_samples", 1)
+            result = TaskResult(
+                label=name,
+                task_type=task["kind"],
+                examples=examples,
+                correct=round(task["accuracy"] * examples * samples),
+                random_baseline=task["random_baseline"],
+                seconds=task["seconds"],
+                num_samples=samples,
+            )
+            tasks.append(result)
+        if temperature := options["temperature"]:
+            conditions.append(f"{options['num_samples']} sample(s) at temperature {temperature:g}")
+        if (tokens := options["max_new_tokens"]) < ANSWER_TOKENS:
+            conditions.append(f"answers of at most {tokens:,} tokens")
+    else:
+        complete, options = about is content, about["options"]
+        cap = options["max_per_task"]
+        names = ("label", "task_type", "examples", "correct", "random_baseline", "seconds")
+        tasks = [TaskResult(**{name: task[name] for name in names}) for task in content["tasks"]]
+        if length := options["max_length"]:
+            conditions.append(f"prompts of at most {length:,} tokens")
+        if kind == "core" and complete and len(tasks) != FULL_TASKS:
+            conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
+    if cap:
+        conditions.insert(0, f"at most {cap:,} per task")
+    score = None
+    if complete:
+        score = content.get("chatcore") if kind == "chat" else content["core"]
+    return Result(kind, stage, tag, about["step"], score, tasks, complete, conditions)
+
+
+def latest(results: Sequence[Result], kind: Kind, *stages: str) -> Result | None:
+    """Return the last evaluation of a kind, preferably complete, at these stages or at any."""
+    chosen = [r for r in results if r.kind == kind and (not stages or r.stage in stages)]
+    return next(reversed([result for result in chosen if result.complete] or chosen), None)
+
+
+def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
+    """Read the runs of a model, as `load_family` does, and the results of its stages."""
+    runs = load_family(home, tag)
+    places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
+    # After a partial pull an evaluation may exist without the journal of its run.
+    places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
+    return runs, [r for stage, tag in places for r in load_results(home, stage, tag)]

@@ -9,7 +9,7 @@ cannot be separated, the law is E + A / C^alpha over compute. A short series get
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -95,10 +95,10 @@ class Law:
 
     def __str__(self) -> str:
         names = ("N", "D") if self.both else ("C",)
-        pairs = zip(self.factors, names, self.exponents, strict=True)
-        terms = [f"{factor:.4g} / {name}^{exponent:.4f}" for factor, name, exponent in pairs]
-        floor = [] if self.floor is None else [f"{self.floor:.4f}"]
-        return f"L({', '.join(names)}) = {' + '.join(floor + terms)}"
+        terms = [] if self.floor is None else [f"{self.floor:.4f}"]
+        for factor, name, exponent in zip(self.factors, names, self.exponents, strict=True):
+            terms.append(f"{factor:.4g} / {name}^{exponent:.4f}")
+        return f"L({', '.join(names)}) = {' + '.join(terms)}"
 
     @property
     def unknowns(self) -> list[tuple[str, float, list[float]]]:
@@ -109,6 +109,7 @@ class Law:
         return [(name, value, others) for name, value, *others in columns if value is not None]
 
 
+@np.errstate(over="ignore")  # of a law that falls steeply, the factor may be infinite
 def fit_law(losses: Sequence[float], sizes: Sequence[Sequence[float]], floor: bool = True) -> Law:
     """Return the law that is closest to the losses, by Huber's loss of their logarithms.
 
@@ -119,20 +120,21 @@ def fit_law(losses: Sequence[float], sizes: Sequence[Sequence[float]], floor: bo
     """
     from scipy.optimize import least_squares  # takes half a second
 
-    # Centred, a factor is its term's share of the loss at the middle of the runs.
+    # Centred, a factor is its term's share of the loss at the middle of the runs. E is a term
+    # whose size never changes.
     y, x = np.log(losses), np.log(sizes)
-    middle, level, num_terms = x.mean(axis=1), y.mean(), floor + len(x)
+    middle, level, count = x.mean(axis=1), y.mean(), len(x)
     x = np.concatenate([np.zeros((int(floor), len(y))), x - middle[:, None]])
+    tight = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14, "max_nfev": 200}
 
     def search(runs: NDArray[np.intp], starts: Sequence[Array]) -> Array:
         """Return the height of each term, then each size's exponent."""
 
         def errors(point: Array) -> Array:
-            exponents = np.concatenate([np.zeros(int(floor)), point[num_terms:]])
-            logs = point[:num_terms, None] - exponents[:, None] * x[:, runs]
+            exponents = np.concatenate([np.zeros(int(floor)), point[-count:]])
+            logs = point[:-count, None] - exponents[:, None] * x[:, runs]
             return np.asarray(np.log(np.exp(logs).sum(axis=0)) - (y[runs] - level))
 
-        tight = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14, "max_nfev": 200}
         # The slopes by a complex step, which is exact to the last digit.
         fits = [
             least_squares(errors, start, "cs", loss="huber", f_scale=DELTA, **tight)
@@ -140,13 +142,12 @@ def fit_law(losses: Sequence[float], sizes: Sequence[Sequence[float]], floor: bo
         ]
         return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
 
-    def law(point: Array, without_one: Sequence[Law] = ()) -> Law:
-        exponents = point[num_terms:]
-        factors = np.exp(point[int(floor) : num_terms] + level + exponents * middle)
-        constant = float(np.exp(point[0] + level)) if floor else None
-        return Law(constant, tuple(factors.tolist()), tuple(exponents.tolist()), tuple(without_one))
+    def law(point: Array) -> Law:
+        heights, exponents = np.split(point, [-count])
+        constant = float(np.exp(heights[0] + level)) if floor else None
+        factors = np.exp(heights[-count:] + level + exponents * middle)
+        return Law(constant, tuple(factors.tolist()), tuple(exponents.tolist()))
 
-    count = len(middle)
     starts = [
         np.array([*np.log([share] * floor + [(1 - share) / count] * count), *exponents])
         for share in (START_FLOORS if floor else (0.0,))
@@ -155,7 +156,8 @@ def fit_law(losses: Sequence[float], sizes: Sequence[Sequence[float]], floor: bo
     runs = np.arange(len(y))
     best = search(runs, starts)
     others = runs if len(y) > len(best) else ()
-    return law(best, [law(search(runs[runs != i], [best])) for i in others])
+    without_one = tuple(law(search(runs[runs != i], [best])) for i in others)
+    return replace(law(best), without_one=without_one)
 
 
 def gather_sizes(

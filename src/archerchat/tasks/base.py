@@ -65,9 +65,7 @@ class Task(Sequence[Conversation]):
         return conversation
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Return whether `completion` is right by the rule that the reference's figures follow.
-
-        It is the text that the model wrote, or in a categorical task the letter.
+        """Return whether `completion`, a text or a letter, is right by the reference's rule.
 
         Raises:
             UsageError: this task is for training only.
@@ -171,10 +169,7 @@ def find_number_leniently(text: str) -> Decimal | None:
 class TaskMixture:
     """Tasks shuffled together; listing one several times oversamples it.
 
-    The order depends on the tasks' lengths and `seed` alone.
-
-    Raises:
-        DataError: the tasks are empty.
+    The order depends on the tasks' lengths and `seed` alone. Empty tasks are a DataError.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42) -> None:
@@ -197,8 +192,9 @@ class TaskMixture:
         return task, place - (self._ends[task - 1] if task else 0)
 
     def describe(self) -> dict[str, Any]:
-        """Return a JSON value that identifies this mixture."""
-        return {"tasks": [task.describe() for task in self.tasks], "seed": self._seed}
+        """Return a JSON value that identifies this mixture, with each task under its number."""
+        tasks = {str(i): task.describe() for i, task in enumerate(self.tasks)}
+        return {"tasks": tasks, "seed": self._seed}
 
     def __getitem__(self, index: int) -> Conversation:
         task, inner = self.origin(index)

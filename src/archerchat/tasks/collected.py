@@ -15,12 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.errors import DataError, UsageError
+from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
-from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
+from archerchat.tasks.conversation import (
+    Conversation,
+    assistant,
+    check_conversation,
+    find_layout,
+    part,
+    user,
+)
 from archerchat.tasks.hub import Row, TableTask, TaskFiles
-from archerchat.tasks.layouts import NAMES, find_layout, parse_layout
 from archerchat.text_files import JSON_KINDS, Refuse, iter_rows, list_folder, refuse
 
 MAX_NAMED = 10
@@ -31,11 +37,7 @@ _MARK = re.compile(r"<<([^<>]*)>>")
 def build_question(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **more: Any
 ) -> Conversation:
-    """Return a multiple-choice question whose right answer is the letter `answer`.
-
-    Raises:
-        DataError: `answer` is not one of the letters, or there are not as many letters as choices.
-    """
+    """Return a multiple-choice question; a DataError if its letters and answer do not fit it."""
     if len(letters) != len(choices):
         raise DataError(f"{len(letters)} letters for {len(choices)} choices of {question[:60]!r}")
     if answer not in letters:
@@ -106,7 +108,7 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
 class JsonlTask(Task):
     """The conversations of a file, or of the JSON files below a folder in the order of their names.
 
-    Each line, or each value of a JSON list, has one of the layouts of `tasks.layouts`.
+    Each line, or each value of a JSON list, has one of the layouts of `tasks.conversation`.
     All are checked when the file is read, so a broken one is found before training begins.
 
     Args:
@@ -114,7 +116,6 @@ class JsonlTask(Task):
         skip_bad: leave out malformed lines, and list the first of them in `left_out`.
 
     Raises:
-        UsageError: there is no such file or folder.
         DataError: there are no conversations, or one is malformed; the message names the line.
     """
 
@@ -124,8 +125,6 @@ class JsonlTask(Task):
         split: Literal["train", "validation"] | None = None,
         skip_bad: bool = False,
     ) -> None:
-        if not path.exists():
-            raise UsageError(f"{path} does not exist: give a file or a folder of conversations")
         folder = list_folder(path, JSON_KINDS)
         splits = {"train": folder.train, "validation": folder.held_out}
         paths = splits[split] if split else sorted([*folder.train, *folder.held_out])
@@ -134,9 +133,8 @@ class JsonlTask(Task):
         report: Refuse = bad.append if skip_bad else refuse
         for where, value in (row for each in paths for row in iter_rows(each, report)):
             try:
-                layout = find_layout(value)
-                self.rows.append(check_conversation(parse_layout(value, layout)))
-                layouts[NAMES[layout]] += 1
+                self.rows.append(check_conversation(value))
+                layouts[find_layout(value)] += 1
             except DataError as error:
                 report(f"{where}: {error}")
         listed = [f"{len(bad):,} bad lines were left out, the first:", *bad[:MAX_NAMED]]

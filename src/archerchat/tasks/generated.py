@@ -37,15 +37,11 @@ QUOTES = ("", "", "'", '"')
 
 
 class GeneratedTask(Task):
-    """A task whose examples each have their own random generator.
-
-    Raises:
-        UsageError: the split is neither `train` nor `test`.
-    """
+    """A task whose examples each have their own random generator; splits are train and test."""
 
     def __init__(self, split: str = "train", size: int = 1000) -> None:
         check_split(split)
-        assert size > 0, f"{self.name} cannot have {size} examples"
+        assert size > 0, size
         self.split: str = split
         self.rows = range(size)
 

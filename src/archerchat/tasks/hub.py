@@ -39,18 +39,13 @@ class Table:
     """A split's file in a local folder, without its suffix; `{split}` stands for its name."""
 
     def files(self, split: str) -> list[str]:
-        """Return the split's files in the repository.
-
-        Raises:
-            UsageError: there is no such split.
-        """
+        """Return the split's files in the repository; a UsageError if there is no such split."""
         if split not in self.splits:
             raise UsageError(
                 f"{self.repository} has no split {split!r}: choose from {', '.join(self.splits)}"
             )
         count = self.splits[split]
-        stem = f"{self.folder}/{split}"
-        return [f"{stem}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
+        return [f"{self.folder}/{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
 
 
 @cache
@@ -74,14 +69,13 @@ class TaskFiles:
         """Read the rows of a split.
 
         Raises:
-            UsageError: the table has no such split.
             DataError: a file is missing, cannot be downloaded, or is broken.
         """
         names = table.files(split)
-        if self.local is not None:
-            paths = [_find_local(self.local, table.local.format(split=split))]
-        else:
+        if self.local is None:
             paths = [self._fetch(table, name) for name in names]
+        else:
+            paths = [_find_local(self.local, table.local.format(split=split))]
         return read_rows(paths, table.columns)
 
     def _fetch(self, table: Table, name: str) -> Path:
@@ -124,8 +118,7 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     """Read the rows of `paths`, one file after the other.
 
     Raises:
-        DataError: a file is missing or broken, or lacks one of `columns`; the message names the
-            file and, for JSON lines, the line.
+        DataError: a file is broken or lacks one of `columns`; for JSON lines it names the line.
     """
     if all(path.suffix == ".parquet" for path in paths):
         return _read_parquet(paths, columns)
@@ -153,8 +146,6 @@ def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class _ParquetRows:
-    """The rows of Parquet files, held as an Arrow table."""
-
     table: Any
 
     def __len__(self) -> int:

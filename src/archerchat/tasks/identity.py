@@ -11,10 +11,9 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from archerchat.errors import DataError
 from archerchat.tasks.base import Task
@@ -31,13 +30,12 @@ Exchange = tuple[tuple[str, ...], tuple[str, ...]]
 """A question and its answer, each in several wordings."""
 
 
-@dataclass(frozen=True)
-class IdentityTemplate:
+class IdentityTemplate(NamedTuple):
     """Questions that the assistant may be asked about itself, and its answers."""
 
     greeting: Exchange
     farewell: Exchange
-    topics: tuple[Exchange, ...]
+    topics: list[Exchange]
 
 
 def default_template() -> str:
@@ -73,10 +71,10 @@ def parse_template(text: str, values: Mapping[str, str], where: str) -> Identity
     return IdentityTemplate(
         exchange(content, "greetings", "greeting_answers", where),
         exchange(content, "farewells", "farewell_answers", where),
-        tuple(
+        [
             exchange(topic, "questions", "answers", f"{where}, topic {number}")
             for number, topic in enumerate(topics, start=1)
-        ),
+        ],
     )
 
 
@@ -102,11 +100,7 @@ def draw_identity(template: IdentityTemplate, count: int, seed: int) -> list[Con
 
 
 class IdentityTask(Task):
-    """Conversations drawn from the package's template, with different draws for the test split.
-
-    Raises:
-        UsageError: the split is neither `train` nor `test`.
-    """
+    """Conversations drawn from the package's template, with different draws for the test split."""
 
     name = "identity"
 

@@ -34,8 +34,6 @@ TASKS: dict[str, Callable[[TaskFiles, str], Task]] = {
     "Arithmetic": lambda files, split: ArithmeticTask(split, _size(split, 80_000)),
 }
 MMLU_TRAIN = "auxiliary_train"
-TEST_SIZE = 256
-"""Number of test examples of a generated task."""
 PRESETS = {
     "reference": "SmolTalk,MMLU*3,GSM8K*4,identity*2,SimpleSpelling,SpellingBee",
     "generated": "identity*2,SimpleSpelling,SpellingBee,Arithmetic",
@@ -62,7 +60,6 @@ def build_task(name: str, split: str, files: TaskFiles) -> Task:
 
     Raises:
         UsageError: there is no such task or split; the message lists the known ones.
-        DataError: its files are missing or broken.
     """
     known = {each.lower(): build for each, build in TASKS.items()}
     if name.lower() not in known:
@@ -71,18 +68,15 @@ def build_task(name: str, split: str, files: TaskFiles) -> Task:
 
 
 def _size(split: str, train: int) -> int:
-    return train if split == "train" else TEST_SIZE
+    """Return the number of a generated task's examples."""
+    return train if split == "train" else 256
 
 
 def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice]:
-    """Read a list of tasks such as `GSM8K*4,Arithmetic:20000`, in upper or lower case.
-
-    Args:
-        flag: the flag of the list, for errors.
-        names: the tasks that may be in the list.
+    """Read a list of some of the tasks `names`, in upper or lower case.
 
     Raises:
-        UsageError: an entry cannot be read, or there is no such task.
+        UsageError: an entry cannot be read, or there is no such task; the message names `flag`.
     """
     known = {name.lower(): name for name in names}
     choices = []
@@ -143,9 +137,9 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     if not judges:
         split = (path for path, task in zip(config.jsonl, own, strict=True) if task.split)
         judges = [JsonlTask(path, "validation", skip) for path in split]
-    train = [
-        task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
-    ]
+    train = list[Task]()
+    for entry in entries:
+        train += [_build(entry, "train", config, files)] * entry.times
     if not config.val_jsonl:
         judges += [_build(entry, "test", config, files) for entry in entries]
     if not judges:
@@ -156,11 +150,7 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
 
 
 def parse_mixture(text: str) -> list[TaskChoice]:
-    """Read a preset's name or a list of tasks.
-
-    Raises:
-        UsageError: an entry cannot be read, or there is no such task.
-    """
+    """Read a preset's name or a list of tasks, as `parse_choices` does."""
     text = PRESETS.get(text, text)
     flag = f"--mixture, which is {', '.join(PRESETS)}, or a list of tasks"
     return parse_choices(text, flag, (*TASKS, IdentityTask.name)) if text else []

@@ -71,7 +71,7 @@ def inherit(
 class Tuning(Stage):
     """A stage that starts from a saved model."""
 
-    decays = False
+    adam_decay = 0.0
 
     config: TuneConfig
     base: Checkpoint
@@ -91,8 +91,9 @@ class Tuning(Stage):
         sha256 = self.base.hashes.get("model", "")
         return {"tag": self.base_tag, "step": self.base.step, "sha256": sha256}
 
-    def facts(self) -> dict[str, Any]:
-        return {name: self.base.meta[name] for name in ("model_config", "tokenizer")}
+    def describe(self) -> dict[str, Any]:
+        kept = {name: self.base.meta[name] for name in ("model_config", "tokenizer")}
+        return super().describe() | kept
 
     def set_weights(self, start: Checkpoint | None) -> None:
         if start is None:  # a resumed run has them in its own checkpoint

@@ -13,8 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from statistics import median_high
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import torch
@@ -26,91 +25,14 @@ from archerchat.optim.optimizer import MuonGroup
 from archerchat.runtime import StopRequest, explained_memory
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
+from archerchat.training.state import LoopState, Speed
 from archerchat.training.telemetry import MetricsLog, Occasion
 
-SMOOTHING = 0.9
 GC_EVERY = 5000
 SAVE_SECONDS = 900.0
 """Time between checkpoints that are saved by time."""
-OVERFIT_SHARE = 0.002
-"""Share by which the metric must exceed its best for a warning; steps vary by less."""
 SMALLEST_SCALE = 2.0**-10
 """Gradient scale below which halving it again will not help."""
-WARMUP_STEPS = 5
-"""Steps after a start that speed figures leave out, because they compile and fill caches."""
-RECENT_STEPS = 100
-"""Number of steps from which the time left is estimated."""
-
-
-@dataclass
-class LoopState:
-    """The loop's own state in a checkpoint."""
-
-    step: int = 0
-    """Updates done."""
-    smooth_loss: float = 0.0
-    """Exponential average of the training loss, not yet corrected for its start at 0."""
-    first_smoothed: int = 0
-    """Step at which that average began: later for an imported run."""
-    first_val: float = math.nan
-    """The recipe's metric when it was first measured."""
-    last_val: float = math.nan
-    best_val: float = math.inf
-    """Best `Metric.score` so far: lower is better."""
-    best_smooth_loss: float = math.nan
-    """The average training loss when the metric was best; infinite before the first step."""
-    overfitting: bool = False
-    """Whether the metric is worse than its best although the training loss has fallen since."""
-    best_saved: float = math.inf
-    """Score of the best checkpoint, measured right after it was saved."""
-    tokens: int = 0
-    """Tokens trained on, over all ranks."""
-    flops: int = 0
-    training_seconds: float = 0.0
-    """Time in training steps, without evaluations and saving."""
-
-    @property
-    def average_loss(self) -> float:
-        """`smooth_loss`, corrected for its start at 0; there must have been a step."""
-        return self.smooth_loss / (1 - SMOOTHING ** (self.step - self.first_smoothed))
-
-
-@dataclass
-class Speed:
-    """The times of the steps of one call of `Loop.run`."""
-
-    peak: float
-    """Floating-point operations per second of all devices together."""
-    seconds: list[float] = field(default_factory=list)
-    wait_seconds: float = 0.0
-    """The part of the steps' time spent waiting for a batch."""
-    tokens: int = 0
-    flops: int = 0
-
-    def per_second(self, total: float) -> float:
-        """Return what all steps did per second of the median step after the warm-up, or of a short
-        run's median step; NaN without steps."""
-        measured = self.seconds[WARMUP_STEPS:] or self.seconds
-        return total / len(self.seconds) / median_high(measured) if measured else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.per_second(self.tokens)
-
-    @property
-    def mfu(self) -> float:
-        return self.per_second(self.flops) / self.peak
-
-    @property
-    def data_wait_share(self) -> float:
-        return self.wait_seconds / sum(self.seconds) if self.seconds else 0.0
-
-    def seconds_left(self, steps: int) -> float | None:
-        """Estimate the time of `steps` more steps; None as long as there is no measurement."""
-        steady = self.seconds[WARMUP_STEPS:][-RECENT_STEPS:]
-        if not steady:
-            return None if steps else 0.0
-        return steps * median_high(steady)
 
 
 class Loop(Stateful):
@@ -133,9 +55,8 @@ class Loop(Stateful):
         self.ranks, self.speed = recipe.optimizer.ranks, Speed(peak)
         self.save_every, self.sample_every = save_every, sample_every
         self.state = LoopState()
-        self.scaler = torch.amp.GradScaler(
-            self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
-        )
+        is_float16 = self.runtime.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=is_float16)
         self._stop = StopRequest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,9 +143,7 @@ class Loop(Stateful):
         for total in (self.state, self.speed):
             total.tokens += tokens
             total.flops += flops
-        self.state.step += 1
-        self.state.training_seconds += seconds
-        self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * mean
+        self.state.note_step(mean, seconds)
         self._report(step, settings, mean, last)
         if (step + 1) % GC_EVERY == 0:
             gc.collect()
@@ -304,32 +223,22 @@ class Loop(Stateful):
         self.metrics.log({**values, evaluation.seconds_name: seconds}, step)
         if self.recipe.metric.name in values:
             self._note_metric(values[self.recipe.metric.name])
-        shown = ", ".join(
-            f"{name} {value:.4f}" for name, value in values.items() if name.count("/") == 1
-        )
+        shown = ", ".join(f"{k} {value:.4f}" for k, value in values.items() if k.count("/") == 1)
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
     def _note_metric(self, value: float) -> None:
         """Record the metric's value; push this step's checkpoint if it is the best so far."""
         self._settle()
         state, metric = self.state, self.recipe.metric
-        score = metric.score(value)
-        smooth = state.average_loss if state.step > state.first_smoothed else math.inf
-        if score < state.best_val:
-            state.best_smooth_loss = smooth
-        # A policy's loss says nothing of its pass rate, which is better when higher.
-        worse = not metric.higher_is_better and value > state.best_val * (1 + OVERFIT_SHARE)
-        state.overfitting = worse and smooth < state.best_smooth_loss
+        state.note_metric(metric, value)
         if state.overfitting:
             self.progress.note(
                 f"warning: {metric.label} gets worse while the training loss falls: the model "
                 "memorises its training data. More data or fewer steps would help"
             )
-        state.first_val = value if math.isnan(state.first_val) else state.first_val
-        state.last_val, state.best_val = value, min(state.best_val, score)
         if 0 < state.step == self._saved_step:
-            is_best = score < state.best_saved
-            state.best_saved = min(state.best_saved, score)
+            score = metric.score(value)
+            is_best, state.best_saved = score < state.best_saved, min(state.best_saved, score)
             if self.ranks.is_master:
                 self.checkpoints.note_measured(state.step, asdict(state))
             if is_best:

@@ -8,21 +8,22 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint
 from archerchat.config import PositiveInt, Seed, StateDtypeName, as_json
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
-from archerchat.data.prefetch import Batch
+from archerchat.data.prefetch import Batch, Streams
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
-from archerchat.data.streams import Streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters
@@ -34,12 +35,11 @@ from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import build_inference_model
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.model.fp8 import supports_fp8
+from archerchat.model.fp8 import MULTIPLE, supports_fp8
 from archerchat.optim.schedule import build_schedule
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.fitting import choose_precision, fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
 from archerchat.training.run import run_stage
 from archerchat.training.stage import Stage, StageConfig
@@ -104,10 +104,8 @@ class Pretraining(Stage):
     def decide(self) -> None:
         config, home, dial = self.config, self.home, self.config.dial
         if config.fp8 and not supports_fp8(self.runtime.device):
-            raise UsageError(
-                f"--fp8 needs an NVIDIA card of sm89 or newer, and this is {self.runtime.device}: "
-                "leave it out"
-            )
+            needed = f"an NVIDIA card of sm89 or newer, and this is {self.runtime.device}"
+            raise UsageError(f"--fp8 needs {needed}: leave it out")
         self.tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
         self.hp = hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, hp)
@@ -116,7 +114,7 @@ class Pretraining(Stage):
         self.model_config, self.rates = hp.model, hp.learning_rates
         self.total_batch_tokens = hp.total_batch_tokens
         self.state_dtype = DTYPES[config.optimizer_state]
-        fit_to_device(self)
+        self.fit_to_device()
         self.files = list_shards(data_directory(config.data, home))
         self.shards, self.validation_shards = split_shards(self.files)
         self.packing, self.packing_reason = self._choose_packing()
@@ -144,7 +142,7 @@ class Pretraining(Stage):
         return self.config.data if named else str(directory.resolve())
 
     def identity(self) -> dict[str, Any]:
-        config, hp, dial = self.config, self.hp, self.config.dial
+        config = self.config
         return {
             "model": asdict(self.model_config),
             "tokenizer": self.tokenizer.fingerprint,
@@ -153,19 +151,15 @@ class Pretraining(Stage):
             "fp8": config.fp8,
             "optimizer_state": config.optimizer_state,
             "device_batch_size": self.rows,
-            "total_batch_size": hp.total_batch_tokens,
-            "num_iterations": hp.num_iterations,
-            "learning_rates": asdict(hp.learning_rates),
-            "weight_decay": hp.weight_decay,
-            "warmup_steps": dial.warmup_steps,
-            "warmdown_ratio": dial.warmdown_ratio,
-            "final_lr_frac": dial.final_lr_frac,
+            "total_batch_size": self.total_batch_tokens,
+            "learning_rates": asdict(self.rates),
+            **asdict(self.schedule),
         }
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         name, fingerprint = self.config.tokenizer, self.tokenizer.fingerprint
         resolved = {"data": self._data_name(), "packing": self.packing}
-        return {
+        return super().describe() | {
             "model_config": asdict(self.model_config),
             "tokenizer": {"name": name, "fingerprint": fingerprint},
             "schedule": asdict(self.schedule),
@@ -180,37 +174,58 @@ class Pretraining(Stage):
     def open_data(self, start: Checkpoint | None) -> None:
         config = self.config
         if config.fp8:
-            saved = start.meta.get("fp8") if start else None
-            self.uses_fp8, self.fp8_speed = choose_precision(self, saved)
+            self.choose_precision(start.meta.get("fp8") if start else None)
         self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
+        with Shard(self.validation_shards[0]) as shard:
+            self.validation_bytes = shard.text_bytes
         # Not before the first step: the first losses are worth more than waiting for its score.
         tokens = min(config.eval_tokens, self.validation_bytes // BYTES_PER_TOKEN)
         bits = Evaluation(self.validate, config.eval_every, at_start=False, tokens=tokens)
         self.evaluations = [bits]
         if (every := config.core_metric_every) is not None:
             cache, notify = self.home.cache_dir, self.console.print
-            bundle = self.ranks.first_alone(
-                lambda: find_bundle(config.core_bundle, cache, notify=notify)
-            )
+            find = partial(find_bundle, config.core_bundle, cache, notify=notify)
+            bundle = load_bundle(self.ranks.first_alone(find))
             options = CoreOptions(max_per_task=config.core_metric_max_per_task)
             self.core = CoreEvaluation(
-                load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
+                bundle, self.tokenizer, options, self.ranks, keep_prompts=True
             )
-            self.evaluations.append(
-                Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
-            )
+            core = Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
+            self.evaluations.append(core)
 
-    def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
-        return TextLoader(
-            shards,
-            self.tokenizer,
-            batch_size=self.rows,
-            sequence_length=self.sequence_length,
-            rank=stream,
-            world_size=count,
-            packing=self.packing,
-            extend=self.config.extend,
-        )
+    def _open_loader(self, shards: list[Path], **place: int) -> TextLoader:
+        size = {"batch_size": self.rows, "sequence_length": self.sequence_length, **place}
+        packing, extend = self.packing, self.config.extend
+        return TextLoader(shards, self.tokenizer, packing=packing, extend=extend, **size)
+
+    def choose_precision(self, saved: bool | None) -> None:
+        """Use the precision of a resumed run, `saved`, or the one whose measured pass is faster."""
+        model, shape = self.model, (self.rows, self.sequence_length)
+        if math.prod(shape) % MULTIPLE:
+            raise UsageError(
+                f"--fp8 needs micro-batches of a multiple of {MULTIPLE} tokens: choose another "
+                "--device-batch-size or --max-seq-len"
+            )
+        if saved is not None:
+            self.uses_fp8 = saved
+            model.use_fp8(saved)
+            return
+        tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
+
+        def work() -> None:
+            self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad()
+
+        plain = self.runtime.median_seconds(work)
+        model.use_fp8(True)
+        try:
+            in_8_bits = self.runtime.median_seconds(work)
+        except torch.OutOfMemoryError:
+            in_8_bits = math.inf
+            self.optimizer.zero_grad()
+        plain, in_8_bits = self.ranks.mean(plain, in_8_bits)
+        self.uses_fp8, self.fp8_speed = plain > in_8_bits, plain / in_8_bits
+        model.use_fp8(self.uses_fp8)
 
     def step_metrics(self) -> Mapping[str, float]:
         usage = self.loader.first.usage
@@ -219,14 +234,8 @@ class Pretraining(Stage):
     def settings(self, step: int) -> StepSettings:
         """Read the dial's schedules (SPEC section 3)."""
         at = self.schedule
-        return StepSettings(
-            at.lr_multiplier(step), at.muon_momentum(step), at.muon_weight_decay(step)
-        )
-
-    @cached_property
-    def validation_bytes(self) -> int:
-        with Shard(self.validation_shards[0]) as shard:
-            return shard.text_bytes
+        rate, momentum = at.lr_multiplier(step), at.muon_momentum(step)
+        return StepSettings(rate, momentum, at.muon_weight_decay(step))
 
     def validate(self) -> Mapping[str, float]:
         """Measure bits per byte of the validation text."""
@@ -237,14 +246,14 @@ class Pretraining(Stage):
             seen_bytes += int(sizes[batch.targets].sum())
             return seen_bytes / max(1, self.validation_bytes)
 
-        loader = self._open_loader(self.validation_shards, 0, 1)
+        loader = self._open_loader(self.validation_shards)
         return self.measure_bits(loader, self.config.eval_tokens, seen)
 
     def measure_core(self) -> Mapping[str, float]:
         """Measure CORE on part of each task."""
+        model = build_inference_model(self.model)
         result = self.core.run(
-            build_inference_model(self.model),
-            on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
+            model, on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share)
         )
         low, high = result.interval
         figures = {"core/score": result.core, "core/low": low, "core/high": high}
@@ -261,18 +270,10 @@ class Pretraining(Stage):
         return {prompt: prompt + text for prompt, text in zip(shown, texts, strict=True)}
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        hp = self.hp
-        yield (
-            "model",
-            f"depth {hp.model.num_layers}, width {hp.model.model_dim}, "
-            f"{hp.parameters.total:,} parameters ({hp.parameters.scaling:,} scaling)",
-        )
-        yield (
-            "training",
-            f"{hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens "
-            f"({self.grad_accum_steps} x {self.rows} rows of {self.sequence_length}), "
-            f"{hp.total_flops:.3g} FLOPs",
-        )
+        hp, counts = self.hp, self.hp.parameters
+        size = f"depth {hp.model.num_layers}, width {hp.model.model_dim}"
+        yield "model", f"{size}, {counts.total:,} parameters ({counts.scaling:,} scaling)"
+        yield "training", f"{self.describe_steps(hp.num_iterations)}, {hp.total_flops:.3g} FLOPs"
         if self.config.fp8:
             speed = f"; fp8 ran at {self.fp8_speed:.2f} times its speed" if self.fp8_speed else ""
             dtype = dtype_name(self.runtime.compute_dtype)

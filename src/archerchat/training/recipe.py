@@ -45,6 +45,11 @@ class Metric:
     """Name to print."""
     higher_is_better: bool = False
 
+    @property
+    def key(self) -> str:
+        """Name in `summary.json`."""
+        return self.name.replace("/", "_")
+
     def score(self, value: float) -> float:
         """Return a number that is lower for better values."""
         return -value if self.higher_is_better else value

@@ -34,16 +34,16 @@ from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 from archerchat.training.stage import Stage
 
-EXTENDABLE = r"num_iterations|\w+_batch_size|learning_rates\.\w+|weight_decay|warm\w+|final_lr_frac"
-"""Names in an identity that `--extend` lets change: the horizon, the batch, rates and schedule."""
-EXTENDABLE_FLAGS = rf"{EXTENDABLE}|target_\w+|\w+_lr"
-"""Flags that decide them; most have the same names."""
+EXTENDABLE = (
+    r"num_iterations|target_\w+|\w+_batch_size|learning_rates\.\w+|\w+_lr|weight_decay|warm\w+|"
+    r"final_lr_frac"
+)
+"""What `--extend` lets change: horizon, batch, rates and schedule, in an identity and as flags."""
 FREE_FLAGS = (
     r"device|attention|compile|run|push_checkpoints|tags|save_every|keep_last|(core|sample|eval)_\w+|"
     r"resume\w*|overwrite|extend|data_dir|val_jsonl|output_tag"
 )
 """Flags that may change from one session of a run to the next."""
-BASE_FLAGS = ("model_tag", "model_step", "source")
 T = TypeVar("T")
 
 
@@ -60,7 +60,7 @@ class CheckpointWriter:
         self._writing: Future[Path] | None = None
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
-        """Wait for the previous checkpoint, as `wait` does, and start saving a step's state."""
+        """Wait for the previous checkpoint and start saving a step's state; raises as `wait`."""
         self.wait()
         staged = {
             section: {
@@ -111,12 +111,9 @@ def load_settings(kind: type[T], home: Home, stage: str, tag: str) -> T:
     meta = load_checkpoint(path, sections=()).meta
     identity = _identity(path, meta)
     saved = {**meta["config"], "extend": False, "dtype": identity["dtype"]}
+    now = {"resume": tag, "resume_from_step": None, "overwrite": False}
     # Earlier versions saved these options outside the group.
-    saved["checkpoint"] = {**saved, **saved.get("checkpoint", {})} | {
-        "resume": tag,
-        "resume_from_step": None,
-        "overwrite": False,
-    }
+    saved["checkpoint"] = {**saved, **saved.get("checkpoint", {}), **now}
     if stage == "base":
         saved["model_tag"] = tag
     else:
@@ -142,12 +139,6 @@ def _tag_flag(meta: Mapping[str, Any]) -> str:
     return "--model-tag" if meta.get("stage", "base") == "base" else "--output-tag"
 
 
-def saved_rows(meta: Mapping[str, Any]) -> int:
-    """Return the rows per micro-batch of a saved run; 0 where it has none, as an imported one."""
-    identity = meta.get("identity", {})
-    return int(identity.get("rollouts", identity).get("device_batch_size", 0))
-
-
 def find_start(stage: Stage) -> Checkpoint | None:
     """Load the checkpoint to resume from, the same on all ranks; return None for a new run.
 
@@ -156,22 +147,24 @@ def find_start(stage: Stage) -> Checkpoint | None:
             each other or what is saved.
         CheckpointError: the checkpoint is damaged, or holds a model without training state.
     """
-    asked, identity = stage.config.checkpoint, stage.meta["identity"]
     stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
-    saved, goes_back = stage.saved, asked.resume_from_step is not None
+    asked, saved = stage.config.checkpoint, stage.saved
+    goes_back, start = asked.resume_from_step is not None, None
     if asked.overwrite and (asked.resume or stage.extend or goes_back):
-        raise UsageError(
-            "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
-            "one or the other"
-        )
-    if saved is None:
-        if stage.extend or goes_back:
-            flag = "--resume-from-step" if goes_back else "--extend"
-            raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
-        _require_same_run(stage, 0)
-        return None
-    imported = "identity" not in saved.meta
-    if imported and stage.extend:
+        others = "--resume, --resume-from-step and --extend"
+        raise UsageError(f"--overwrite starts over, and {others} do not: give one or the other")
+    if saved is not None:
+        start = _load_start(stage, saved)
+    elif stage.extend or goes_back:
+        flag = "--resume-from-step" if goes_back else "--extend"
+        raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
+    _require_same_run(stage, start.step if start else 0)
+    return start
+
+
+def _load_start(stage: Stage, saved: Checkpoint) -> Checkpoint:
+    identity, is_imported = stage.meta["identity"], "identity" not in saved.meta
+    if is_imported and stage.extend:
         _require_same_model(saved, stage.meta)
     else:
         _require_same_settings(saved, stage)
@@ -181,23 +174,20 @@ def find_start(stage: Stage) -> Checkpoint | None:
             f"{saved.path} is past the horizon of {horizon} steps: give more steps, "
             "or an earlier checkpoint by --resume-from-step"
         )
-    if imported:
+    if is_imported:
         tokens = start.step * identity["total_batch_size"]
         start.state["loop"] = {"step": start.step, "first_smoothed": start.step, "tokens": tokens}
-    _require_same_run(stage, start.step)
     return start
 
 
 def _require_same_model(saved: Checkpoint, current: Mapping[str, Any]) -> None:
-    """Refuse another trainer's checkpoint that a run of this model cannot continue from."""
-    before, now = (
-        {
-            "model_config": meta["model_config"],
-            "tokenizer": {"fingerprint": (meta["tokenizer"] or {}).get("fingerprint")},
-        }
-        for meta in (saved.meta, current)
-    )
-    if differences := compare_configs(before, now):
+    """Refuse another trainer's checkpoint if a run of this model cannot continue from it."""
+
+    def shape(meta: Mapping[str, Any]) -> dict[str, Any]:
+        fingerprint = (meta["tokenizer"] or {}).get("fingerprint")
+        return {"model_config": meta["model_config"], "tokenizer": {"fingerprint": fingerprint}}
+
+    if differences := compare_configs(shape(saved.meta), shape(current)):
         raise UsageError(f"{saved.path} is another model than this run's: {'; '.join(differences)}")
     if "optimizer" not in saved.hashes:
         raise UsageError(
@@ -217,9 +207,9 @@ def _require_same_settings(saved: Checkpoint, stage: Stage) -> None:
     refused = [line for line in differences if not re.match(f"({free}): ", line)]
     if not refused:
         return
-    base = stage.name == "base"  # the only stage that has --extend
-    would_do = base and not extend and all(re.match(f"({EXTENDABLE}): ", d) for d in refused)
-    remedy = "continue with the new settings by --extend, or " if would_do else ""
+    extends = stage.name == "base" and not extend  # no other stage has --extend
+    extends = extends and all(re.match(f"({EXTENDABLE}): ", line) for line in refused)
+    remedy = "continue with the new settings by --extend, or " if extends else ""
     shown = _changed_flags(meta, stage.meta, extend) or refused
     raise UsageError(
         f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
@@ -234,11 +224,11 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
     Flags that resolve to the same value, such as a default given explicitly, do not differ.
     """
     lines, before, now = [], saved["identity"], current["identity"]
-    free = f"{FREE_FLAGS}|{EXTENDABLE_FLAGS}" if extend else FREE_FLAGS
+    free = f"{FREE_FLAGS}|{EXTENDABLE}" if extend else FREE_FLAGS
     for line in compare_configs(saved["config"], current["config"]):
         name, _, values = line.partition(": ")
         flag = name.rpartition(".")[2]
-        decides = "base" if flag in BASE_FLAGS else flag
+        decides = "base" if flag in ("model_tag", "model_step", "source") else flag
         same = before.get(decides) == now.get(decides) and decides in {"base", *now}
         if not (same or re.fullmatch(free, flag) or values.startswith("absent")):
             lines.append(f"--{flag.replace('_', '-')}: {values.replace('None', 'none')}")
@@ -255,9 +245,9 @@ def _require_same_run(stage: Stage, step: int) -> None:
         "data": {path.name: hash_ends(path) for path in stage.files},
         "step": step,
     }
-    runs = stage.ranks.gather(own)
-    for rank, run in enumerate(runs):
-        if differences := compare_configs(runs[0], run):
+    first, *others = stage.ranks.gather(own)
+    for rank, run in enumerate(others, start=1):
+        if differences := compare_configs(first, run):
             raise UsageError(
                 f"rank {rank} would train a different run than rank 0 (rank 0's values are called "
                 f"saved): {'; '.join(differences)}. Start all ranks with the same command, code "
@@ -269,28 +259,14 @@ def prepare_extension(stage: Stage, start: Checkpoint) -> list[str]:
     """Move later checkpoints aside; return lines about what `--extend` changes."""
     if "schedule" not in start.meta:
         return ["continuing an imported run: its text begins again with the first shard"]
-    before, after = (Schedule(**meta["schedule"]) for meta in (start.meta, stage.meta))
-    peaks, new_peaks = (m["identity"]["learning_rates"] for m in (start.meta, stage.meta))
-    return [
-        describe_extension(before, after, start.step, peaks, new_peaks),
-        *(
-            f"moved {path.name} of the earlier run to {path.parent}"
-            for path in set_aside_later(start.path)
-        ),
-    ]
+    lines, moved = [describe_extension(start.meta, stage.meta, start.step)], set_aside(start.path)
+    return lines + [f"moved {path.name} of the earlier run to {path.parent}" for path in moved]
 
 
-def describe_extension(
-    before: Schedule,
-    after: Schedule,
-    step: int,
-    old_peaks: Mapping[str, float],
-    new_peaks: Mapping[str, float],
-) -> str:
-    """Describe what `--extend` does to the learning rate from `step` on.
-
-    The peaks are the learning rates of the groups, by name, at multiplier 1.
-    """
+def describe_extension(saved: Mapping[str, Any], current: Mapping[str, Any], step: int) -> str:
+    """Describe what `--extend` does to the learning rate from `step` on, by the runs' metas."""
+    before, after = (Schedule(**meta["schedule"]) for meta in (saved, current))
+    old_peaks, new_peaks = (meta["identity"]["learning_rates"] for meta in (saved, current))
     old = before.lr_multiplier(min(step, before.num_iterations - 1))
     new, last = (after.lr_multiplier(at) for at in (step, after.num_iterations - 1))
     falls = f", falls from step {after.warmdown_start}" if step < after.warmdown_start else ""
@@ -310,7 +286,7 @@ def describe_extension(
     return text
 
 
-def set_aside_later(path: Path) -> list[Path]:
+def set_aside(path: Path) -> list[Path]:
     """Move checkpoints later than `path` aside, so that no run resumes from them.
 
     They go to a directory `<tag>.before-step-<step>` next to the model's. Return their new paths.

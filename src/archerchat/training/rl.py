@@ -35,7 +35,6 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.fitting import fit_to_device
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.rollouts import RolloutLoader
 from archerchat.training.run import run_stage
@@ -83,21 +82,15 @@ class ReinforceConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampling.num_samples < 2:
+        if (samples := self.sampling.num_samples) < 2:
             raise UsageError(
-                f"--num-samples is {self.sampling.num_samples}; it must be at least 2: each answer "
-                "is compared with others to the same question"
+                f"--num-samples is {samples}; it must be at least 2: each answer is compared with "
+                "others to the same question"
             )
         if self.sampling.temperature == 0:
-            raise UsageError(
-                "--temperature is 0; it must be above 0: identical answers teach nothing"
-            )
+            problem = "--temperature is 0; it must be above 0"
+            raise UsageError(f"{problem}: identical answers teach nothing")
         self.sampling.refuse_changes("stop", "stop_token_ids", "logprobs")
-
-
-def lr_multiplier(step: int, num_iterations: int) -> float:
-    """Return the factor on every group's rate: linear from 1 to 0 (SPEC section 8)."""
-    return 1 - step / num_iterations
 
 
 class Reinforcement(Tuning):
@@ -115,20 +108,18 @@ class Reinforcement(Tuning):
         # Rows differ in length from step to step; each length would be compiled again.
         self.compile = False
         self.train, self.test = self.ranks.first_alone(self._build_tasks)
-        self.seed, epochs = config.sampling.seed, config.num_epochs
-        steps = max(1, epochs * len(self.train) // config.examples_per_step)
+        self.seed = config.sampling.seed
+        steps = max(1, config.num_epochs * len(self.train) // config.examples_per_step)
         self.num_iterations: int = config.num_iterations or steps
         # Fine-tuning has scaled the rates already; the factor is on pretraining's.
         fine_tuned = float((self.base.meta.get("config") or {}).get("lr_scale") or 1.0)
         self.rates = inherit(self.base, self.model_config, config.lr_scale / fine_tuned)[2]
-        if config.examples_per_step % self.ranks.world_size:
-            raise UsageError(
-                f"--examples-per-step is {config.examples_per_step}, which {self.ranks.world_size} "
-                "ranks cannot share: make it a multiple"
-            )
+        if (asked := config.examples_per_step) % (size := self.ranks.world_size):
+            problem = f"--examples-per-step is {asked}, which {size} ranks cannot share"
+            raise UsageError(f"{problem}: make it a multiple")
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
-        fit_to_device(self, reserved_bytes=cache_bytes * config.rollout_batch_size)
+        self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
 
     def _build_tasks(self) -> tuple[Task, Task]:
         """Return the training questions, and the test questions to validate with."""
@@ -151,12 +142,9 @@ class Reinforcement(Tuning):
 
     def identity(self) -> dict[str, Any]:
         config, default = self.config, asdict(SamplingParams())
-        sampling = {
-            name: value
-            for name, value in asdict(config.sampling).items()
-            if name in IDENTITY_PARAMS or value != default[name]
-        }
         counts = {"questions_per_step": config.examples_per_step, "device_batch_size": self.rows}
+        given = asdict(config.sampling).items()
+        sampling = {k: v for k, v in given if k in IDENTITY_PARAMS or v != default[k]}
         return {
             "base": {"stage": config.source, **self.describe_base()},
             "tokenizer": self.tokenizer.fingerprint,
@@ -167,8 +155,8 @@ class Reinforcement(Tuning):
             "learning_rates": asdict(self.rates),
         }
 
-    def facts(self) -> dict[str, Any]:
-        return super().facts() | {"validation": self.test.describe()}
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"validation": self.test.describe()}
 
     def open_data(self, start: Checkpoint | None) -> None:
         config, on_cuda = self.config, self.model.device.type == "cuda"
@@ -177,11 +165,11 @@ class Reinforcement(Tuning):
             engine,
             self.tokenizer,
             self.train,
+            self.ranks,
+            config.sampling,
             questions=config.examples_per_step,
-            sampling=config.sampling,
             rows=self.rows,
             batches=self.grad_accum_steps,
-            ranks=self.ranks,
         )
         self.evaluations = [Evaluation(self.measure_pass, config.eval_every)]
 
@@ -218,19 +206,18 @@ class Reinforcement(Tuning):
         )
 
     def settings(self, step: int) -> StepSettings:
-        return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
+        return StepSettings(1 - step / self.num_iterations, MUON_MOMENTUM)
 
     def measure_pass(self) -> Mapping[str, float]:
         """Measure pass@k on the test."""
-        self.loader.engine.refresh_weights()
-        result = evaluate_task(
-            self.loader.engine,
-            self.tokenizer,
-            self.test,
-            replace(self.config.sampling, num_samples=self.config.eval_samples),
-            self.ranks,
-            lambda done, total: self.show_progress("evaluating", done / total),
-        )
+        engine, tokenizer = self.loader.engine, self.tokenizer
+        engine.refresh_weights()
+        params = replace(self.config.sampling, num_samples=self.config.eval_samples)
+
+        def report(done: int, total: int) -> None:
+            self.show_progress("evaluating", done / total)
+
+        result = evaluate_task(engine, tokenizer, self.test, params, self.ranks, report)
         self.figures = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
         return self.figures
 
@@ -244,25 +231,19 @@ class Reinforcement(Tuning):
     def announce(self) -> Iterator[tuple[str, str]]:
         config, train, test = self.config, self.train, self.test
         yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
-        yield (
-            "questions",
-            f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with",
-        )
-        yield (
-            "training",
-            f"{self.num_iterations:,} steps of {config.examples_per_step} questions, "
-            f"{config.sampling.num_samples} answers each, of up to "
-            f"{config.sampling.max_new_tokens} tokens ({self.grad_accum_steps} x {self.rows} rows)",
-        )
+        used = f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with"
+        yield "questions", used
+        sampling, steps = config.sampling, f"{self.num_iterations:,} steps"
+        answers = f"{sampling.num_samples} answers each, of up to {sampling.max_new_tokens} tokens"
+        batch = f"{self.grad_accum_steps} x {self.rows} rows"
+        yield "training", f"{steps} of {config.examples_per_step} questions, {answers} ({batch})"
         yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
-        passed = (
-            f"pass@{name.rsplit('_')[-1]} {value:.4f}"
-            for name, value in figures.items()
-            if name.startswith("val/pass_at_")
-        )
-        return f"on the test: {', '.join(passed) or 'not measured'}"
+        start = "val/pass_at_"
+        found = {name.removeprefix(start): figures[name] for name in figures if start in name}
+        passed = ", ".join(f"pass@{k} {value:.4f}" for k, value in found.items())
+        return f"on the test: {passed or 'not measured'}"
 
     def closing_lines(self, finished: bool) -> list[str]:
         return [self.describe_result(self.figures)] if finished and self.figures else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from statistics import fmean
 from typing import Any
@@ -62,11 +62,12 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 
 def question_indices(count: int, per_step: int, seed: int, step: int) -> list[int]:
     """Return a step's questions; every epoch takes each of `count` once, in its own order."""
-    positions = range(step * per_step, (step + 1) * per_step)
-    orders = {epoch: list(range(count)) for epoch in {position // count for position in positions}}
-    for epoch, order in orders.items():
+    first, indices = step * per_step, list[int]()
+    for epoch in range(first // count, (first + per_step - 1) // count + 1):
+        order = list(range(count))
         Random(f"questions {seed} {epoch}").shuffle(order)
-    return [orders[position // count][position % count] for position in positions]
+        indices += order
+    return indices[first % count :][:per_step]
 
 
 def build_rollout(
@@ -74,13 +75,10 @@ def build_rollout(
 ) -> Rollout:
     """Build a row; the token by which the model ended its answer is one that it chose."""
     ended = [completion.stop_token] if completion.stop_token is not None else []
-    return Rollout(
-        token_ids=(*prompt, *completion.token_ids, *ended),
-        mask=(*[0] * len(prompt), *completion.mask, *[1] * len(ended)),
-        reward=reward,
-        advantage=advantage,
-        cut=completion.finish_reason in ("max_tokens", "length"),
-    )
+    token_ids = (*prompt, *completion.token_ids, *ended)
+    mask = (*[0] * len(prompt), *completion.mask, *[1] * len(ended))
+    cut = completion.finish_reason in ("max_tokens", "length")
+    return Rollout(token_ids, mask, reward, advantage, cut)
 
 
 def build_batches(
@@ -104,41 +102,36 @@ def _pad(rows: Sequence[Rollout], padding: int) -> RolloutBatch:
     learned = [torch.where(mask, row[1:], IGNORED) for mask, row in zip(chosen, ids, strict=True)]
     inputs = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=padding)
     targets = pad_sequence(learned, batch_first=True, padding_value=IGNORED)
-    stacked = torch.stack([inputs, targets]).numpy()
     advantages = np.array([row.advantage for row in rows], dtype=np.float32)
-    return RolloutBatch(stacked, advantages)
+    return RolloutBatch(torch.stack([inputs, targets]).numpy(), advantages)
 
 
+@dataclass
 class RolloutLoader:
-    """Yield micro-batches; the first one of each step rolls out with the model's current weights.
+    """Yield micro-batches; the first of each step rolls out with the model's current weights."""
 
-    Args:
-        questions: questions per step, shared by the ranks.
-        rows: rows per micro-batch.
-        batches: micro-batches per step of this rank.
-    """
+    engine: Engine
+    tokenizer: Tokenizer
+    task: Task
+    ranks: Ranks
+    sampling: SamplingParams
+    questions: int
+    """Questions per step, shared by the ranks."""
+    rows: int
+    """Rows per micro-batch."""
+    batches: int
+    """Micro-batches per step of this rank."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        task: Task,
-        *,
-        questions: int,
-        sampling: SamplingParams,
-        rows: int,
-        batches: int,
-        ranks: Ranks,
-    ) -> None:
-        self.engine, self.tokenizer, self.task, self.ranks = engine, tokenizer, task, ranks
-        self.questions, self.sampling, self.rows, self.batches = questions, sampling, rows, batches
-        self.tokens = self.learned_tokens = self.chosen_tokens = 0
-        """Those of the last step over all ranks: in all rows, in rows with a gradient, and those
-        that the model chose."""
-        self.metrics: dict[str, float] = {}
-        """The figures of the last step over all ranks."""
-        self._steps = 0
-        self._waiting: deque[RolloutBatch] = deque()
+    # The last step's figures over all ranks.
+    tokens: int = 0
+    learned_tokens: int = 0
+    """Tokens in rows with a gradient."""
+    chosen_tokens: int = 0
+    """Tokens that the model chose."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    _steps: int = 0
+    _waiting: deque[RolloutBatch] = field(default_factory=deque)
 
     @property
     def rolls_out_next(self) -> bool:
@@ -155,10 +148,7 @@ class RolloutLoader:
         if self.rolls_out_next:
             started = time.perf_counter()
             rollouts = self.roll_out(self._steps)
-            sizes = [
-                (len(each.mask), len(each.mask) * (each.advantage != 0), sum(each.mask))
-                for each in rollouts
-            ]
+            sizes = [(len(r.mask), len(r.mask) * (r.advantage != 0), sum(r.mask)) for r in rollouts]
             sums = self.ranks.sum(torch.tensor(sizes).sum(dim=0)).tolist()
             self.tokens, self.learned_tokens, self.chosen_tokens = sums
             padding = self.tokenizer.bos_id
@@ -170,19 +160,17 @@ class RolloutLoader:
     def roll_out(self, step: int) -> list[Rollout]:
         """Return this rank's rollouts of a step, question by question."""
         self.engine.refresh_weights()
-        params = replace(self.sampling, seed=derive_seed(self.sampling.seed, step))
-        asked = question_indices(len(self.task), self.questions, self.sampling.seed, step)
-        places = self.ranks.share(len(asked))
+        tokenizer, seed = self.tokenizer, self.sampling.seed
+        params = replace(self.sampling, seed=derive_seed(seed, step))
+        asked = question_indices(len(self.task), self.questions, seed, step)
+        places, length = self.ranks.share(len(asked)), self.engine.max_length
         conversations = [self.task[asked[place]] for place in places]
-        length = self.engine.max_length
-        prompts = [render_question(self.tokenizer, each, length)[0] for each in conversations]
-        requests = [
-            build_request(self.tokenizer, prompt, params, place)
-            for place, prompt in zip(places, prompts, strict=True)
-        ]
-        groups, rows = self.engine.generate(requests), []
+        prompts = [render_question(tokenizer, each, length)[0] for each in conversations]
+        numbered = zip(prompts, places, strict=True)
+        requests = [build_request(tokenizer, prompt, params, place) for prompt, place in numbered]
+        groups, rows = self.engine.generate(requests), list[Rollout]()
         for conversation, prompt, group in zip(conversations, prompts, groups, strict=True):
-            texts = [spoken_text(self.tokenizer, each.token_ids, params.stop) for each in group]
+            texts = [spoken_text(tokenizer, each.token_ids, params.stop) for each in group]
             rewards = [self.task.reward(conversation, text) for text in texts]
             judged = zip(group, rewards, group_advantages(rewards), strict=True)
             rows += [build_rollout(prompt, *each) for each in judged]
@@ -210,7 +198,6 @@ class RolloutLoader:
         return {"steps": torch.tensor([self._steps])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the saved step."""
         self._steps = int(state["steps"])
         self._waiting.clear()
 

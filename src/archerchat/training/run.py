@@ -67,16 +67,16 @@ def _run(stage: Stage) -> bool:
     """Train; do nothing if the run is finished already."""
     alone = exclusive(stage.directory) if stage.ranks.is_master else nullcontext()
     with stage.joined, alone:
-        start = find_start(stage)
+        start, echo = find_start(stage), stage.console.print
         if start is not None and (result := _find_result(stage, start)) is not None:
-            stage.console.print(
-                f"model {stage.tag!r} is already {stage.done}: step {start.step} is in "
-                f"{stage.directory}; {result}"
-            )
+            done = f"model {stage.tag!r} is already {stage.done}"
+            echo(f"{done}: step {start.step} is in {stage.directory}; {result}")
             return True
         with explained_memory():
             stage.build(start)
         with closing(stage.loader):
+            for label, text in (*stage.announce(), *_announce_device(stage, start)):
+                echo(f"{label:<10} {text}")
             loop = _build_loop(stage, start)
             finished = run_loop(stage, loop, start)
         # Still among the ranks: some figures are sums over all of them.
@@ -84,8 +84,9 @@ def _run(stage: Stage) -> bool:
             figures = summarize(stage, loop)
             if stage.ranks.is_master:
                 write_json(stage.summary, figures)
-        for line in (*_iter_end_lines(stage, loop, finished), *stage.closing_lines(finished)):
-            stage.console.print(line)
+        lines = _iter_end_lines(stage, loop) if finished else [_describe_stop(stage, loop)]
+        for line in (*lines, *stage.closing_lines(finished)):
+            echo(line)
     return finished
 
 
@@ -98,33 +99,6 @@ def _find_result(stage: Stage, start: Checkpoint) -> str | None:
         figures = json.loads(stage.summary.read_text())
         return stage.describe_result(figures) if figures["steps"] == start.step else None
     return None
-
-
-def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
-    """Announce the run, and restore a resumed run's state."""
-    options, echo = stage.config.checkpoint, stage.console.print
-    for label, text in (*stage.announce(), *_announce_device(stage, start)):
-        echo(f"{label:<10} {text}")
-    peak = stage.peak.flops_per_second * stage.runtime.world_size
-    loop = Loop(stage, peak, options.save_every, stage.config.sample_every)
-    torch.manual_seed(stage.seed)
-    if start is not None:
-        loop.load_state_dict(start.state)
-        start.state.clear()  # copied: it would take its memory until the run ends
-        echo(f"resuming from {start.path}")
-        if changed := changed_circumstances(start.meta, stage.meta):
-            echo(
-                "note: results will match closely but not bit for bit after this point: "
-                + "; ".join(changed)
-            )
-    if stage.ranks.is_master:
-        for line in prepare_extension(stage, start) if start and stage.extend else ():
-            echo(line)
-        if options.overwrite:
-            for step in list_checkpoints(stage.directory):
-                remove_directory(find_checkpoint(stage.directory, step))
-        stage.summary.unlink(missing_ok=True)
-    return loop
 
 
 def _announce_device(stage: Stage, start: Checkpoint | None) -> Iterator[tuple[str, str]]:
@@ -151,45 +125,60 @@ def _count_flops(stage: Stage, done: int) -> float:
     """Count the operations that are left: all steps, and the evaluations whose size is known."""
     left = max(0, stage.total_steps(0) - done)  # the total may be an estimate
     per_token = FORWARD_SHARE * flops_per_token(stage.model_config)
-    evaluated = sum(
-        each.tokens * math.ceil(left / each.every) for each in stage.evaluations if each.every
-    )
-    return left * stage.step_flops() + per_token * evaluated
+    sizes = [each.tokens * math.ceil(left / each.every) for each in stage.evaluations if each.every]
+    return left * stage.step_flops() + per_token * sum(sizes)
+
+
+def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
+    """Restore a resumed run's state, and clear away what this run replaces."""
+    options, echo = stage.config.checkpoint, stage.console.print
+    peak = stage.peak.flops_per_second * stage.runtime.world_size
+    loop = Loop(stage, peak, options.save_every, stage.config.sample_every)
+    torch.manual_seed(stage.seed)
+    if start is not None:
+        loop.load_state_dict(start.state)
+        start.state.clear()  # copied: it would take its memory until the run ends
+        echo(f"resuming from {start.path}")
+        if changed := changed_circumstances(start.meta, stage.meta):
+            closely = "note: results will match closely but not bit for bit after this point"
+            echo(f"{closely}: {'; '.join(changed)}")
+    if stage.ranks.is_master:
+        for line in prepare_extension(stage, start) if start and stage.extend else ():
+            echo(line)
+        if options.overwrite:
+            for step in list_checkpoints(stage.directory):
+                remove_directory(find_checkpoint(stage.directory, step))
+        stage.summary.unlink(missing_ok=True)
+    return loop
 
 
 def run_loop(stage: Stage, loop: Loop, start: Checkpoint | None) -> bool:
     """Run the loop and record what it does; return whether it is finished."""
-    config, step = stage.config, loop.state.step
+    config, step, home = stage.config, loop.state.step, stage.home
+    steps = stage.total_steps(step)
     stage.runtime.reset_peak_memory()
-    with (
-        open_run(
-            stage.home,
-            stage.run_name,
-            stage.meta,
-            config.telemetry,
-            group=stage.command,
-            resumed_from=start.path if start else None,
-            rank=stage.ranks.rank,
-        ) as metrics,
-        ProgressLine(stage.console, stage.total_steps(step), step) as progress,
-    ):
-        tokenizer = stage.home.tokenizer_dir(stage.meta["tokenizer"]["name"])
+    name, meta, rank = stage.run_name, stage.meta, stage.ranks.rank
+    origin = start.path if start else None
+    session = open_run(
+        home, name, meta, config.telemetry, group=stage.command, resumed_from=origin, rank=rank
+    )
+    with session as metrics, ProgressLine(stage.console, steps, step) as progress:
+        tokenizer = home.tokenizer_dir(meta["tokenizer"]["name"])
         if problem := metrics.push_tokenizer(tokenizer):
             progress.note(f"the tokenizer is not pushed: {problem}")
-        checkpoints = CheckpointWriter(stage.directory, stage.meta, config.checkpoint.keep_last)
+        checkpoints = CheckpointWriter(stage.directory, meta, config.checkpoint.keep_last)
         return loop.run(checkpoints, metrics, progress)
 
 
 def summarize(stage: Stage, loop: Loop) -> dict[str, Any]:
     """Return a finished run's figures for `summary.json`; None where nothing was measured."""
     state, metric = loop.state, stage.metric
-    key = metric.name.replace("/", "_")
     figures = {
         "steps": state.step,
         "tokens": state.tokens,
-        f"{key}_first": state.first_val,
-        key: state.last_val,
-        f"{key}_best": metric.score(state.best_val),
+        f"{metric.key}_first": state.first_val,
+        metric.key: state.last_val,
+        f"{metric.key}_best": metric.score(state.best_val),
         "overfitting": state.overfitting,
         "training_seconds": state.training_seconds,
         "tokens_per_second": loop.speed.tokens_per_second,
@@ -201,18 +190,18 @@ def summarize(stage: Stage, loop: Loop) -> dict[str, Any]:
     return {**known, **stage.step_metrics(), **stage.figures}
 
 
-def _iter_end_lines(stage: Stage, loop: Loop, finished: bool) -> Iterator[str]:
-    """Yield lines about the end of the run."""
-    state, speed, metric, asked = loop.state, loop.speed, stage.metric, stage.config.checkpoint
-    if not finished:
-        where = f"the checkpoint is in {stage.directory}" if state.step else "nothing is saved"
-        again = "without --overwrite " if asked.overwrite else ""
-        again += "without --resume-from-step " if asked.resume_from_step is not None else ""
-        yield (
-            f"stopped at step {state.step} of {stage.total_steps(state.step)}; {where}. "
-            f"Run the same command {again}to resume"
-        )
-        return
+def _describe_stop(stage: Stage, loop: Loop) -> str:
+    step, asked = loop.state.step, stage.config.checkpoint
+    where = f"the checkpoint is in {stage.directory}" if step else "nothing is saved"
+    again = "without --overwrite " if asked.overwrite else ""
+    again += "without --resume-from-step " if asked.resume_from_step is not None else ""
+    stopped = f"stopped at step {step} of {stage.total_steps(step)}; {where}"
+    return f"{stopped}. Run the same command {again}to resume"
+
+
+def _iter_end_lines(stage: Stage, loop: Loop) -> Iterator[str]:
+    """Yield lines about a finished run."""
+    state, speed, metric = loop.state, loop.speed, stage.metric
     if speed.seconds:
         yield (
             f"trained on {state.tokens:,} tokens in {state.training_seconds / 60:.1f} min; median "

@@ -24,10 +24,9 @@ from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.conversation_loader import (
     ConversationLoader,
     Used,
-    describe_mixture,
     render_whole,
 )
-from archerchat.data.streams import Streams
+from archerchat.data.prefetch import Streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
@@ -36,9 +35,7 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import HELD_BACK, MixtureConfig, build_mixtures
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.fitting import fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
-from archerchat.training.resume import saved_rows
 from archerchat.training.run import run_stage
 
 RATE_SCALE = 0.8
@@ -86,27 +83,14 @@ class FinetuneConfig(TuneConfig):
         return self.num_epochs or (math.inf if self.num_iterations else 1)
 
 
-def lr_multiplier(progress: float) -> float:
-    """Return the factor on every group's rate at `progress` from 0 to 1."""
-    if progress <= WARMDOWN_START:
-        return 1.0
-    return max(0.0, (1 - progress) / (1 - WARMDOWN_START))
-
-
-def muon_momentum(step: int) -> float:
-    done = min(1.0, step / MOMENTUM_WARMUP_STEPS)
-    return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
-
-
 def iter_held_back(validation: TaskMixture) -> Iterator[str]:
     """Say which of the user's conversations validate only because nothing else was given."""
     for task in validation.tasks:
         if isinstance(task, JsonlTask) and task.picked is not None:
             size, numbers = len(task.rows), [str(index + 1) for index in sorted(task.picked)]
-            listed = ", ".join(numbers[:MAX_NAMED]) + (", ..." if len(numbers) > MAX_NAMED else "")
-            use = "held back from training"
-            if size < HELD_BACK:
-                use = f"trained on too because there are fewer than {HELD_BACK}"
+            listed = ", ".join(numbers[:MAX_NAMED] + ["..."] * (len(numbers) > MAX_NAMED))
+            few = f"trained on too because there are fewer than {HELD_BACK}"
+            use = few if size < HELD_BACK else "held back from training"
             yield f"number {listed} of {size} in {task.name}, {use}; --val-jsonl chooses others"
 
 
@@ -129,8 +113,8 @@ class Finetuning(Tuning):
             self.base, self.model_config, config.lr_scale, config.total_batch_size
         )
         # Micro-batches count alike, however much of each is learned: more rows change the loss.
-        rows = saved_rows(self.saved.meta) if self.saved else rows
-        fit_to_device(self, usual_rows=rows, document_masking=config.document_masking)
+        usual = self.saved_rows or rows
+        self.fit_to_device(usual_rows=usual, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
 
     def identity(self) -> dict[str, Any]:
@@ -139,7 +123,7 @@ class Finetuning(Tuning):
         return ({} if config.passes == 1 else {"num_epochs": config.num_epochs}) | {
             "base": self.describe_base(),
             "tokenizer": self.tokenizer.fingerprint,
-            "mixture": describe_mixture(self.train),
+            "mixture": self.train.describe(),
             "device_batch_size": self.rows,
             "total_batch_size": self.total_batch_tokens,
             "num_iterations": config.num_iterations,
@@ -148,8 +132,8 @@ class Finetuning(Tuning):
             "document_masking": config.document_masking,
         }
 
-    def facts(self) -> dict[str, Any]:
-        return super().facts() | {"validation": describe_mixture(self.validation)}
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"validation": self.validation.describe()}
 
     def open_data(self, start: Checkpoint | None) -> None:
         if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
@@ -158,18 +142,9 @@ class Finetuning(Tuning):
         self.loader = self.open_streams(partial(self._open_loader, self.train, True), start)
         self.evaluations = [Evaluation(self.validate, self.config.eval_every)]
 
-    def _open_loader(
-        self, mixture: TaskMixture, repeat: bool, stream: int, count: int
-    ) -> ConversationLoader:
-        return ConversationLoader(
-            mixture,
-            self.tokenizer,
-            batch_size=self.rows,
-            sequence_length=self.sequence_length,
-            rank=stream,
-            world_size=count,
-            repeat=repeat,
-        )
+    def _open_loader(self, mixture: TaskMixture, repeat: bool, **place: int) -> ConversationLoader:
+        size = {"batch_size": self.rows, "sequence_length": self.sequence_length, **place}
+        return ConversationLoader(mixture, self.tokenizer, repeat=repeat, **size)
 
     def used(self) -> Used:
         """Return how the conversations of all ranks were used; every rank calls this."""
@@ -223,11 +198,14 @@ class Finetuning(Tuning):
         return max(step / most if most else 0.0, self.data_progress)
 
     def settings(self, step: int) -> StepSettings:
-        return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
+        left = (1 - self.progress_at(step)) / (1 - WARMDOWN_START)
+        warm = min(1.0, step / MOMENTUM_WARMUP_STEPS)
+        momentum = (1 - warm) * MOMENTUM_START + warm * MOMENTUM_PEAK
+        return StepSettings(min(1.0, max(0.0, left)), momentum)
 
     def validate(self) -> Mapping[str, float]:
         """Measure bits per byte of the validation mixture."""
-        loader = self._open_loader(self.validation, False, 0, 1)
+        loader = self._open_loader(self.validation, False)
         return self.measure_bits(loader, self.config.eval_tokens, lambda _: loader.used.progress)
 
     def sample(self) -> Mapping[str, str]:
@@ -239,10 +217,10 @@ class Finetuning(Tuning):
 
     def announce(self) -> Iterator[tuple[str, str]]:
         estimate, moments = self.first_estimate, "from zero"
-        if self.config.warm_start:
+        if self.config.warm_start and "optimizer" in self.base.hashes:
             moments = f"from the base model's step {self.base.step}"
-            if "optimizer" not in self.base.hashes:
-                moments = "from zero: the base checkpoint has no optimizer state"
+        elif self.config.warm_start:
+            moments += ": the base checkpoint has no optimizer state"
         yield "base", f"{self.base_tag}, step {self.base.step}; optimizer moments {moments}"
         for label, mixture in (("mixture", self.train), ("validation", self.validation)):
             counts = Counter(task.name for task in mixture.tasks).items()
@@ -253,24 +231,15 @@ class Finetuning(Tuning):
             notes = (note for task in self.train.tasks for note in getattr(task, label))
             yield from ((label.replace("_", " "), note) for note in dict.fromkeys(notes))
         about = "" if self.config.num_iterations else "about "
-        yield (
-            "training",
-            f"{about}{estimate:,} steps of {self.total_batch_tokens:,} tokens "
-            f"({self.grad_accum_steps} x {self.rows} rows of {self.sequence_length})",
-        )
+        yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:
-            yield "warning", self._describe_short_run(estimate)
-
-    def _describe_short_run(self, steps: int) -> str:
-        """Return a warning with the flags that would give the run enough steps."""
-        batch, smallest = self.total_batch_tokens, self.rows * self.sequence_length
-        while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
-            batch //= 2
-        passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
-        return (
-            f"{steps} step(s) are too few to learn from; --num-epochs {passes} "
-            f"--total-batch-size {batch} would be about {ENOUGH_STEPS}"
-        )
+            batch, smallest = self.total_batch_tokens, self.rows * self.sequence_length
+            while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
+                batch //= 2
+            passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
+            flags = f"--num-epochs {passes} --total-batch-size {batch}"
+            few = f"{estimate} step(s) are too few to learn from"
+            yield "warning", f"{few}; {flags} would be about {ENOUGH_STEPS}"
 
     def closing_lines(self, finished: bool) -> list[str]:
         used = self.used()

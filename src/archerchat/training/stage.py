@@ -1,19 +1,19 @@
-"""What a training command decides before it trains, and how the three differ.
+"""What the three training commands share: their options, what they decide, what they build.
 
-A stage's own file (`pretrain.py`, `sft.py`, `rl.py`) derives `Stage`. Creating one decides
-everything about the run; `build` then makes the model, its optimizer and its data. `run.py` trains
-it.
+Each stage's own file (`pretrain.py`, `sft.py`, `rl.py`) derives `Stage`. Creating one decides
+everything about the run, `build` makes the model, the optimizer and the data, and `run.py` trains.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from rich.console import Console
@@ -21,16 +21,18 @@ from rich.console import Console
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import AttentionName, Config, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
-from archerchat.data.prefetch import Batch, PrefetchingLoader
-from archerchat.data.streams import LoaderT, Streams, saved_streams
+from archerchat.data.prefetch import Batch, LoaderT, PrefetchingLoader, Streams, saved_streams
 from archerchat.dial import LearningRates, grad_accum_steps
 from archerchat.distributed import joined_ranks
+from archerchat.errors import UsageError
 from archerchat.home import Home
-from archerchat.model.attention import Backend
+from archerchat.model.attention import Backend, choose_backend, runs_varlen
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
+from archerchat.optim.optimizer import Optimizer, build_groups
+from archerchat.planning.memory import RESERVED_SHARE, fit_micro_batch
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
+from archerchat.planning.window_speed import fastest_for_windows
 from archerchat.runtime import build_runtime, describe_hardware, dtype_name, prepare_process
 from archerchat.training.recipe import Recipe
 from archerchat.training.telemetry import TelemetryConfig
@@ -89,8 +91,8 @@ class Stage(Recipe):
     command: ClassVar[str]
     done: ClassVar[str]
     """Past participle for messages: trained, fine-tuned, reinforced."""
-    decays: ClassVar[bool] = True
-    """Whether AdamW's groups have weight decay."""
+    adam_decay: ClassVar[float] = 1.0
+    """Factor on the weight decay of AdamW's groups."""
 
     tag: str
     seed: int
@@ -108,15 +110,12 @@ class Stage(Recipe):
     figures: Mapping[str, float] = {}
     """The stage's own figures for a finished run's summary, besides those of a step."""
 
-    # What `fitting.fit_to_device` sets.
+    # What `fit_to_device` sets.
     rows: int
     """Rows per micro-batch."""
     recomputes: bool
-    backend: Backend
-    backend_reason: str
-
-    most_rows: int | None
-    """Limit of the rows that are chosen, where more were too many; None if there is none."""
+    attention: tuple[Backend, str]
+    """The backend, and the reason for it."""
 
     def __init__(
         self,
@@ -125,6 +124,7 @@ class Stage(Recipe):
         console: Console | None = None,
         most_rows: int | None = None,
     ) -> None:
+        """Decide everything; choose at most `most_rows`, if more were too many."""
         self.config, self.home, self.most_rows = config, home, most_rows
         self.runtime, self.compile = build_runtime(config.device, config.dtype), config.compile
         self.console = console or build_console(quiet=not self.runtime.is_master)
@@ -143,10 +143,6 @@ class Stage(Recipe):
         """Return everything that decides the weights, as JSON."""
 
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Return the model's configuration, its tokenizer and other entries for `describe`."""
-
-    @abstractmethod
     def set_weights(self, start: Checkpoint | None) -> None:
         """Give the new model its weights; those of `start` will be loaded later."""
 
@@ -158,16 +154,35 @@ class Stage(Recipe):
     def announce(self) -> Iterator[tuple[str, str]]:
         """Yield a label and a sentence for each choice that was made for the user."""
 
-    def closing_lines(self, finished: bool) -> list[str]:
-        """Return the stage's own lines to print at the end."""
-        return []
+    def describe(self) -> dict[str, Any]:
+        """Return what every checkpoint and journal says about the run; stages add to it.
+
+        A command may resume the run if its `identity` is the same.
+        """
+        return {
+            "stage": self.name,
+            "source": f"archerchat {self.command}",
+            "identity": {"dtype": dtype_name(self.runtime.compute_dtype), **self.identity()},
+            "config": as_json(self.config),
+            "compile": self.config.compile,
+            "hardware": describe_hardware(self.runtime),
+            "attention": "{} ({})".format(*self.attention),
+        }
+
+    def describe_steps(self, count: int) -> str:
+        batch = f"{self.grad_accum_steps} x {self.rows} rows of {self.sequence_length}"
+        return f"{count:,} steps of {self.total_batch_tokens:,} tokens ({batch})"
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Describe the stage's metric as a finished run's summary has it."""
-        key = self.metric.name.replace("/", "_")
+        key = self.metric.key
         if figures[key] is None:
             return "it was not evaluated"
         return f"{self.metric.name} {figures[f'{key}_first']:.4f} -> {figures[key]:.4f}"
+
+    def closing_lines(self, finished: bool) -> list[str]:
+        """Return the stage's own lines to print at the end."""
+        return []
 
     @property
     def sequence_length(self) -> int:
@@ -192,20 +207,6 @@ class Stage(Recipe):
         """Peak rate of one device."""
         return peak_flops(self.runtime, self.home.cache_dir)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what every checkpoint and journal says about the run. A command may resume it if
-        the `identity` is the same."""
-        return {
-            "stage": self.name,
-            "source": f"archerchat {self.command}",
-            "identity": {"dtype": dtype_name(self.runtime.compute_dtype), **self.identity()},
-            "config": as_json(self.config),
-            "compile": self.config.compile,
-            "hardware": describe_hardware(self.runtime),
-            "attention": f"{self.backend} ({self.backend_reason})",
-            **self.facts(),
-        }
-
     @cached_property
     def saved(self) -> Checkpoint | None:
         """The checkpoint that the run would resume from, without its state; None for a new run."""
@@ -213,6 +214,12 @@ class Stage(Recipe):
             return None
         path = find_checkpoint(self.directory, self.config.checkpoint.resume_from_step)
         return load_checkpoint(path, sections=())
+
+    @property
+    def saved_rows(self) -> int:
+        """Rows per micro-batch of the saved run; 0 if there is none, or none that we trained."""
+        identity = self.saved.meta.get("identity", {}) if self.saved else {}
+        return int(identity.get("rollouts", identity).get("device_batch_size", 0))
 
     def total_steps(self, step: int) -> int:
         assert self.num_iterations is not None  # a stage whose data decides has its own
@@ -223,39 +230,106 @@ class Stage(Recipe):
 
     def count_micro_batches(self, rows: int) -> int:
         """Return how many micro-batches of `rows` rows one rank adds up per step."""
-        tokens, length = self.total_batch_tokens, self.sequence_length
-        return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
+        size, length = self.runtime.world_size, self.sequence_length
+        return grad_accum_steps(self.total_batch_tokens, rows, length, size)
+
+    def fit_to_device(
+        self, usual_rows: int = 0, reserved_bytes: int = 0, document_masking: bool = False
+    ) -> None:
+        """Choose the rows per micro-batch, whether layers are recomputed, and the attention.
+
+        Args:
+            usual_rows: rows to use if they fit; 0 uses as many as fit.
+            reserved_bytes: memory of the device that is needed for other things.
+            document_masking: whether attention must keep the conversations of a row apart.
+        """
+        given, self.recomputes = self.config.device_batch_size, self.config.activation_checkpointing
+        if isinstance(given, int):
+            self.rows = given
+        else:
+            self.choose_rows(usual_rows, reserved_bytes)
+        self.grad_accum_steps = self.count_micro_batches(self.rows)
+        self.attention = self.choose_attention(document_masking)
+
+    def choose_rows(self, usual: int = 0, reserved_bytes: int = 0) -> None:
+        """Estimate how many rows per micro-batch fit, and whether layers must be recomputed.
+
+        A resumed run keeps its rows on the kind of device it was saved on, to be bit-identical.
+        """
+        runtime, saved, per_step, streams = self.runtime, self.saved, self.count_micro_batches(1), 1
+        if saved and "loader" in saved.hashes:
+            streams = saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
+        # A step takes whole micro-batches from each stream of data.
+        divided = math.gcd(per_step, per_step * runtime.world_size // streams)
+        memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
+        device = runtime.compute_dtype, runtime.device, runtime.world_size, memory
+        model, again, dtype = self.model_config, self.recomputes, self.state_dtype
+        estimate, fitting, recomputes = fit_micro_batch(
+            model, *device, divided, recomputes=again, state_dtype=dtype
+        )
+        rows, began_with = fitting or 1, self.saved_rows
+        if usual and per_step % usual == 0:
+            rows = usual if estimate.total(usual) <= memory * (1 - RESERVED_SHARE) else rows
+        if saved and began_with > 0 and per_step % began_with == 0:
+            same = (saved.meta.get("hardware") or {}).get("device") == runtime.device_name
+            rows = began_with if same else rows
+        rows = min(rows, self.most_rows or rows)
+        # All ranks call this, even if one lacks the saved run or has another card.
+        every_rows, every_recomputes = zip(*self.ranks.gather((rows, recomputes)), strict=True)
+        self.rows, self.recomputes = min(every_rows), any(every_recomputes)
+
+    def choose_attention(self, document_masking: bool = False) -> tuple[Backend, str]:
+        """Return the attention backend, and the reason for it.
+
+        Raises:
+            UsageError: the forced one cannot run here, or cannot keep conversations apart.
+        """
+        runtime, model, forced = self.runtime, self.model_config, self.config.attention
+        try:
+            backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if document_masking and backend == "flash":
+            if forced is not None:
+                raise UsageError(
+                    "--attention flash cannot keep the conversations of a row apart: leave "
+                    "--attention out, or --document-masking"
+                )
+            backend, reason = "flex", "keeps the conversations of a row apart"
+        if forced is not None or backend != "flex":
+            return backend, reason
+        if not self.compile:  # flex has to be compiled
+            varlen = runs_varlen(runtime.device, runtime.compute_dtype)
+            return "varlen" if varlen else "sdpa", "not compiled"
+        whole = min(model.windows) == model.sequence_length
+        if document_masking or whole or not runs_varlen(runtime.device, runtime.compute_dtype):
+            return backend, reason
+        timed = fastest_for_windows(runtime, model, self.rows, self.home.cache_dir)
+        return cast("tuple[Backend, str]", self.ranks.gather(timed)[0])
 
     def build(self, start: Checkpoint | None) -> None:
         """Build model, optimizer and data, for the state of `start` to be loaded into."""
-        runtime = self.runtime
-        self.model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
+        dtype, compile = self.runtime.compute_dtype, self.config.compile
+        self.model = Transformer(self.model_config, dtype, self.attention[0])
         self.set_weights(start)
-        self.model.to(runtime.device).recomputes = self.recomputes
-        groups = build_groups(self.model, self.rates)
-        if not self.decays:
-            groups = [
-                replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
-                for group in groups
-            ]
-        self.optimizer = Optimizer(
-            self.model,
-            groups,
-            runtime.compute_dtype,
-            self.config.compile,
-            self.ranks,
-            self.state_dtype,
-        )
+        self.model.to(self.runtime.device).recomputes = self.recomputes
+        groups = build_groups(self.model, self.rates, self.adam_decay)
+        self.optimizer = Optimizer(self.model, groups, dtype, compile, self.ranks, self.state_dtype)
         self.open_data(start)
         self.meta = self.describe()
 
     def open_streams(
-        self, open_stream: Callable[[int, int], LoaderT], start: Checkpoint | None
+        self, open_loader: Callable[..., LoaderT], start: Checkpoint | None
     ) -> Streams[LoaderT]:
-        """Open the streams of data that this rank reads, of as many as the run began with."""
-        saved = start.state.get("loader") if start else None
+        """Open this rank's streams of data; a resumed run has as many as it began with.
+
+        `open_loader` takes `rank` and `world_size`: the stream's number, and how many there are.
+        """
+        saved, accum = start.state.get("loader") if start else None, self.grad_accum_steps
         count = saved_streams(saved) if saved else self.ranks.world_size
-        return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
+        return Streams(
+            lambda rank, size: open_loader(rank=rank, world_size=size), count, accum, self.ranks
+        )
 
     def measure_bits(
         self, loader: PrefetchingLoader[Any], num_tokens: int, seen: Callable[[Batch], float]

@@ -33,8 +33,6 @@ PROJECT = "archerchat"
 PushCheckpoints = Literal["auto", "all", "last", "best", "none"]
 Occasion = Literal["last", "best"]
 """Why a checkpoint is pushed: it was just saved, or just found to be the best."""
-TOKENIZER = "tokenizer"
-"""The name under which a run's tokenizer is pushed."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,15 @@ class TelemetryConfig:
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Record one run's metrics."""
+    """Record one run's metrics; without a `run`, as on every rank but the first, do nothing."""
 
     run: endlex.Run = field(default_factory=partial(endlex.init, PROJECT, mode="disabled"))
-    """By default one that records nothing, as on every rank but the first."""
     push_checkpoints: PushCheckpoints = "none"
     name_suffix: str = ""
     """Suffix of checkpoint names on the server: another machine may have saved the same step."""
 
     def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
-        """Record scalars of one step, non-finite ones too; tensors of one element are read."""
+        """Record scalars of one step, non-finite ones and tensors of one element too."""
         self.run.log(values, step=step)
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -74,31 +71,28 @@ class MetricsLog:
 
         Its files are linked, so it may be deleted afterwards.
         """
-        keeps_all = self.push_checkpoints == "all"
+        keeps_all, name = self.push_checkpoints == "all", path.name + self.name_suffix
         if occasion != ("last" if keeps_all else self.push_checkpoints):
             return None
+        replaces = None if keeps_all else occasion
         return self._save(
-            path,
-            step=step,
-            name=path.name + self.name_suffix,
-            aliases=(occasion,),
-            metadata=metadata,
-            replaces=None if keeps_all else occasion,
+            path, name, step=step, aliases=(occasion,), metadata=metadata, replaces=replaces
         )
 
     def push_tokenizer(self, directory: Path) -> str | None:
         """Hand the tokenizer to Endlex once per run, if checkpoints are pushed; return as above."""
-        if self.push_checkpoints == "none" or self.run.has_saved(TOKENIZER):
+        if self.push_checkpoints == "none" or self.run.has_saved("tokenizer"):
             return None
         with suppress(endlex.EndlexError):  # a run.json of something else
             pulled = endlex.read_run_file(directory)
             if pulled and pulled["run"] == self.run.id:
                 return None  # `endlex pull` brought it from there
-        return self._save(directory, step=0, name=TOKENIZER, aliases=("keep",))
+        return self._save(directory, "tokenizer", step=0, aliases=("keep",))
 
-    def _save(self, path: Path, **options: Any) -> str | None:
+    def _save(self, path: Path, name: str, **options: Any) -> str | None:
         try:
-            self.run.save(path, link=True, **options)  # renamed into place, never rewritten
+            # Linked: such files are renamed into place and never rewritten.
+            self.run.save(path, name=name, link=True, **options)
         except (endlex.EndlexError, OSError) as error:
             return str(error)
         return None

@@ -16,8 +16,7 @@ from archerchat.checkpoint import save_checkpoint
 from archerchat.commands.eval_base import EvalBaseConfig, evaluate
 from archerchat.data.shards import write_shards
 from archerchat.evals.core.bundle import load_bundle
-from archerchat.evals.core.evaluate import CoreEvaluation
-from archerchat.evals.core.results import CoreTaskResult
+from archerchat.evals.core.evaluate import CoreEvaluation, CoreTaskResult
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig

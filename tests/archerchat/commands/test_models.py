@@ -9,7 +9,7 @@ import pytest
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.files import exclusive
-from archerchat.report.report import gather
+from archerchat.report.runs import gather
 
 SFT = (
     *("sft", "--device", "cpu", "--dtype", "float32", "--no-compile", "--eval-tokens", "512"),

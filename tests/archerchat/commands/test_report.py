@@ -64,6 +64,21 @@ def test_a_directory_with_other_things_is_left_alone(
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("out", [".", ".."])
+def test_a_directory_without_a_name_is_refused(
+    trained_home: TinyHome,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert trained_home.run("report", "--out", out) == 2
+    assert f"--out {out} cannot be replaced from here" in capsys.readouterr().err
+    assert not list((tmp_path / "empty").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -187,7 +187,7 @@ def test_after_a_pass_the_next_begins_and_only_then() -> None:
         while loader.used.progress < 1:
             first.append(next(loader))
         assert loader.state_dict()["lengths"].tolist() == []
-        assert loader.used.consumed == loader.used.share == 23
+        assert loader.used.consumed == 23
         second = [next(loader) for _ in first]
         assert loader.used.progress == 2
     assert len(documents_of(first)) == 23

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from archerchat.data.prefetch import Batch, PrefetchingLoader, State
-from archerchat.data.streams import Streams, saved_streams
+from archerchat.data.prefetch import Batch, PrefetchingLoader, State, Streams, saved_streams
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
 

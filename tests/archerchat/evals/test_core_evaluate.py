@@ -14,17 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from archerchat.config import from_json
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.core.bundle import load_bundle, read_examples
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
-from archerchat.evals.core.prompts import Prompter, choose_examples
-from archerchat.evals.core.results import (
+from archerchat.evals.core.evaluate import (
+    CoreEvaluation,
+    CoreOptions,
     CoreResult,
     CoreTaskResult,
     PartialResults,
     describe,
 )
+from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -281,9 +283,9 @@ def test_results_as_json_and_in_notes() -> None:
     assert content["num_tasks"] == 2
     assert content["core"] == result.core == 0.5
     assert content["interval"][0] < 0.5 < content["interval"][1]
-    assert CoreTaskResult.from_json(content["tasks"][0]) == tied
+    assert from_json(CoreTaskResult, content["tasks"][0]) == tied
     without = {k: v for k, v in content["tasks"][0].items() if k != "num_samples"}
-    assert CoreTaskResult.from_json(without) == tied  # as earlier versions wrote it
+    assert from_json(CoreTaskResult, without) == tied  # as earlier versions wrote it
     notes = describe(result)
     assert any("near-ties (closer than 1e-05), by example: a 1, 2" in note for note in notes)
     assert any("is not the published CORE" in note for note in notes)

@@ -16,7 +16,7 @@ from archerchat.evals.core.bundle import (
     load_bundle,
     read_examples,
 )
-from archerchat.evals.core.results import CoreResult, CoreTaskResult, describe, is_offline
+from archerchat.evals.core.evaluate import CoreResult, CoreTaskResult, describe, is_offline
 
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 

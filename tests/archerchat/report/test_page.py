@@ -13,7 +13,8 @@ import pytest
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.planning.gpus import Prices
-from archerchat.report.report import build_training_report, gather
+from archerchat.report.report import build_training_report
+from archerchat.report.runs import gather
 
 pytestmark = pytest.mark.browser
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}

@@ -17,14 +17,8 @@ from archerchat.planning.gpus import Prices
 from archerchat.report.charts import Bars, Lines
 from archerchat.report.comparison import compare, read_course
 from archerchat.report.document import Document, printable
-from archerchat.report.report import (
-    build_training_report,
-    gather,
-    result_chart,
-    run_charts,
-)
-from archerchat.report.results import load_results
-from archerchat.report.runs import load_run
+from archerchat.report.report import build_training_report, result_chart, run_charts
+from archerchat.report.runs import gather, load_results, load_run
 
 HOSTILE = (
     "</pre><script>alert(1)</script> | `` ```` \x00 [x](javascript:1) <img src=x onerror=y>\ud800"

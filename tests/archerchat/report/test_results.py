@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from archerchat.evals.chat import ChatTaskResult
-from archerchat.evals.core.results import CoreResult, CoreTaskResult, PartialResults
+from archerchat.evals.core.evaluate import CoreResult, CoreTaskResult, PartialResults
 from archerchat.files import write_json
 from archerchat.home import Home
-from archerchat.report.results import Result, latest, load_results
+from archerchat.report.runs import Result, latest, load_results
 
 TASK = {
     "label": "copa",

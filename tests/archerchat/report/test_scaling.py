@@ -80,6 +80,15 @@ def test_leaving_one_out_shows_what_rests_on_it() -> None:
     assert fit_law(losses[:3], [compute[:3]]).without_one == ()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_law_that_falls_steeply_warns_of_nothing() -> None:
+    """Without one of these runs the exponent is 33, and 1e10^33 is more than a float holds."""
+    compute = [11616583680.0, 24170250240.0, 43901706240.0, 57999753216.0]
+    law = fit_law([4.244833535891836, 4.228040787659309, 4.038096115866922, 4.2231], [compute])
+    assert max(each.factors[0] for each in law.without_one) == math.inf
+    assert math.isfinite(law.factors[0])
+
+
 def test_the_best_split_is_the_least_loss() -> None:
     flops = 1e21
     parameters, tokens = CHINCHILLA.optimal_split(flops)

@@ -50,7 +50,7 @@ RUNS = {
     "rl": ("rl", "rl", RL),
 }
 """By name: the stage whose models a run makes, its command, and what is not as in `TINY_MODEL`."""
-MORE = ("concat", "sft, repeated")
+MORE = ("concat", "sft of repeated conversations")
 PAID = """
 from archerchat.tasks.generated import SpellingBeeTask
 SpellingBeeTask.reward = lambda task, asked, said: sum(map(said.count, "aeiou")) / 4

@@ -25,8 +25,9 @@ from archerchat.errors import ArcherChatError
 from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.runtime import Runtime
-from archerchat.training.loop import SAVE_SECONDS, Loop, LoopState, Speed
+from archerchat.training.loop import SAVE_SECONDS, Loop
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
+from archerchat.training.state import LoopState, Speed
 from archerchat.training.telemetry import MetricsLog, Occasion, open_run
 
 

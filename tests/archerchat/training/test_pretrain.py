@@ -23,7 +23,6 @@ from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.planning.memory import MemoryEstimate, estimate_memory
 from archerchat.runtime import Runtime
-from archerchat.training.fitting import choose_precision
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 from archerchat.training.run import run_stage
@@ -255,7 +254,8 @@ def test_8_bits_that_do_not_fit_leave_no_gradients(
         return 1.0
 
     monkeypatch.setattr(Runtime, "median_seconds", median_seconds)
-    assert choose_precision(stage, None) == (False, 0.0)
+    stage.choose_precision(None)
+    assert (stage.uses_fp8, stage.fp8_speed) == (False, 0.0)
     assert all(parameter.grad is None for parameter in stage.model.parameters())
     stage.loader.close()
 

@@ -34,6 +34,9 @@ from archerchat.training.resume import find_start
 from archerchat.training.stage import CheckpointOptions
 from archerchat.training.telemetry import MetricsLog
 
+IMPORTED_STEP = 27
+"""Step of 30 at which the golden run is imported from the reference's files: late saves time."""
+
 
 @dataclass(frozen=True)
 class Recorder(MetricsLog):
@@ -153,7 +156,7 @@ def test_the_reference_curve_from_trained_weights_and_from_an_import(
 ) -> None:
     """`d4_dim128_restart`: 30 steps of 8,192 tokens in float32, uncompiled, on the CPU's attention.
 
-    Then steps 20 to 29 once more, from what nanochat would have saved at step 20.
+    Then the last three steps once more, from what nanochat would have saved before them.
     """
     golden, config = restart_run(oracle_dir, attention="matmul", extend=True, model_tag="d4")
     home, source = Home(tmp_path / "home"), tmp_path / "d4"
@@ -166,7 +169,7 @@ def test_the_reference_curve_from_trained_weights_and_from_an_import(
 
         def save(step: int) -> None:
             norms[step] = parameter_norms(recipe)
-            if step == 20:
+            if step == IMPORTED_STEP:
                 as_nanochat_saves(source, step, recipe, golden["model_config"])
 
         return Saves(save)
@@ -187,7 +190,7 @@ def test_the_reference_curve_from_trained_weights_and_from_an_import(
         assert norms[step] == pytest.approx({n: v.item() for n, v in theirs.items()}, rel=1e-4)
 
     recipe, losses = continue_import(config, tokenizer, home, source)
-    assert losses == pytest.approx(golden["loss"][20:], abs=2e-5)
+    assert losses == pytest.approx(golden["loss"][IMPORTED_STEP:], abs=2e-5)
     assert parameter_norms(recipe) == pytest.approx(
         {n: v.item() for n, v in reference[30].items()}, rel=1e-4
     )
@@ -201,12 +204,12 @@ def parameter_norms(recipe: Recipe) -> dict[str, float]:
 def continue_import(
     config: PretrainConfig, tokenizer: Tokenizer, home: Home, source: Path
 ) -> tuple[Recipe, list[float]]:
-    """Train from step 20 of the reference's files to the end; return the losses."""
+    """Train from the step of the reference's files to the end; return the losses."""
     import_nanochat(ImportNanochatConfig(source), home)
     path = find_checkpoint(home.checkpoint_dir("base", "d4"))
     meta = load_checkpoint(path, ()).meta
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
-    save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
+    save_checkpoint(path.parent, IMPORTED_STEP, load_checkpoint(path).state, meta)
     stage, recorder = Pretraining(config, home), Recorder()
     start = find_start(stage)
     assert start is not None
@@ -217,11 +220,11 @@ def continue_import(
     progress: Any = ProgressLine(Console(file=io.StringIO()), 30)
     saves: Any = Saves()
     with closing(recipe.loader):
-        for _ in range(20 * 4):  # the golden run's text goes on
+        for _ in range(IMPORTED_STEP * 4):  # the golden run's text goes on
             next(recipe.loader)
         loop.run(saves, recorder, progress)
     losses = recorder.series["train/last_micro_batch_loss"]
-    return recipe, [losses[step] for step in range(20, 30)]
+    return recipe, [losses[step] for step in range(IMPORTED_STEP, 30)]
 
 
 def test_four_micro_batches_of_two_rows_are_one_of_eight(tiny_home: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,11 @@ LONG = Schedule(num_iterations=1000, weight_decay=0.1)
 def test_the_description_of_an_extension(
     before: Schedule, step: int, new_peaks: dict[str, float], expected: str
 ) -> None:
-    text = describe_extension(before, LONG, step, PEAKS, new_peaks)
+    saved, now = (
+        {"schedule": asdict(schedule), "identity": {"learning_rates": peaks}}
+        for schedule, peaks in ((before, PEAKS), (LONG, new_peaks))
+    )
+    text = describe_extension(saved, now, step)
     assert expected in text
     assert ("warning" in text) == ("warning" in expected)
 

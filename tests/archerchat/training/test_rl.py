@@ -16,7 +16,6 @@ from archerchat.inference.loading import load_model
 from archerchat.runtime import build_runtime
 from archerchat.tasks.conversation import Conversation
 from archerchat.tasks.generated import ArithmeticTask, SpellingBeeTask
-from archerchat.training.rl import lr_multiplier
 from archerchat.training.telemetry import read_records
 
 TINY = {
@@ -116,10 +115,6 @@ def test_another_run_is_not_gone_on_with(
     assert trained_home.run(*words(num_iterations=2, task="Arithmetic")) == 2
     assert "--task: 'SpellingBee' saved, 'Arithmetic' now" in capsys.readouterr().err
     assert trained_home.listing() == listing
-
-
-def test_the_rate_falls_to_0_in_a_line() -> None:
-    assert [lr_multiplier(step, 4) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_rates_are_the_base_models_whatever_fine_tuning_made_of_them(trained_home: Any) -> None:

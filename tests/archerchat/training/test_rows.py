@@ -19,9 +19,9 @@ from archerchat.distributed import Ranks
 from archerchat.model.transformer import Transformer
 from archerchat.planning.memory import RESERVED_SHARE, estimate_memory
 from archerchat.runtime import Runtime
-from archerchat.training import fitting
-from archerchat.training.fitting import choose_rows
+from archerchat.training import stage as stage_module
 from archerchat.training.recipe import Recipe
+from archerchat.training.stage import Stage
 
 SHARED = ["--device", "cpu", "--dtype", "float32", "--no-compile", "--model-tag", "tiny"]
 SHARED += ["--save-every", "1", "--num-iterations", "2", "--eval-every", "none", "--keep-last", "9"]
@@ -106,7 +106,7 @@ def test_every_stage_halves_its_rows_until_a_step_fits(
 def test_a_run_that_starts_again_still_computes_layers_again(
     trained_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit, hidden = fitting.fit_micro_batch, Recipe.hidden
+    fit, hidden = stage_module.fit_micro_batch, Recipe.hidden
 
     def needs_recomputing(*given: Any, **named: Any) -> Any:
         estimate, count, _ = fit(*given, **named)
@@ -118,7 +118,7 @@ def test_a_run_that_starts_again_still_computes_layers_again(
         return hidden(recipe, inputs)
 
     use_rows(monkeypatch, 4)
-    monkeypatch.setattr(fitting, "fit_micro_batch", needs_recomputing)
+    monkeypatch.setattr(stage_module, "fit_micro_batch", needs_recomputing)
     monkeypatch.setattr(Recipe, "hidden", limited)
     assert run(trained_home, "base", "--overwrite") == 0
     assert rows(trained_home, "base") == 2
@@ -184,13 +184,14 @@ def test_each_stream_of_data_still_gives_whole_micro_batches(tmp_path: Path) -> 
         ranks=Ranks(),
         model_config=hp.model,
         saved=None,
+        saved_rows=0,
         most_rows=None,
         count_micro_batches=lambda rows: 16 // rows,
         recomputes=False,
         state_dtype=torch.float32,
     )
-    choose_rows(stage)
+    Stage.choose_rows(stage)
     assert stage.rows == 16
-    stage.saved = saved
-    choose_rows(stage)
+    stage.saved, stage.saved_rows = saved, 2
+    Stage.choose_rows(stage)
     assert (stage.rows, stage.recomputes) == (4, False)

@@ -18,8 +18,8 @@ from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 from archerchat.runtime import Runtime
 from archerchat.training.base_model import inherit
-from archerchat.training.fitting import choose_attention
-from archerchat.training.sft import Finetuning, lr_multiplier, muon_momentum
+from archerchat.training.sft import Finetuning
+from archerchat.training.stage import Stage
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
 DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=512)
@@ -46,18 +46,20 @@ TRAINED = base_model(
     [(0, 1), (0.3, 1), (0.5, 1), (0.75, 0.5), (0.9, 0.2), (1, 0), (1.2, 0)],
 )
 def test_the_rate_falls_over_the_second_half(progress: float, expected: float) -> None:
-    assert lr_multiplier(progress) == pytest.approx(expected)
+    settings = recipe(progress, None).settings(0)
+    assert settings.lr_multiplier == pytest.approx(expected)
+    assert settings.muon_weight_decay == 0
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.85), (150, 0.9), (300, 0.95), (9999, 0.95)])
 def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
-    assert muon_momentum(step) == pytest.approx(expected)
+    assert recipe(0.0, None).settings(step).muon_momentum == pytest.approx(expected)
 
 
 def recipe(progress: float, num_iterations: int | None, num_epochs: int | None = 1) -> Finetuning:
     """A stage of nothing but a position in its data, whose pass takes about 70 steps."""
     made = object.__new__(Finetuning)
-    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
+    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
     made.ranks, made.pass_tokens, made.total_batch_tokens = Ranks(), 70.0, 1
     made.config = cast(
@@ -122,9 +124,7 @@ def test_progress_is_that_of_data_or_steps_whichever_ends_first(
 ) -> None:
     made = recipe(progress, num_iterations)
     assert made.progress_at(step) == expected
-    settings = made.settings(step)
-    assert settings.lr_multiplier == lr_multiplier(expected)
-    assert settings.muon_weight_decay == 0
+    assert made.settings(step).lr_multiplier == min(1.0, 2 * (1 - expected))
 
 
 def test_batch_and_rates_are_the_base_model_s() -> None:
@@ -154,7 +154,7 @@ def choose(runtime: Runtime, forced: str | None, masks: bool, compile: bool = Tr
     stage: Any = SimpleNamespace(
         runtime=runtime, config=config, compile=compile, model_config=HP.model
     )
-    return choose_attention(stage, masks)
+    return Stage.choose_attention(stage, masks)
 
 
 def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.Monk
     assert choose(cuda, "flex", masks=True)[0] == "flex"
     old = Runtime(torch.device("cuda"), torch.float32, "a T4", "forced")
     assert choose(old, None, masks=False)[0] == "flex"  # torch's kernel needs 16 bits
-    monkeypatch.setattr("archerchat.training.fitting.runs_varlen", lambda device, dtype: True)
+    monkeypatch.setattr("archerchat.training.stage.runs_varlen", lambda device, dtype: True)
     assert choose(cuda, None, masks=True, compile=False) == ("varlen", "not compiled")
     with pytest.raises(UsageError, match="'flahs' is not one of"):
         choose(CPU, "flahs", masks=False)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from archerchat.training.loop import RECENT_STEPS, WARMUP_STEPS, Speed
+from archerchat.training.state import RECENT_STEPS, WARMUP_STEPS, Speed
 
 
 def timed(*seconds: float) -> Speed:

@@ -10,55 +10,36 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from endlex.commands.rendering import (
-    confirm,
-    count,
-    format_bytes,
-    print_json,
-    printable,
-    render_table,
-)
-from endlex.commands.targets import find_server
+from endlex.api import Api
+from endlex.commands.rendering import count, format_bytes, print_json, printable, render_table
 from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
-RULES = "rules"
+
+def confirm(question: str, yes: bool) -> bool:
+    """Return whether the user agrees, or has agreed with --yes."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm: give --yes")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _change(runs: Sequence[str], changes: dict[str, Any], url: str | None, done: str) -> int:
-    server = find_server(url)
+def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> int:
+    """Change runs; `changes` are their name, notes, group and so on, as the server takes them."""
+    server = Api(url, read_only=False)
     ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
-    print(f"{count(len(ids), 'run')} {done}")
+    said = ", ".join(f"{name} = {value!r:.80}" for name, value in changes.items())
+    print(f"{count(len(ids), 'run')} {done or f'changed: {said}'}")
     return 0
 
 
-def tag(runs: Sequence[str], add: Sequence[str], remove: Sequence[str], url: str | None) -> int:
+def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None) -> int:
     """Add and remove tags."""
     if not (add or remove):
         raise UsageError("give tags with --add TAG or --remove TAG")
-    return _change(runs, {"add_tags": list(add), "remove_tags": list(remove)}, url, "tagged")
-
-
-def note(run: str, text: str, url: str | None) -> int:
-    """Replace a run's notes."""
-    return _change([run], {"notes": sys.stdin.read() if text == "-" else text}, url, "noted")
-
-
-def group(runs: Sequence[str], name: str, url: str | None) -> int:
-    """Put runs into a group; an empty name takes them out of theirs."""
-    done = f"in group {name!r}" if name else "ungrouped"
-    return _change(runs, {"group": name or None}, url, done)
-
-
-def rename(run: str, name: str, url: str | None) -> int:
-    """Give a run another name."""
-    return _change([run], {"name": name}, url, f"renamed to {printable(name)}")
-
-
-def archive(runs: Sequence[str], undo: bool, url: str | None) -> int:
-    """Hide runs from the lists, or show them again."""
-    return _change(runs, {"archived": not undo}, url, "back" if undo else "archived")
+    return change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
 
 
 def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
@@ -67,22 +48,16 @@ def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
         print("nothing was deleted")
         return 1
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
-    return _change(runs, {"deleted": not undo}, url, done)
+    return change(runs, url, done=done, deleted=not undo)
 
 
 def alert(
-    action: str,
-    rule: str | None,
-    project: str | None,
-    minutes: float,
-    level: str,
-    url: str | None,
-    as_json: bool,
+    action: str, rule: str | None, project: str | None, url: str | None, as_json: bool, **how: Any
 ) -> int:
-    """List, add or remove the rules by which a project's runs raise alerts."""
-    server, where = find_server(url), {"project": project or ""}
+    """List, add or remove a project's rules of alerts; `how` is minutes and level of a new one."""
+    server, where = Api(url, read_only=False), {"project": project or ""}
     if action == "ls":
-        rules = server.get("/settings", where).get(RULES, {})
+        rules = server.get("/settings", where).get("rules", {})
         if as_json:
             print_json(rules)
         elif rules:
@@ -93,54 +68,39 @@ def alert(
         return 0
     if not rule:
         raise UsageError(f"alert {action} needs a rule, such as 'val/bpb > 2'")
-    where |= {"kind": RULES, "name": rule}
+    where |= {"kind": "rules", "name": rule}
     if action == "remove":
         server.send("DELETE", "/settings", query=where)
     else:
-        _check_rule(rule)
-        server.send("PUT", "/settings", {"minutes": minutes, "level": level}, query=where)
+        terms = [term for group in parse_search(rule) for term in group]
+        if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
+            raise EndlexError(
+                f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'"
+            )
+        server.send("PUT", "/settings", how, query=where)
     print(f"rule {printable(rule)}: {'removed' if action == 'remove' else 'added'}")
     return 0
 
 
-def _check_rule(rule: str) -> None:
-    terms = [term for group in parse_search(rule) for term in group]
-    if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
-        raise EndlexError(f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'")
-
-
 def prune(
-    run: str | None,
-    project: str | None,
-    keep_last: int | None,
-    keep_best: str | None,
-    mode: str,
-    keep_every: int | None,
-    deleted: bool,
-    dry_run: bool,
-    yes: bool,
-    url: str | None,
-    as_json: bool,
+    run: str | None, dry_run: bool, yes: bool, url: str | None, as_json: bool, **asked: Any
 ) -> int:
-    """Ask the server what the rules remove, ask the user, then remove it."""
-    rules = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+    """Ask the server what rules remove, ask the user, then remove it.
+
+    `asked` is project, keep_last, keep_best, mode, keep_every and deleted, as the server has it.
+    """
+    project, deleted = asked["project"], asked["deleted"]
     if run and project:
         raise UsageError(f"--run {run} and --project {project}: give one of them")
-    if not deleted and not any(rules.values()):
+    if not (deleted or asked["keep_last"] or asked["keep_best"] or asked["keep_every"]):
         raise UsageError(
             "no rule says what to keep: give --keep-last, --keep-best or --keep-every (a "
             "checkpoint stays when any of them keeps it), or --deleted"
         )
     if not (run or project or deleted):
         raise UsageError("give --run or --project: pruning everything at once is not offered")
-    server = find_server(url)
-    asked = rules | {
-        "mode": mode if keep_best else None,
-        "deleted": deleted or None,
-        "run": server.run(run).id if run else None,
-        "project": project,
-    }
-    request = {key: value for key, value in asked.items() if value is not None}
+    server = Api(url, read_only=False)
+    request = asked | {"run": server.run(run).id if run else None}
     plan = server.send("POST", "/prune", request | {"dry_run": True})
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)
@@ -161,6 +121,5 @@ def _print_outcome(outcome: dict[str, Any], verb: str, as_json: bool) -> None:
     for item in outcome["removed"]:
         what = f"{item['run']} {item.get('name') or '(the whole run)'}"
         print(f"  {printable(what)}  {format_bytes(item['bytes'])}")
-    removed, kept = len(outcome["removed"]), len(outcome["kept"])
-    freed = format_bytes(outcome["freed_bytes"])
-    print(f"{count(removed, 'checkpoint')} {verb}, {freed} freed; {kept:,} kept")
+    removed, freed = count(len(outcome["removed"]), "checkpoint"), outcome["freed_bytes"]
+    print(f"{removed} {verb}, {format_bytes(freed)} freed; {len(outcome['kept']):,} kept")

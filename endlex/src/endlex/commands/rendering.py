@@ -11,19 +11,19 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from endlex.protocol import UsageError
+from endlex.client.transport import Retry
+from endlex.protocol import EndlexError
 
 
 def printable(value: Any) -> str:
     """Return the value's text with control characters escaped, on one line."""
     text = str(value)
-    return text if text.isprintable() else "".join(map(_escape, text))
-
-
-def _escape(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(value: Any) -> None:
@@ -34,23 +34,13 @@ def print_json(value: Any) -> None:
 def render_table(
     headers: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()
 ) -> str:
-    """Return rows below headers, columns two spaces apart.
-
-    Args:
-        headers: one per column.
-        rows: one text per column in each.
-        right: columns that hold numbers, aligned at their right end.
-    """
+    """Return rows below headers, columns two spaces apart; those in `right` are aligned there."""
     texts = [[printable(cell) for cell in row] for row in [headers, *rows]]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(headers))]
-    lines = []
-    for row in texts:
-        cells = [
-            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
-            for i, cell in enumerate(row)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    for number, column in enumerate(zip(*texts, strict=True)):
+        align, width = str.rjust if number in right else str.ljust, max(map(len, column))
+        for row in texts:
+            row[number] = align(row[number], width)
+    return "\n".join("  ".join(row).rstrip() for row in texts)
 
 
 def format_bytes(count: int) -> str:
@@ -65,10 +55,8 @@ def format_bytes(count: int) -> str:
 
 def format_number(value: Any) -> str:
     """Return a number with six significant digits, whole ones with thousands separators."""
-    if value is None or value == "":
-        return ""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool) or not math.isfinite(value):
         return str(value)
     if float(value).is_integer() and abs(value) < 1e15:
@@ -76,11 +64,11 @@ def format_number(value: Any) -> str:
     return f"{value:.6g}"
 
 
-def format_age(moment: float | None, now: float | None = None) -> str:
+def format_age(moment: float | None) -> str:
     """Return how long ago a moment in Unix seconds was, such as "3 min ago"."""
     if not moment:
         return ""
-    seconds = (time.time() if now is None else now) - moment
+    seconds = time.time() - moment
     for size, unit in ((86_400.0, "d"), (3600.0, "h"), (60.0, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
@@ -92,36 +80,26 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def confirm(question: str, yes: bool) -> bool:
-    """Return whether the user agrees, or has agreed with --yes."""
-    if yes:
-        return True
-    if not sys.stdin.isatty():
-        raise UsageError("nobody is there to confirm: give --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
+@dataclass
 class ProgressLine:
     """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds.
 
-    As a context manager it removes the line at the end, before something else is printed; it may
-    be entered again. `prefix` stands in front of what is shown.
+    As a context manager it removes the line at the end, before something else is printed, and adds
+    to a fault of the network how to resume; it may be entered again. `prefix` comes before all.
     """
 
-    def __init__(self) -> None:
-        self.prefix = ""
-        self._terminal = sys.stderr.isatty()
-        self._last = 0.0
-        self._width = 0
+    prefix: str = ""
+    _last: float = 0.0
+    _width: int = 0
 
     def show(self, what: str, done: int, total: int) -> None:
         """Show how many bytes of something are done."""
-        now = time.monotonic()
-        if now - self._last < (0.1 if self._terminal else 10.0):
+        now, is_terminal = time.monotonic(), sys.stderr.isatty()
+        if now - self._last < (0.1 if is_terminal else 10.0):
             return
         self._last = now
         text = printable(f"{self.prefix}{what}: {format_bytes(done)} of {format_bytes(total)}")
-        if self._terminal:
+        if is_terminal:
             print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
         else:
@@ -130,7 +108,9 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if self._width:
             print(f"\r{' ' * self._width}\r", end="", file=sys.stderr, flush=True)
             self._width = 0
+        if isinstance(error, Retry):
+            raise EndlexError(f"{error}; run the same command to resume") from error

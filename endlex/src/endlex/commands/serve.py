@@ -15,23 +15,16 @@ from typing import Any
 from endlex.commands.rendering import count, format_age, print_json, render_table
 from endlex.protocol import EndlexError
 
-SERVER_PACKAGES = {"fastapi", "uvicorn", "starlette", "sse_starlette", "orjson", "numpy", "pyarrow"}
-GB = 10**9
-
 
 def import_server(module: str) -> Any:
     """Return a module of the server."""
     try:
         return importlib.import_module(f"endlex.server.{module}")
     except ModuleNotFoundError as error:
-        lacking = error.name or ""
-        if lacking != "endlex.server" and lacking.partition(".")[0] not in SERVER_PACKAGES:
-            raise
-        what = (
-            "only the client is installed here, and this is the server's"
-            if lacking == "endlex.server"
-            else f"the server needs {lacking}, which is not installed here"
-        )
+        if error.name == "endlex.server":
+            what = "only the client is installed here, and this is the server's"
+        else:
+            what = f"the server needs {error.name}, which is not installed here"
         remedy = "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
         raise EndlexError(f"{what}: {remedy}") from error
 
@@ -41,42 +34,24 @@ def data_directory(data: Path | None) -> Path:
     return data or Path(import_server("settings").DataDir.from_environment().root)
 
 
-def serve(
-    data: Path | None,
-    port: int | None,
-    alerts: Sequence[str],
-    alert_webhook: str | None,
-    ntfy: str | None,
-    min_free_gb: float | None,
-    **given: Any,
-) -> int:
-    """Serve until a signal ends it.
-
-    Args:
-        given: the other arguments, which `Settings` takes as they are.
-    """
-    server = import_server("app")
-    settings = import_server("settings")
-    alerts = [*alerts, *os.environ.get("ENDLEX_ALERTS", "").split()]
-    alerts += [f"json+{alert_webhook}"] if alert_webhook else []
-    alerts += [f"ntfy+{ntfy}"] if ntfy else []
-    for target in alerts:
+def serve(data: Path | None, alerts: Sequence[Any], min_free_gb: float | None, **given: Any) -> int:
+    """Serve until a signal ends it; `given` is what `Settings` takes as it is."""
+    server, settings = import_server("app"), import_server("settings")
+    targets = [target for target in alerts if target is not None]  # an empty --ntfy is none
+    targets += os.environ.get("ENDLEX_ALERTS", "").split()
+    for target in targets:
         import_server("watch.notify").check_target(target)
-    chosen = settings.Settings(
-        port=settings.DEFAULT_PORT if port is None else port,
-        alerts=tuple(alerts),
-        min_free_bytes=None if min_free_gb is None else int(min_free_gb * GB),
-        **given,
-    )
-    server.serve(data_directory(data), chosen)
+    if min_free_gb is not None:
+        given["min_free_bytes"] = int(min_free_gb * 10**9)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    server.serve(data_directory(data), settings.Settings(alerts=tuple(targets), **chosen))
     return 0
 
 
 def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
     """Make a token and print it; it cannot be shown again."""
     scopes = [part.strip() for part in scope.split(",") if part.strip()]
-    secret = import_server("api.auth").create_token(data_directory(data), name, scopes, run)
-    print(secret)
+    print(import_server("api.auth").create_token(data_directory(data), name, scopes, run))
     return 0
 
 
@@ -92,30 +67,26 @@ def list_tokens(data: Path | None, as_json: bool) -> int:
     tokens: list[dict[str, Any]] = import_server("api.auth").list_tokens(data_directory(data))
     if as_json:
         print_json(tokens)
-    elif tokens:
-        heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
-        rows = []
-        for t in tokens:
-            row = [t["id"], t["name"], ",".join(t["scopes"]), _own_runs(t)]
-            ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
-            rows.append([*row, ages[0], ages[1] or "never", ages[2]])
-        print(render_table(heads, rows))
-        if any(t["older_runs"] for t in tokens):
-            print(
-                "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "
-                "which now only add: none of them deletes, prunes, renames, tags or archives."
-            )
-    else:
+        return 0
+    if not tokens:
         print("no tokens: `endlex token create --name BOX --scope write,checkpoint` makes one")
+        return 0
+    rows = []
+    for t in tokens:
+        own = "all" if "manage" in t["scopes"] else f"{len(t['runs'])}"
+        own += " and older ones" if t["older_runs"] and own != "all" else ""
+        adds = {"write", "checkpoint"} & {*t["scopes"]}
+        ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
+        named = [t["id"], t["name"], ",".join(t["scopes"]), own if adds else ""]
+        rows.append([*named, ages[0], ages[1] or "never", ages[2]])
+    heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
+    print(render_table(heads, rows))
+    if any(t["older_runs"] for t in tokens):
+        print(
+            "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "
+            "which now only add: none of them deletes, prunes, renames, tags or archives."
+        )
     return 0
-
-
-def _own_runs(token: dict[str, Any]) -> str:
-    if not {"write", "checkpoint"} & {*token["scopes"]}:
-        return ""
-    if "manage" in token["scopes"]:
-        return "all"
-    return f"{len(token['runs'])}{' and older ones' if token['older_runs'] else ''}"
 
 
 def revoke_token(token: str, data: Path | None) -> int:

@@ -1,17 +1,15 @@
-"""What RUN means on a command line: a run's directory on this machine, or a run of the server."""
+"""What RUN means on a command line: which run directories of this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from endlex.api import Api
 from endlex.client.directories import RunFile, read_run_file, registered, runs_folder
 from endlex.commands.rendering import count
 from endlex.protocol import RUN_FILE, EndlexError, UsageError
-from endlex.reading import session_files, summarize
+from endlex.reading import session_files
 
 
 def is_run_directory(path: Path) -> bool:
@@ -95,15 +93,3 @@ def _find_places(word: str) -> list[Path]:
             f"{runs_folder()} has that id or name: give one that is on this machine"
         )
     return found
-
-
-def find_server(url: str | None) -> Api:
-    """Return the server named on the command line or in the environment."""
-    return Api(url, read_only=False)
-
-
-def load_run(text: str, url: str | None) -> dict[str, Any]:
-    """Return what there is to know of a run: from its directory here, else from the server."""
-    if is_run_directory(Path(text)):
-        return summarize(Path(text))
-    return find_server(url).run(text).whole

@@ -12,56 +12,35 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from endlex.api import Api
 from endlex.client.directories import RunFile, runs_folder
 from endlex.client.shipper.control import BACKGROUND, read_state, shipper_process
 from endlex.client.transport import Transport
-from endlex.client.verify import Comparison, LetGo, compare_directory
+from endlex.client.verify import Comparison, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
-from endlex.commands.targets import find_server, local_runs
+from endlex.commands.targets import local_runs
 from endlex.protocol import SYSTEM, EndlexError, UsageError
 from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
-SAFE = "safe to tear down"
-NOT_SAFE = "NOT safe to tear down"
 SHIPPER_SECONDS = 10.0
-POLL_SECONDS = 0.1
 NAMED = 5
 """Checkpoints that went for one reason and are named; the others are counted."""
 
+REMEDIES = {
+    "wait": "something is still at work: end it, or wait for it, and verify again",
+    "restore": "the server does not have what was published once: is it the right one? If it is, "
+    "restore its data, or `endlex push` the files again under the same name",
+    "look": "what a damaged line of a journal names cannot be compared: look at the line, and at "
+    "the run on the server, before you delete anything",
+}
+"""What to do where no `endlex sync` helps."""
 
-@dataclass
-class Verdict:
-    """What was found about one run's directory."""
-
-    directory: Path
-    owner: RunFile
-    journals: int
-    bytes: int
-    found: Comparison
-    error: str | None = None
-    """Why the server could not be asked."""
-
-    @property
-    def is_safe(self) -> bool:
-        """Whether nothing of value is here only."""
-        return not self.found.missing and self.error is None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it for `--json`."""
-        return {
-            "directory": str(self.directory),
-            "project": self.owner["project"],
-            "name": self.owner["name"],
-            "journals": self.journals,
-            "bytes": self.bytes,
-            "safe": self.is_safe,
-            **asdict(self.found),
-            "error": self.error,
-        }
+Verdict = dict[str, Any]
+"""What was found about one run's directory, as `--json` prints it."""
 
 
 def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
@@ -72,44 +51,47 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
             f"{known}: none in {runs_folder()} (ENDLEX_DIR), and none in the list that endlex.init "
             "keeps; give a run's directory"
         )
-    transport: Transport | None = None
-    no_server = ""
+    transport, no_server = None, None
     try:
-        transport = find_server(url).transport
+        transport = Api(url).transport
     except EndlexError as error:
         no_server = str(error)
     verdicts = [_judge(*run, transport, no_server) for run in known.found.items()]
-    safe = all(verdict.is_safe for verdict in verdicts) and not known.unreadable
+    unsafe = [verdict for verdict in verdicts if not verdict["safe"]]
+    safe = not unsafe and not known.unreadable
     if as_json:
-        answer = {
-            "safe": safe,
-            "runs": [verdict.as_json() for verdict in verdicts],
-            "gone": list(map(str, known.gone)),
-            "unreadable": {str(place): why for place, why in known.unreadable.items()},
-        }
-        print_json(answer)
+        unreadable = {str(place): why for place, why in known.unreadable.items()}
+        gone = list(map(str, known.gone))
+        print_json({"safe": safe, "runs": verdicts, "gone": gone, "unreadable": unreadable})
         return 0 if safe else 1
     for verdict in verdicts:
         _print(verdict, transport.url if transport else "")
     if not runs or known.unreadable:
         print(known)
-    print(SAFE if safe else NOT_SAFE)
-    if not safe:
-        _print_remedy([verdict for verdict in verdicts if not verdict.is_safe], url)
+    print("safe to tear down" if safe else "NOT safe to tear down")
+    _print_remedy(unsafe, url)
     return 0 if safe else 1
 
 
-def _judge(directory: Path, owner: RunFile, transport: Transport | None, no_server: str) -> Verdict:
-    found, error, size = Comparison(), no_server or None, 0
-    paths = session_files(directory)
-    if transport is not None:
+def _judge(place: Path, owner: RunFile, server: Transport | None, error: str | None) -> Verdict:
+    found, size, paths = Comparison(), 0, session_files(place)
+    if server is not None:
         try:
             size = sum(content_length(path) for path in paths)
-            _wait_for_shipper(directory)
-            found = compare_directory(directory, transport)
+            _wait_for_shipper(place)
+            found = compare_directory(place, server)
         except (EndlexError, OSError) as fault:
             error = str(fault)
-    return Verdict(directory, owner, len(paths), size, found, error)
+    return {
+        "directory": str(place),
+        "project": owner["project"],
+        "name": owner["name"],
+        "journals": len(paths),
+        "bytes": size,
+        "safe": not found.missing and error is None,
+        **asdict(found),
+        "error": error,
+    }
 
 
 def _wait_for_shipper(directory: Path) -> None:
@@ -122,38 +104,31 @@ def _wait_for_shipper(directory: Path) -> None:
         trainers = [path for path in session_files(directory) if session_kind(path) != SYSTEM]
         if any(writer_is_alive(path) for path in trainers):
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(0.1)
 
 
 def _print(verdict: Verdict, url: str) -> None:
-    found, owner = verdict.found, verdict.owner
-    print(f"{verdict.directory}  ({printable(owner['project'])}/{printable(owner['name'])})")
-    held = f"{count(verdict.journals, 'journal')}, {format_bytes(verdict.bytes)}"
-    if verdict.is_safe:
-        kept = "every checkpoint that is kept" if found.let_go else "every checkpoint"
+    print(f"{verdict['directory']}  ({printable(verdict['project'])}/{printable(verdict['name'])})")
+    if verdict["safe"]:
+        held = f"{count(verdict['journals'], 'journal')}, {format_bytes(verdict['bytes'])}"
+        kept = "every checkpoint that is kept" if verdict["let_go"] else "every checkpoint"
         print(f"  {held} and {kept}: the same on {url}")
-    for reason, gone in _by_reason(found.let_go).items():
-        names = ", ".join(printable(let_go.name) for let_go in gone[:NAMED])
+    for reason in dict.fromkeys(one["reason"] for one in verdict["let_go"]):
+        gone = [one for one in verdict["let_go"] if one["reason"] == reason]
+        names = ", ".join(printable(one["name"]) for one in gone[:NAMED])
         names += f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
-        when = format_age(max(let_go.removed for let_go in gone))
+        when = format_age(max(one["removed"] for one in gone))
         print(
             f"  no longer on the server, on purpose ({printable(reason)}, {when}): "
             f"{count(len(gone), 'checkpoint')}: {names}"
         )
-    if found.given_up:
-        names = ", ".join(map(printable, found.given_up))
+    if verdict["given_up"]:
+        names = ", ".join(map(printable, verdict["given_up"]))
         print(f"  given up here, since it could not be sent: {names}")
-    if verdict.error is not None:
-        print(f"  nothing was compared: {printable(verdict.error)}")
-    for missing in found.missing:
-        print(f"  {printable(missing)}")
-
-
-def _by_reason(let_go: Sequence[LetGo]) -> dict[str, list[LetGo]]:
-    found: dict[str, list[LetGo]] = {}
-    for one in let_go:
-        found.setdefault(one.reason, []).append(one)
-    return found
+    if verdict["error"] is not None:
+        print(f"  nothing was compared: {printable(verdict['error'])}")
+    for missing in verdict["missing"]:
+        print("  " + printable(f"{missing['kind']} {missing['name']}: {missing['reason']}"))
 
 
 def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
@@ -162,31 +137,19 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
 
     def places(*remedies: str) -> str:
         """Return the directories where one of these helps."""
-        helped = [
-            verdict.directory
+        return shlex.join(
+            verdict["directory"]
             for verdict in unsafe
-            if any(missing.remedy in remedies for missing in verdict.found.missing)
-            or (verdict.error is not None and "sync" in remedies)
-        ]
-        return " ".join(shlex.quote(str(directory)) for directory in helped)
+            if any(missing["remedy"] in remedies for missing in verdict["missing"])
+            or (verdict["error"] is not None and "sync" in remedies)
+        )
 
-    if places("wait"):
-        print("something is still at work: end it, or wait for it, and verify again")
-    if places("restore"):
-        print(
-            "the server does not have what was published once: is it the right one? If it is, "
-            "restore its data, or `endlex push` the files again under the same name"
-        )
-    if places("look"):
-        print(
-            "what a damaged line of a journal names cannot be compared: look at the line, and at "
-            "the run on the server, before you delete anything"
-        )
+    for remedy, text in REMEDIES.items():
+        if places(remedy):
+            print(text)
     if hopeless := places("drop"):
-        print(
-            "what cannot be sent: save it again, then give up the old one with: "
-            f"{sync} {hopeless} --drop-failed"
-        )
+        lost = "what cannot be sent: save it again, then give up the old one with"
+        print(f"{lost}: {sync} {hopeless} --drop-failed")
     if unsent := places("sync", "resend"):
         resend = " --resend" if places("resend") else ""
         print(f"send what is missing with: {sync}{resend} {unsent}")

@@ -13,11 +13,12 @@ import math
 from collections import defaultdict
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from endlex.client.log import read_file
-from endlex.importers.run_directory import RunWriter, Source, find_files, inside, load
+from endlex.importers.run_directory import Found, RunWriter, find_files, inside, load
 from endlex.protocol import EndlexError
 
 SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")
@@ -25,12 +26,13 @@ COLUMNS = {"project_id", "run_id", "attribute_path", "attribute_type"}
 Row = dict[str, Any]
 
 
-def find_neptune_runs(path: Path) -> list[list[Path]]:
-    """Return the Parquet files of each run at or below `path`: a long run is several files."""
+def find_runs(path: Path, root: Path, project: str | None) -> Found:
+    """Find the Parquet files of each run at or below `path`: a long run is several files."""
     runs: dict[str, list[Path]] = defaultdict(list)
-    for file in find_files(path, ".parquet", "give neptune-exporter's data directory"):
+    what = ".parquet file: give neptune-exporter's data directory"
+    for file in find_files(path, "*.parquet", what):
         runs[str(file).rpartition("_part_")[0] or str(file)].append(file)
-    return list(runs.values())
+    return [(files[0], partial(import_neptune, files, root, project)) for files in runs.values()]
 
 
 def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> RunWriter:
@@ -43,19 +45,19 @@ def import_neptune(paths: list[Path], root: Path, project: str | None = None) ->
     times = [row["timestamp"].timestamp() for row in rows if row.get("timestamp")]
     created = config.get("sys/creation_time")
     began = min(times, default=created.timestamp() if isinstance(created, datetime) else 0.0)
-    source = Source(
+    files = next((p / "files" for p in paths[0].parents if (p / "files").is_dir()), None)
+    with RunWriter(
+        root,
         tool="neptune",
         identity=f"{first['project_id']}/{first['run_id']}",
         project=project or first["project_id"],
         name=config.get("sys/name") or first["run_id"],
         created=began,
         config={key: value for key, value in config.items() if not key.startswith("sys/")},
-        tags=tuple(config.get("sys/tags") or ()),
+        tags=config.get("sys/tags") or (),
         notes=str(config["sys/description"]) if config.get("sys/description") else None,
-        run=first["run_id"],
-    )
-    files = next((p / "files" for p in paths[0].parents if (p / "files").is_dir()), None)
-    with RunWriter(root, source) as writer:
+        run=str(first["run_id"]),
+    ) as writer:
         for row in rows:
             if row["attribute_type"] not in SINGLE:
                 _write_row(writer, row, began, files)
@@ -85,16 +87,16 @@ def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) ->
     at = int(step), row["timestamp"].timestamp() if row.get("timestamp") else began
     if kind == "float_series":
         value = row["float_value"]
-        writer.metrics(*at, {name: math.nan if value is None else value})
+        writer.metrics(at, {name: math.nan if value is None else value})
     elif kind == "string_series":
-        writer.text(*at, name, str(row["string_value"]))
+        writer.text(at, name, str(row["string_value"]))
     elif kind == "histogram_series":
         histogram = row["histogram_value"]
-        writer.histogram(*at, name, histogram["edges"], histogram["values"])
+        writer.histogram(at, name, histogram["edges"], histogram["values"])
     elif kind in ("file", "file_series"):
         path = (row.get("file_value") or {}).get("path")
         if files and path and (place := inside(files, path)):
-            writer.media(*at, name, *read_file(place), None)
+            writer.media(at, name, *read_file(place))
         else:
             writer.skip("file that is not here")
     else:

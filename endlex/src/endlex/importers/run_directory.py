@@ -16,27 +16,34 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from endlex import protocol
-from endlex.client.directories import claim_directory, register
-from endlex.client.journal import Journal, tidy_name, to_json
+from endlex.client.directories import claim_directory, register, session_start
+from endlex.client.journal import Journal, as_number, tidy_name, to_json
 from endlex.client.log import HISTOGRAM, keep_media, read_file
 from endlex.client.shipper.send_journals import renew_session
 from endlex.protocol import NON_FINITE, SYSTEM, TRAINER, EndlexError, Status, encode_number
 from endlex.reading import session_files
 
-LARGEST_EXACT = 2**53
+LARGEST_FILE = 64 * 2**20
+
+Moment = tuple[int, float]
+"""A step, and its time in Unix seconds."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """What the other tool says about a run."""
+@dataclass
+class RunWriter:
+    """Build `root/<project>/<name>-<run id>`; as a context manager it appears whole, or not at all.
 
+    If the run is there already, its new sessions, and what grown ones have more, join it.
+    """
+
+    root: Path
     tool: str
     """Such as "wandb": becomes a tag."""
     identity: str
@@ -46,51 +53,37 @@ class Source:
     created: float
     """Unix seconds."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
+    tags: Sequence[str] = ()
     group: str | None = None
     notes: str | None = None
     host: str = ""
-    run: str | None = None
-    """The tool's own id, used when it may be one here too."""
+    run: str = ""
+    """The run's id: the tool's own if it may be one here, else made from the identity."""
     ended: Status = "finished"
     """How it ended if it does not say: it may grow, so this is no record at its end."""
+    counts: Counter[str] = field(default_factory=Counter, init=False)
+    """Records written, by type."""
+    skipped: Counter[str] = field(default_factory=Counter, init=False)
+    """What was left out, by reason."""
+    _journals: dict[str, Journal] = field(default_factory=dict, init=False)
+    """By kind of session."""
 
-
-class RunWriter:
-    """Build one run directory; as a context manager it appears whole, or not at all.
-
-    It goes to `root/<project>/<name>-<run id>`. If the run is there already, its new sessions, and
-    what grown ones have more, join it. Its id is the tool's own where the alphabet allows, else a
-    hash of its identity.
-    """
-
-    def __init__(self, root: Path, source: Source) -> None:
-        self.source = source = replace(
-            source,
-            project=tidy_name(source.project, source.tool),
-            name=tidy_name(source.name, "run"),
-            tags=tuple(tidy_name(tag, "tag") for tag in source.tags),
-        )
-        run = source.run
-        if not run or not protocol.RUN_ID.fullmatch(run):
-            identity = f"{source.tool}\0{source.identity}"
-            run = hashlib.sha256(identity.encode()).hexdigest()[:10]
+    def __post_init__(self) -> None:
+        self.project, self.name = tidy_name(self.project, self.tool), tidy_name(self.name, "run")
+        self.tags = [tidy_name(tag, "tag") for tag in self.tags]
+        if not protocol.RUN_ID.fullmatch(self.run):
+            self.run = hashlib.sha256(f"{self.tool}\0{self.identity}".encode()).hexdigest()[:10]
         project, name = (
-            re.sub(r"[^\w.-]+", "_", part).strip(".")[:80] for part in (source.project, source.name)
+            re.sub(r"[^\w.-]+", "_", part).strip(".")[:80] for part in (self.project, self.name)
         )
-        folder = root / project
-        self.run, self.directory = run, next(folder.glob(f"*-{run}"), folder / f"{name}-{run}")
-        self.counts: Counter[str] = Counter()
-        """Records written, by type."""
-        self.skipped: Counter[str] = Counter()
-        """What was left out, by reason."""
+        folder = self.root / project
+        self.directory = next(folder.glob(f"*-{self.run}"), folder / f"{name}-{self.run}")
         building = f".{self.directory.name}.importing-{os.urandom(4).hex()}"
         self._building = self.directory.with_name(building)
-        self._journals: dict[str, Journal] = {}
 
     def __enter__(self) -> RunWriter:
-        source = self.source
-        claim_directory(self._building, self.run, source.project, source.name, source.created)
+        owner = (self.run, self.project, self.name, self.created)
+        self._owner = claim_directory(self._building, *owner)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
@@ -99,32 +92,26 @@ class RunWriter:
             return
         if kind != TRAINER:
             self._begin(TRAINER, {})
-        source = self.source
-        content = {
-            "protocol": protocol.PROTOCOL,
-            "run": self.run,
-            "project": source.project,
-            "name": source.name,
-            "config": source.config if kind == TRAINER else {},
-            "tags": sorted({*source.tags, f"imported:{source.tool}"}),
-            "group": source.group,
-            "notes": source.notes,
-            "host": source.host,
-            "pid": 0,
-            "rank": 0,
-            "kind": kind,
-            "ended": source.ended,
-        }
+        content = session_start(
+            self._owner,
+            kind,
+            config=self.config if kind == TRAINER else {},
+            tags=sorted({*self.tags, f"imported:{self.tool}"}),
+            group=self.group,
+            notes=self.notes,
+        )
+        content |= {"host": self.host, "pid": 0, "ended": self.ended}
+        del content["process"]  # which is this one, and not what recorded
         digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
         # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
-        session = f"{max(int(source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
-        self._journals[kind] = Journal(
-            self._building, content, session=session, moment=source.created
-        )
+        session = f"{max(int(self.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
+        journal = Journal(self._building, content, session=session, moment=self.created)
+        self._journals[kind] = journal
 
-    def _append(
+    def append(
         self, record: str, time: float, content: Mapping[str, Any], kind: str = TRAINER
     ) -> None:
+        """Write a record of a type to the session of a kind, or count why that cannot be."""
         if not 0 <= content.get("step", 0) <= protocol.MAX_STEP:
             self.skip("step below 0 or above 2**62")
             return
@@ -135,54 +122,79 @@ class RunWriter:
         except EndlexError:
             self.skip("record that is too large to be sent")
 
-    def config(self, time: float, changed: Mapping[str, Any]) -> None:
-        """Record what was added to the configuration after the first record."""
-        self._append(protocol.CONFIG, time, {"config": changed})
-
-    def metrics(
-        self, step: int, time: float, values: Mapping[str, float], kind: str = TRAINER
-    ) -> None:
-        """Record the metrics of a step in the session of a kind."""
+    def metrics(self, at: Moment, values: Mapping[str, float], kind: str = TRAINER) -> None:
         encoded = {tidy_name(n, "metric"): encode_number(_number(v)) for n, v in values.items()}
         if encoded:
-            self._append(protocol.METRICS, time, {"step": step, "values": encoded}, kind)
+            self.append(protocol.METRICS, at[1], {"step": at[0], "values": encoded}, kind)
 
-    def _named(
-        self, record: str, step: int, time: float, name: str, content: Mapping[str, Any]
-    ) -> None:
-        self._append(record, time, {"step": step, "name": tidy_name(name, record), **content})
+    def _named(self, record: str, at: Moment, name: str, **content: Any) -> None:
+        step, time = at
+        self.append(record, time, {"step": step, "name": tidy_name(name, record), **content})
 
-    def text(self, step: int, time: float, name: str, text: str) -> None:
+    def text(self, at: Moment, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
         if len(text) > protocol.MAX_TEXT_CHARS:
             self.skip("end of a text that is too long")
-        self._named(protocol.TEXT, step, time, name, {"text": text[: protocol.MAX_TEXT_CHARS]})
+        self._named(protocol.TEXT, at, name, text=text[: protocol.MAX_TEXT_CHARS])
 
-    def table(
-        self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
-    ) -> None:
-        """Record a table."""
-        self._named(protocol.TABLE, step, time, name, {"columns": columns, "rows": rows})
+    def table(self, at: Moment, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        self._named(protocol.TABLE, at, name, columns=columns, rows=rows)
 
     def histogram(
-        self, step: int, time: float, name: str, edges: Sequence[float], counts: Sequence[float]
+        self, at: Moment, name: str, edges: Sequence[float], counts: Sequence[float]
     ) -> None:
         """Record a histogram by the edges of its bins and the counts between them."""
-        bins = [list(row) for row in zip(edges, edges[1:], counts, strict=False)]
-        self.table(step, time, name, HISTOGRAM, bins)
+        bins = zip(edges, edges[1:], counts, strict=False)
+        self.table(at, name, HISTOGRAM, list(map(list, bins)))
 
     def media(
-        self, step: int, time: float, name: str, content: bytes, mime: str, caption: str | None
+        self, at: Moment, name: str, content: bytes, mime: str, caption: str | None = None
     ) -> None:
         """Record a picture, a sound or another file."""
         kept = keep_media(self._building, content, mime, caption)
-        self._named(protocol.MEDIA, step, time, name, kept)
+        self._named(protocol.MEDIA, at, name, **kept)
+
+    def log(self, at: Moment, row: Mapping[str, Any], files: Path) -> None:
+        """Record one call of another tool's `log`; the paths of files are below `files`.
+
+        Numbers are recorded together; texts, tables, histograms and media one by one.
+        """
+        self.metrics(at, numbers_of(row))
+        for name, value in flatten(row).items():
+            if isinstance(value, Mapping):
+                self._log_typed(at, name, value, files)
+            elif value is None or is_number(value):
+                continue
+            elif isinstance(value, str):
+                self.text(at, name, value)
+            else:
+                self.skip(f"value of type {type(value).__name__}")
+
+    def _log_typed(self, at: Moment, name: str, value: Mapping[str, Any], files: Path) -> None:
+        kind = str(value["_type"]).removeprefix("trackio.")
+        path = str(value.get("path") or value.get("file_path") or "")
+        if kind == "histogram" and isinstance(value.get("bins"), list):
+            self.histogram(at, name, value["bins"], value.get("values") or [])
+        elif "table" in kind:
+            try:
+                table = _table_of(value, inside(files, path))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.skip(kind)
+            else:
+                self.table(at, name, *table)
+        else:
+            caption = str(value.get("caption") or "") or None
+            for one in value.get("filenames") or [path]:
+                if found := inside(files, str(one)):
+                    self.media(at, name, *read_file(found), caption)
+                else:
+                    self.skip(kind)
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
         self._begin(TRAINER, {})
         for kind in self._journals:
-            self._append(protocol.FINISH, time, {"status": status}, kind)
+            self.append(protocol.FINISH, time, {"status": status}, kind)
 
     def skip(self, reason: str) -> None:
         """Count something that has no place in a journal."""
@@ -217,15 +229,16 @@ class RunWriter:
             path.replace(final / protocol.JOURNAL_DIR / path.name)
 
 
+Found = list[tuple[Path, Callable[[], RunWriter | list[RunWriter]]]]
+"""What `endlex import` finds: the places of runs, each with what imports it."""
+
+
 def _number(value: float) -> float:
     """Make a truth value 0 or 1, and an integer beyond every float an infinity."""
     try:
-        return float(value) if isinstance(value, bool) or abs(value) > LARGEST_EXACT else value
+        return as_number(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-LARGEST_FILE = 64 * 2**20
 
 
 def load(module: str) -> Any:
@@ -239,12 +252,12 @@ def load(module: str) -> Any:
         ) from error
 
 
-def find_files(path: Path, suffix: str, remedy: str) -> list[Path]:
-    """Return the files of a suffix at or below `path`; an `EndlexError` if there is none."""
-    found = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
+def find_files(path: Path, pattern: str, what: str) -> list[Path]:
+    """Return the one file that is named, or those below a directory, or raise an `EndlexError`."""
+    found = [path] if path.is_file() else [p for p in path.rglob(pattern) if p.is_file()]
     if not found:
-        raise EndlexError(f"{path} holds no {suffix} file: {remedy}")
-    return found
+        raise EndlexError(f"{path} holds no {what}")
+    return sorted(found)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -269,46 +282,6 @@ def is_number(value: Any) -> bool:
     return value in NON_FINITE if isinstance(value, str) else isinstance(value, int | float)
 
 
-def write_row(
-    writer: RunWriter, step: int, time: float, row: Mapping[str, Any], files: Path
-) -> None:
-    """Write one call of `log`: numbers together; texts, tables, histograms and media one by one.
-
-    The paths of files are below `files`.
-    """
-    writer.metrics(step, time, numbers_of(row))
-    for name, value in flatten(row).items():
-        if isinstance(value, Mapping):
-            _write_typed(writer, step, time, name, value, files)
-        elif isinstance(value, str) and not is_number(value):
-            writer.text(step, time, name, value)
-        elif value is not None and not is_number(value):
-            writer.skip(f"value of type {type(value).__name__}")
-
-
-def _write_typed(
-    writer: RunWriter, step: int, time: float, name: str, value: Mapping[str, Any], files: Path
-) -> None:
-    kind = str(value["_type"]).removeprefix("trackio.")
-    path = str(value.get("path") or value.get("file_path") or "")
-    if kind == "histogram" and isinstance(value.get("bins"), list):
-        writer.histogram(step, time, name, value["bins"], value.get("values") or [])
-    elif "table" in kind:
-        table = _table_of(value, inside(files, path))
-        if table is None:
-            writer.skip(kind)
-        else:
-            writer.table(step, time, name, *table)
-    else:
-        caption = str(value.get("caption") or "") or None
-        for one in value.get("filenames") or [path]:
-            found = inside(files, str(one))
-            if found is None:
-                writer.skip(kind)
-            else:
-                writer.media(step, time, name, *read_file(found), caption)
-
-
 def inside(files: Path, relative: str) -> Path | None:
     """A file's path; None where there is none, it is too large, or it leads out of the run."""
     target = (files / relative).resolve()
@@ -317,15 +290,10 @@ def inside(files: Path, relative: str) -> Path | None:
     return target if target.stat().st_size <= LARGEST_FILE else None
 
 
-def _table_of(
-    value: Mapping[str, Any], file: Path | None
-) -> tuple[list[str], list[list[Any]]] | None:
+def _table_of(value: Mapping[str, Any], file: Path | None) -> tuple[list[str], list[list[Any]]]:
     records = value.get("_value")
     if isinstance(records, list):  # trackio's: a list of objects
         columns = list(dict.fromkeys(key for record in records for key in record))
         return columns, [[record.get(column) for column in columns] for record in records]
-    try:
-        table = json.loads(file.read_bytes() if file else b"")
-        return [str(column) for column in table["columns"]], [list(row) for row in table["data"]]
-    except (ValueError, KeyError, TypeError):
-        return None
+    table = json.loads(file.read_bytes() if file else b"")
+    return [str(column) for column in table["columns"]], [list(row) for row in table["data"]]

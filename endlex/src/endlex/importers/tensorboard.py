@@ -10,17 +10,17 @@ kept. Each directory that holds event files is one run, as TensorBoard itself ha
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.log import HISTOGRAM
-from endlex.importers.run_directory import RunWriter, Source, load
-from endlex.protocol import EndlexError
+from endlex.importers.run_directory import Found, Moment, RunWriter, find_files, load
+from endlex.protocol import EndlexError, UsageError
 
 HEAD = struct.Struct("<QI")
 LARGEST_CHECKED = 2**20
@@ -29,18 +29,16 @@ FAILED = 2
 """The hparams plugin's word for a run that failed."""
 
 
-def find_event_directories(path: Path) -> list[Path]:
-    """Return the directories with event files at or below `path`; an `EndlexError` if none has."""
-    found = {file.parent for file in path.rglob("*tfevents*") if file.is_file()}
-    if not found:
-        raise EndlexError(f"{path} holds no event files (events.out.tfevents...)")
-    return sorted(found)
-
-
-def run_name(top: Path, directory: Path) -> str:
-    """Name a directory's run as TensorBoard does: its path below the directory that was given."""
-    relative = os.path.relpath(directory, top)
-    return directory.resolve().name if relative == "." else relative.replace(os.sep, "/")
+def find_runs(path: Path, root: Path, project: str | None) -> Found:
+    """Find the directories with event files; each is a run, named by its path below `path`."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file: give the directory that holds the event files")
+    files = find_files(path, "*tfevents*", "event files (events.out.tfevents...)")
+    top, found = path.resolve().name, Found()
+    for place in sorted({file.parent for file in files}):
+        name = "/".join(place.relative_to(path).parts) or top
+        found.append((place, partial(import_tensorboard, place, root, project or top, name)))
+    return found
 
 
 def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
@@ -86,34 +84,30 @@ def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) 
     return None
 
 
-def import_tensorboard(
-    directory: Path, root: Path, project: str | None = None, name: str | None = None
-) -> RunWriter:
-    """Turn the event files of one directory, not those below it, into a run directory below `root`.
-
-    The project and the name are those of the parent directory and the directory if none is given.
-    """
+def import_tensorboard(directory: Path, root: Path, project: str, name: str) -> RunWriter:
+    """Turn the event files of one directory, not those below it, into a run directory."""
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
     config, times, has_failed = dict[str, Any](), [0.0], False
+    hparams = load("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
     for event in chain.from_iterable(map(iter_events, files)):
         times = [min(times[0] or event.wall_time, event.wall_time), max(times[-1], event.wall_time)]
-        for data in _hyperparameters(event):
-            for key, value in data.session_start_info.hparams.items():
-                kind = value.WhichOneof("kind")
-                config[key] = None if kind in (None, "null_value") else getattr(value, kind)
-            has_failed |= data.session_end_info.status == FAILED
-    place = directory.resolve()
-    project = tidy_name(project or place.parent.name, "tensorboard")
-    name = tidy_name(name or place.name, "run")
-    source = Source(
+        for plugin in (value.metadata.plugin_data for value in event.summary.value):
+            if plugin.plugin_name == "hparams":
+                data = hparams.FromString(plugin.content)
+                for key, value in sorted(data.session_start_info.hparams.items()):  # else any order
+                    kind = value.WhichOneof("kind")
+                    config[key] = None if kind in (None, "null_value") else getattr(value, kind)
+                has_failed |= data.session_end_info.status == FAILED
+    project, name = tidy_name(project, "tensorboard"), tidy_name(name, "run")
+    with RunWriter(
+        root,
         tool="tensorboard",
         identity=f"{project}/{name}/{times[0]!r}",
         project=project,
         name=name,
         created=times[0],
         config=config,
-    )
-    with RunWriter(root, source) as writer:
+    ) as writer:
         for file in files:
             _write_file(file, writer)
         if has_failed:
@@ -121,67 +115,57 @@ def import_tensorboard(
     return writer
 
 
-def _hyperparameters(event: Any) -> Iterator[Any]:
-    plugins = load("tensorboard.plugins.hparams.plugin_data_pb2")
-    for value in event.summary.value:
-        plugin = value.metadata.plugin_data
-        if plugin.plugin_name == "hparams":
-            yield plugins.HParamsPluginData.FromString(plugin.content)
-
-
 def _write_file(path: Path, writer: RunWriter) -> None:
     """Write a file's values; successive scalars of one step become one record."""
-    step, time, waiting = -1, 0.0, dict[str, float]()
+    at, waiting = (-1, 0.0), dict[str, float]()
+    make_ndarray = load("tensorboard.util.tensor_util").make_ndarray
     for event in iter_events(path, writer.skip):
         for value in event.summary.value:
-            number = _scalar(value)
+            array = make_ndarray(value.tensor) if value.HasField("tensor") else None
+            number = _scalar(value, array)
             if number is None:
-                _write_other(value, event.step, event.wall_time, writer)
+                _write_other(value, array, (event.step, event.wall_time), writer)
                 continue
-            if event.step != step or value.tag in waiting:
-                writer.metrics(step, time, waiting)
-                step, time, waiting = event.step, event.wall_time, {}
+            if event.step != at[0] or value.tag in waiting:
+                writer.metrics(at, waiting)
+                at, waiting = (event.step, event.wall_time), {}
             waiting[value.tag] = number
-    writer.metrics(step, time, waiting)
+    writer.metrics(at, waiting)
 
 
-def _array(tensor: Any) -> Any:
-    return load("tensorboard.util.tensor_util").make_ndarray(tensor)
-
-
-def _scalar(value: Any) -> float | None:
+def _scalar(value: Any, array: Any) -> float | None:
     if value.HasField("simple_value"):
         return float(value.simple_value)
     is_other = value.metadata.plugin_data.plugin_name not in ("scalars", "")
-    if is_other or not value.HasField("tensor"):
+    if is_other or array is None or array.size != 1 or array.dtype.kind not in "fiub":
         return None
-    array = _array(value.tensor)
-    return float(array.item()) if array.size == 1 and array.dtype.kind in "fiub" else None
+    return float(array.item())
 
 
-def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
+def _write_other(value: Any, array: Any, at: Moment, writer: RunWriter) -> None:
     """Write a text, a histogram, an image or a sound, in its old form or as a tensor."""
-    plugin, name = value.metadata.plugin_data.plugin_name, value.tag
-    array = _array(value.tensor) if value.HasField("tensor") else None
-    if value.HasField("histo"):
-        limits, counts = list(value.histo.bucket_limit), list(value.histo.bucket)
-        lows = [min(value.histo.min, limits[0] if limits else 0.0), *limits]
-        rows = [list(row) for row in zip(lows, limits, counts, strict=False) if row[2]]
-        writer.table(step, time, name, HISTOGRAM, rows)
-    elif plugin == "histograms" and array is not None and array.ndim == 2:
-        writer.table(step, time, name, HISTOGRAM, array.tolist())
-    elif value.HasField("image"):
-        writer.media(step, time, name, value.image.encoded_image_string, "image/png", None)
-    elif value.HasField("audio"):
-        writer.media(step, time, name, value.audio.encoded_audio_string, "audio/wav", None)
-    elif plugin == "text" and array is not None:
-        parts = [part.decode("utf-8", "replace") for part in array.ravel().tolist()]
-        writer.text(step, time, name.removesuffix("/text_summary"), "\n".join(parts))
-    elif plugin == "images" and array is not None:
-        for item in array.ravel().tolist()[2:]:  # after width and height
-            writer.media(step, time, name, item, "image/png", None)
-    elif plugin == "audio" and array is not None:
-        for item in array.ravel().tolist()[::2]:  # each is followed by its label
-            writer.media(step, time, name, item, "audio/wav", None)
-    elif plugin != "hparams" and (array is not None or plugin):
-        writer.skip(plugin or "tensor")
+    name, kind = value.tag, value.WhichOneof("value")
+    items = [] if array is None else array.ravel().tolist()
+    match kind, value.metadata.plugin_data.plugin_name:
+        case "histo", _:
+            limits, counts = list(value.histo.bucket_limit), list(value.histo.bucket)
+            lows = [min(value.histo.min, limits[0] if limits else 0.0), *limits]
+            rows = [list(row) for row in zip(lows, limits, counts, strict=False) if row[2]]
+            writer.table(at, name, HISTOGRAM, rows)
+        case "image", _:
+            writer.media(at, name, value.image.encoded_image_string, "image/png")
+        case "audio", _:
+            writer.media(at, name, value.audio.encoded_audio_string, "audio/wav")
+        case "tensor", "histograms" if array.ndim == 2:
+            writer.table(at, name, HISTOGRAM, array.tolist())
+        case "tensor", "text":
+            text = "\n".join(part.decode("utf-8", "replace") for part in items)
+            writer.text(at, name.removesuffix("/text_summary"), text)
+        case "tensor", "images":
+            for item in items[2:]:  # after width and height
+                writer.media(at, name, item, "image/png")
+        case "tensor", "audio":
+            for item in items[::2]:  # each is followed by its label
+                writer.media(at, name, item, "audio/wav")
+        case _, plugin if plugin != "hparams" and (plugin or kind == "tensor"):
+            writer.skip(plugin or "tensor")

@@ -11,22 +11,23 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.importers import run_directory
-from endlex.importers.run_directory import RunWriter, numbers_of, write_row
+from endlex.importers.run_directory import Found, RunWriter, find_files, numbers_of
 from endlex.protocol import SYSTEM, EndlexError
 
 RunKey = str | int | None
 """What names a run in its column: a text, but some files have numbers or NULL there."""
 
 
-def find_trackio_files(path: Path) -> list[Path]:
-    """Return the databases at or below a directory, or the one that is named."""
-    return run_directory.find_files(path, ".db", "give trackio's directory or one of its files")
+def find_runs(path: Path, root: Path, project: str | None) -> Found:
+    """Find the databases at or below a directory, or the one that is named."""
+    files = find_files(path, "*.db", ".db file: give trackio's directory or one of its files")
+    return [(file, partial(import_trackio, file, root, project)) for file in files]
 
 
 def import_trackio(path: Path, root: Path, project: str | None = None) -> list[RunWriter]:
@@ -38,7 +39,7 @@ def import_trackio(path: Path, root: Path, project: str | None = None) -> list[R
             names = dict(map(tuple, database.execute(query)))
             project = project or path.stem
             return [
-                _import_run(database, path, root, project=project, run=run, name=str(name))
+                _import_run(database, path, root, project, run, str(name))
                 for run, name in names.items()
             ]
     except (sqlite3.Error, KeyError, IndexError) as error:
@@ -51,8 +52,8 @@ def _run_column(database: sqlite3.Connection, table: str) -> str | None:
     return next((name for name in ("run_id", "run_name") if name in columns), None)
 
 
-def _of_run(
-    database: sqlite3.Connection, table: str, run: RunKey, skip: Callable[[str], Any] = str
+def _iter_rows(
+    database: sqlite3.Connection, run: RunKey, table: str, skip: Callable[[str], Any] = str
 ) -> Iterator[tuple[sqlite3.Row, dict[str, Any]]]:
     """Yield a run's rows with what their JSON says."""
     column = _run_column(database, table)
@@ -60,10 +61,9 @@ def _of_run(
         return
     query = f"SELECT * FROM {table} WHERE {column} IS ? ORDER BY id"
     for row in database.execute(query, (run,)):
-        try:
+        content = None
+        with suppress(ValueError, TypeError):
             content = json.loads(row["config" if table == "configs" else "metrics"])
-        except (ValueError, TypeError):
-            content = None
         if isinstance(content, dict):
             yield row, content
         else:
@@ -71,11 +71,13 @@ def _of_run(
 
 
 def _import_run(
-    database: sqlite3.Connection, path: Path, root: Path, *, project: str, run: RunKey, name: str
+    database: sqlite3.Connection, path: Path, root: Path, project: str, run: RunKey, name: str
 ) -> RunWriter:
-    config = next((found for _, found in _of_run(database, "configs", run)), {})
-    created = min((_time(row) for row, _ in _of_run(database, "metrics", run)), default=0.0)
-    source = run_directory.Source(
+    rows = partial(_iter_rows, database, run)
+    _, config = next(rows("configs"), (None, {}))
+    created = min((_time(row) for row, _ in rows("metrics")), default=0.0)
+    with RunWriter(
+        root,
         tool="trackio",
         identity=f"{project}/{run}",
         project=project,
@@ -84,13 +86,12 @@ def _import_run(
         config={key: value for key, value in config.items() if not key.startswith("_")},
         group=config.get("_Group") or None,
         run=str(run),
-    )
-    with RunWriter(root, source) as writer:
-        for row, values in _of_run(database, "metrics", run, writer.skip):
-            write_row(writer, int(row["step"]), _time(row), values, path.parent / "media")
-        for row, values in _of_run(database, "system_metrics", run, writer.skip):
-            step = max(0, round(_time(row) - created))
-            writer.metrics(step, _time(row), numbers_of(values, "system/"), SYSTEM)
+    ) as writer:
+        for row, values in rows("metrics", writer.skip):
+            writer.log((int(row["step"]), _time(row)), values, path.parent / "media")
+        for row, values in rows("system_metrics", writer.skip):
+            at = max(0, round(_time(row) - created)), _time(row)
+            writer.metrics(at, numbers_of(values, "system/"), SYSTEM)
     return writer
 
 

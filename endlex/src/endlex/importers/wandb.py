@@ -14,13 +14,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.importers import run_directory
-from endlex.importers.run_directory import RunWriter, find_files
-from endlex.protocol import CONSOLE, SYSTEM, EndlexError
+from endlex.importers.run_directory import Found, RunWriter, find_files, load, numbers_of
+from endlex.protocol import CONFIG, CONSOLE, SYSTEM, EndlexError
 
 MAGIC = b":W&B"
 HEADER_BYTES = 7
@@ -32,9 +32,11 @@ CONSOLE_LINES = 200
 """Most lines of the console per text."""
 
 
-def find_wandb_files(path: Path) -> list[Path]:
-    """Return the `.wandb` files below a directory, or the one that is named."""
-    return find_files(path, ".wandb", "give an offline run's directory (wandb/offline-run-...)")
+def find_runs(path: Path, root: Path, project: str | None) -> Found:
+    """Find the `.wandb` files below a directory, or the one that is named."""
+    what = ".wandb file: give an offline run's directory (wandb/offline-run-...)"
+    files = find_files(path, "*.wandb", what)
+    return [(file, partial(import_wandb, file, root, project)) for file in files]
 
 
 def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[bytes]:
@@ -51,9 +53,8 @@ def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -
         if room < FRAGMENT.size or not any(content[position : position + FRAGMENT.size]):
             position += room  # the end of a block, or the zeros of a preallocated one
             continue
-        body, kind = _fragment(content, position)
+        body, kind, end = _fragment(content, position)
         if body is None:
-            end = position + FRAGMENT.size + FRAGMENT.unpack_from(content, position)[1]
             if end >= len(content):
                 return
             skip("damaged record")
@@ -68,21 +69,22 @@ def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -
         if kind in (FULL, LAST) and parts is not None:
             yield parts
             parts = None
-        position += FRAGMENT.size + len(body)
+        position = end
 
 
-def _fragment(content: bytes, position: int) -> tuple[bytes | None, int]:
-    """Return a fragment's content and type; None for what is damaged or cut off."""
-    if position + FRAGMENT.size > len(content):
-        return None, 0
+def _fragment(content: bytes, position: int) -> tuple[bytes | None, int, int]:
+    """Return a fragment's content, None for what is damaged or cut off, its type and its end."""
+    start = position + FRAGMENT.size
+    if start > len(content):
+        return None, 0, start
     checksum, length, kind = FRAGMENT.unpack_from(content, position)
-    body = content[position + FRAGMENT.size : position + FRAGMENT.size + length]
-    sound = len(body) == length and zlib.crc32(body, zlib.crc32(bytes([kind]))) == checksum
-    return (body if sound and FULL <= kind <= LAST else None), kind
+    body, end = content[start : start + length], start + length
+    sound = end <= len(content) and zlib.crc32(body, zlib.crc32(bytes([kind]))) == checksum
+    return (body if sound and FULL <= kind <= LAST else None), kind, end
 
 
 def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
-    messages = run_directory.load("wandb.proto.wandb_internal_pb2")
+    messages = load("wandb.proto.wandb_internal_pb2")
     for content in iter_records(path, skip):
         try:
             yield messages.Record.FromString(content)
@@ -108,7 +110,8 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWrite
     if run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
     created = _seconds(run.start_time) or next(filter(None, times), path.stat().st_mtime)
-    source = run_directory.Source(
+    with RunWriter(
+        root,
         tool="wandb",
         identity=f"{run.project}/{run.run_id}",
         project=project or run.project or "uncategorized",
@@ -121,8 +124,7 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> RunWrite
         host=run.host,
         run=run.run_id,
         ended="interrupted",
-    )
-    with RunWriter(root, source) as writer:
+    ) as writer:
         _write_records(path, writer, created, config)
         if exit_code is not None:  # else it was killed, or is still written
             writer.finish(max([0.0, *times, created]), "failed" if exit_code else "finished")
@@ -149,41 +151,39 @@ def _write_records(path: Path, writer: RunWriter, created: float, config: dict[s
             time = float(values.get("_timestamp", created))
             row = {k: v for k, v in values.items() if k not in INTERNAL}
             logged |= row.keys()
-            run_directory.write_row(writer, last_step, time, row, path.parent / "files")
+            writer.log((last_step, time), row, path.parent / "files")
         elif kind == "config" and last_step >= 0:
             _update_config(config, record.config)
-            keys = _items(record.config.update).keys() - {"_wandb"}
-            if keys:
-                writer.config(time, {key: config[key] for key in sorted(keys)})
+            if keys := _items(record.config.update).keys() - {"_wandb"}:
+                writer.append(CONFIG, time, {"config": {key: config[key] for key in sorted(keys)}})
         elif kind == "summary":
             summary |= _items(record.summary.update)
         elif kind == "stats":
             moment = _seconds(record.stats.timestamp) or created
-            numbers = run_directory.numbers_of(_items(record.stats.item), "system/")
-            writer.metrics(max(0, round(moment - created)), moment, numbers, SYSTEM)
+            at = max(0, round(moment - created)), moment
+            writer.metrics(at, numbers_of(_items(record.stats.item), "system/"), SYSTEM)
         elif kind in ("output", "output_raw"):
             console.append(getattr(record, kind).line)
         elif kind == "artifact":
             writer.skip("artifact")
     own = {k: v for k, v in summary.items() if k not in logged and k not in INTERNAL}
-    run_directory.write_row(writer, max(last_step, 0), time, own, path.parent / "files")
+    writer.log((max(last_step, 0), time), own, path.parent / "files")
     lines = "".join(console).splitlines()
     for start in range(0, len(lines), CONSOLE_LINES):
-        writer.text(start, time, CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))
+        writer.text((start, time), CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))
 
 
 def _items(items: Any) -> dict[str, Any]:
     """Decode key and value pairs; a nested key makes nested mappings."""
     found: dict[str, Any] = {}
     for item in items:
-        keys = list(getattr(item, "nested_key", ())) or [item.key]
+        *above, last = list(getattr(item, "nested_key", ())) or [item.key]
         level = found
-        for key in keys[:-1]:
-            deeper = level.get(key)
-            if not isinstance(deeper, dict):
-                deeper = level[key] = {}
-            level = deeper
-        level[keys[-1]] = _value(item)
+        for key in above:
+            if not isinstance(level.get(key), dict):
+                level[key] = {}
+            level = level[key]
+        level[last] = _value(item)
     return found
 
 

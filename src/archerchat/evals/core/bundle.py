@@ -85,10 +85,8 @@ class Bundle:
 
     def fingerprint(self) -> str:
         """Return a hexadecimal SHA-256 of everything that decides the outcomes."""
-        settings = [
-            [t.label, t.task_type, t.num_fewshot, t.delimiter, t.random_baseline]
-            for t in self.tasks
-        ]
+        names = ("label", "task_type", "num_fewshot", "delimiter", "random_baseline")
+        settings = [[getattr(task, name) for name in names] for task in self.tasks]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for path in sorted({task.path for task in self.tasks}):
             digest.update(f"{path.relative_to(self.directory)} {sha256_file(path)}\n".encode())
@@ -137,11 +135,7 @@ def find_bundle(
 
 
 def check_archive(path: Path) -> None:
-    """Make sure that an archive is whole, and not too large.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Raise a DataError unless an archive is whole, and not too large."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
@@ -165,11 +159,7 @@ def _refuse(problem: str) -> None:
 
 
 def load_bundle(directory: Path) -> Bundle:
-    """Read the list of tasks and their baselines.
-
-    Raises:
-        DataError: a file is missing or broken, or a task's type is unknown; the message names it.
-    """
+    """Read the list of tasks and their baselines; a DataError names what is missing or broken."""
     listing = directory / TASK_LIST
     try:
         content = yaml.safe_load("".join(line for _, line in iter_lines(listing, _refuse)))
@@ -199,8 +189,7 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
     delimiter = entry.get("continuation_delimiter", DEFAULT_DELIMITER)
     if isinstance(shots, list) and len(shots) == 1:
         shots = shots[0]
-    root = (directory / DATA).resolve()
-    wrong = None
+    root, wrong = (directory / DATA).resolve(), None
     if kind not in tuple(COLUMNS):  # a list cannot be looked up in a dict
         wrong = f"is of type {kind!r}, which is none of {', '.join(COLUMNS)}"
     elif not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):
@@ -217,7 +206,6 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
 
 
 def _read_baselines(path: Path) -> dict[str, float]:
-    """Return the accuracy of guessing by label."""
     baselines = {}
     for where, row in iter_rows(path, _refuse):
         label, percent = row.get("Eval Task"), row.get("Random baseline")
@@ -233,11 +221,7 @@ def _read_baselines(path: Path) -> dict[str, float]:
 
 
 def read_examples(task: CoreTask) -> list[Example]:
-    """Read every line of a task.
-
-    Raises:
-        DataError: the file cannot be read, a line is broken, or there is none.
-    """
+    """Read a task; a DataError if the file cannot be read, a line is broken, or there is none."""
     examples = []
     for where, row in iter_rows(task.path, _refuse):
         try:

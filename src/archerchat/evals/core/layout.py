@@ -55,7 +55,6 @@ class Layout:
     sources: Index
     """For each scored token, the one that predicts it, among those that the last layer keeps."""
     targets: Index
-    """The scored tokens."""
     options: Index
     """For each scored token its option, numbered over the batch."""
 
@@ -130,10 +129,8 @@ def _ranges(kept: Index, start: Index, end: Index, depth: Index, window: int) ->
 
     Args:
         kept: each query's own place among the keys.
-        start: the place where its trunk starts.
-        end: the place where its trunk ends.
-        depth: how far the query is from the trunk's end: 1 for the last token, 0 for a branch's
-            first, then -1 and so on.
+        start, end: the places where its trunk starts and ends.
+        depth: its distance from the trunk's end, as in `build_layout`.
     """
     place = end - depth  # if no other branch stood between its own and the trunk
     skipped = kept - place
@@ -143,7 +140,6 @@ def _ranges(kept: Index, start: Index, end: Index, depth: Index, window: int) ->
 
 
 def _iter_blocks(ranges: Index, block: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of queries, each with the range of keys that they see."""
     reach = np.where(ranges[0] < ranges[1], ranges[0], ranges[2])
     for start in range(0, len(reach), block):
         stop = min(start + block, len(reach))

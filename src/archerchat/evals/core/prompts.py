@@ -131,7 +131,7 @@ class Prompter:
 
     Args:
         examples: what `choose_examples` returned; the few-shot examples come from them too.
-        max_length: longer prompts are cropped on the left; None keeps them whole.
+        max_length: longer prompts are cropped on the left.
     """
 
     def __init__(
@@ -142,23 +142,17 @@ class Prompter:
         max_length: int | None = None,
     ) -> None:
         self.task, self.examples, self.tokenizer = task, examples, tokenizer
-        self.max_length = max_length
+        self.max_length, self._bos = max_length, [tokenizer.bos_id]
         self.cropped = 0
         """Number of examples that were cropped so far."""
         self._piecewise = tokenizer.pattern == SPLIT_PATTERN
         self._shots: dict[int, tuple[str, list[int]]] = {}
-        self._bos = [tokenizer.bos_id]
 
     def tree(self, index: int) -> Tree:
-        """Return an example's prompts as a tree; raises as `prompts` does."""
         return build_tree(index, self.prompts(index))
 
     def prompts(self, index: int) -> list[Prompt]:
-        """Return an example's prompts, one per option.
-
-        Raises:
-            DataError: its prompt without the continuation is no prefix of the one with it.
-        """
+        """Return an example's prompts, one per option; a DataError if it cannot be scored."""
         example = self.examples[index]
         chosen = fewshot_indices(index, len(self.examples), self.task.num_fewshot)
         if self.task.task_type == "language_modeling":
@@ -221,7 +215,8 @@ class Prompter:
 
     def _crop(self, prompts: list[Prompt]) -> list[Prompt]:
         """Crop an example's prompts by the excess of the longest."""
-        excess = max(len(p.token_ids) for p in prompts) - (self.max_length or 2**62)
+        longest = max(len(p.token_ids) for p in prompts)
+        excess = longest - (self.max_length or longest)
         if excess <= 0:
             return prompts
         self.cropped += 1

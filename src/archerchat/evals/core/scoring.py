@@ -7,6 +7,7 @@ next batch is laid out and started before the last one's results are waited for.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -110,11 +111,7 @@ def hidden_of(model: Transformer, layout: Layout) -> Tensor:
 
 @torch.no_grad()
 def score(model: Transformer, layout: Layout, margins: bool) -> Scores:
-    """Score every target of a batch, the logits of some at a time.
-
-    Args:
-        margins: whether to compare each target with the other tokens too.
-    """
+    """Score every target of a batch, the logits of some at a time; on request its margin too."""
     hidden, targets = hidden_of(model, layout), torch.from_numpy(layout.targets).to(model.device)
     budget = CPU_LOGITS_BYTES if model.device.type == "cpu" else LOGITS_BYTES
     chunk = max(1, budget // (4 * model.config.padded_vocab_size))
@@ -166,15 +163,13 @@ def iter_outcomes(
     if unscored:  # options that are all the same text
         worst = math.inf if compare else None
         yield [_outcome(tree, [math.nan] * len(tree.lengths), worst) for tree in unscored]
-    running: tuple[list[Tree], Layout, Scores] | None = None
+    running = deque[tuple[list[Tree], Layout, Scores]]()
     for batch in iter_batches([t for t in trees if len(t.targets)], windows, most_tokens):
         layout = build_layout(batch, windows, CPU_BLOCK if on_cpu else BLOCK)
-        started = batch, layout, score(model, layout, compare)
-        if running:
-            yield _outcomes(*running)
-        running = started
-    if running:
-        yield _outcomes(*running)
+        running.append((batch, layout, score(model, layout, compare)))
+        if len(running) > 1:
+            yield _outcomes(*running.popleft())
+    yield from (_outcomes(*each) for each in running)
 
 
 def _outcomes(trees: Sequence[Tree], layout: Layout, scores: Scores) -> list[Outcome]:
