@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from archerchat.inference.engine import Engine
-from archerchat.inference.prefill import prefill
+from archerchat.inference.model_runner import Prefill
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
 from archerchat.model.attention import choose_backend
@@ -61,7 +61,7 @@ def time_decoding(engine: Engine, batch: int, runtime: Runtime, bandwidth: float
 def time_prefill(model: Transformer, count: int, runtime: Runtime) -> dict[str, Any]:
     """Time prompts as long as a row."""
     rows = torch.randint(model.config.vocab_size, (count, LENGTH)).tolist()
-    seconds = runtime.median_seconds(lambda: prefill(model, rows).last_logits)
+    seconds = runtime.median_seconds(lambda: Prefill(model, rows).last_logits)
     return {"tokens_per_second": round(count * LENGTH / seconds)}
 
 

@@ -1,6 +1,6 @@
 """ArcherChat: tokenizer, pretraining, evaluation and chat in one small repository.
 
-`from archerchat import load` gives a model to use from Python (`inference/api.py`).
+`from archerchat import load` gives a model to use from Python (`inference/chat.py`).
 """
 
 from importlib import import_module
@@ -13,4 +13,4 @@ def __getattr__(name: str) -> Any:
     """Import what belongs to the API when it is first used, since torch takes seconds."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("archerchat.inference.api").load
+    return import_module("archerchat.inference.chat").load

@@ -28,7 +28,7 @@ from archerchat.errors import DataError
 from archerchat.evals.statistics import Interval, TaskResult, mean_score, pass_at_k, pass_sizes
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
-from archerchat.inference.prefill import iter_batches, prefill
+from archerchat.inference.model_runner import Prefill, iter_batches
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
 from archerchat.inference.sequence import Completion, Request
 from archerchat.inference.tools import spoken_text
@@ -264,7 +264,7 @@ def choose_letters(
     prompts = [render_for_completion(tokenizer, question) for question in questions]
     chosen, done = [""] * len(prompts), 0
     for batch in iter_batches([len(prompt) for prompt in prompts]):
-        logits = prefill(model, [prompts[i] for i in batch]).last_logits.cpu()
+        logits = Prefill(model, [prompts[i] for i in batch]).last_logits.cpu()
         for row, index in zip(logits, batch, strict=True):
             letters = questions[index]["letters"]
             tokens = [letter_token(tokenizer, letter) for letter in letters]

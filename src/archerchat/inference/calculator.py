@@ -44,10 +44,9 @@ _OPERATIONS: dict[str, tuple[int, Callable[[Fraction, Fraction], Fraction | int]
 
 
 def evaluate(expression: str) -> str | None:
-    """Return what `expression` evaluates to, or None if it has no value here.
+    """Return what `expression` evaluates to, or None; never raise, and never take long.
 
-    Commas in numbers are dropped. Division by zero, overflow and anything that is neither
-    arithmetic nor a count have no value. The function never raises and never takes long.
+    Commas in numbers are dropped. Division by zero and overflow have no value.
     """
     if len(expression) > MAX_CHARACTERS:
         return None

@@ -1,11 +1,15 @@
-"""Text from a model: single prompts, and conversations whose answers come piece by piece.
+"""Use a model from Python: texts, scores, and conversations whose answers come piece by piece.
 
-    session = ChatSession(engine, tokenizer)
-    for piece in session.answer("What is 6 times 7?"): print(piece.text, end="")
+    from archerchat import load
+    model = load("d12", stage="sft")
+    (text,) = model.generate("The capital of France is", max_new_tokens=32, temperature=0.7)
+    paris, rome = model.score("The capital of France is", " Paris", " Rome")
+    for piece in model.chat(temperature=0.6).answer("What is 6 times 7?"):
+        print(piece.text, end="")
 
-Answers are kept as the tokens that the model said, results of the calculator among them, so the
-next prompt continues exactly what was said. When the context is full, the oldest turns are left
-out of the prompt; a system message stays.
+Options of sampling are the fields of `SamplingParams`. In a conversation, answers are kept as the
+tokens that the model said, results of the calculator among them, so the next prompt continues
+exactly what was said. When the context is full, the oldest turns are left out of the prompt.
 """
 
 from __future__ import annotations
@@ -15,14 +19,21 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from archerchat.config import DeviceName, DtypeName
 from archerchat.errors import UsageError
+from archerchat.home import Home
 from archerchat.inference.calculator import evaluate as calculate
 from archerchat.inference.engine import Engine
+from archerchat.inference.loading import LoadedModel, load_model
+from archerchat.inference.model_runner import score_prompts
 from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.scheduler import common_length
 from archerchat.inference.sequence import Completion, Request
 from archerchat.inference.tools import AnswerReader, Piece, ToolUse, read_parts
+from archerchat.runtime import build_runtime, prepare_process
 from archerchat.tasks.conversation import Conversation, assistant, user
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import encode_answer
@@ -55,8 +66,6 @@ class ContextFull(UsageError):
 
 
 class Turn(NamedTuple):
-    """What the user said and what was answered."""
-
     message: str
     answer: Sequence[int]
 
@@ -84,8 +93,7 @@ class ChatSession:
         self.forgotten, self.completion = 0, Completion()
 
     def resume(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
-        """Take over a conversation that has a user's message; return the last one, and what is
-        said to it already."""
+        """Take over a conversation; return the user's last message and what is said to it."""
         turns = list(messages)
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         encode = partial(encode_answer, self.tokenizer)
@@ -98,8 +106,7 @@ class ChatSession:
         """Yield the answer to `message` as it comes; closing the iterator ends it there.
 
         Raises:
-            UsageError: the message is empty, or does not fit into the context; the conversation
-                then stays as it was.
+            UsageError: the message is empty or too long; the conversation stays as it was.
         """
         if not message.strip():
             raise UsageError("there is nothing to answer: write a message")
@@ -133,11 +140,10 @@ class ChatSession:
         return {"messages": messages}
 
     def build_request(self, message: str, said: Sequence[int] = (), forget: bool = True) -> Request:
-        """Return what asks the engine for an answer, with as many turns as there is room for.
+        """Return what asks the engine for an answer that begins with what is `said`.
 
         Args:
-            said: the beginning of the answer.
-            forget: whether turns may be left out.
+            forget: leave out the oldest turns until there is room.
 
         Raises:
             ContextFull: the prompt leaves no room.
@@ -166,3 +172,64 @@ class ChatSession:
             ids += [*turn.answer, special("<|assistant_end|>")]
             joined = ""
         return ids[:-1]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with its tokenizer and the engine that runs it."""
+
+    loaded: LoadedModel
+    engine: Engine
+
+    def generate(self, *prompts: str, **sampling: Any) -> list[str]:
+        """Return texts that continue each prompt in turn: `num_samples` of them, 1 by default.
+
+        Raises:
+            UsageError: a prompt is longer than the context, or an option is out of range.
+        """
+        tokenizer, params = self.loaded.tokenizer, SamplingParams(**sampling)
+        params = replace(params, stop_token_ids=(tokenizer.bos_id, *params.stop_token_ids))
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        return generate_texts(self.engine, tokenizer, ids, params)
+
+    def score(self, prompt: str, *continuations: str) -> list[float]:
+        """Return the log probability in nats of what each continuation adds to the prompt: of the
+        tokens from the first one that the prompt alone does not have."""
+        tokenizer = self.loaded.tokenizer
+        texts = [prompt, *(prompt + each for each in continuations)]
+        alone, *rows = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in texts)
+        found = score_prompts(self.engine.model, rows, top=0) if rows else []
+        return [
+            sum(each.logprob for each in scores[common_length(alone, row) :] if each is not None)
+            for row, scores in zip(rows, found, strict=True)
+        ]
+
+    def chat(self, system: str | None = None, **sampling: Any) -> ChatSession:
+        """Start a conversation, best with a model of stage sft or rl."""
+        params = replace(CHAT_SAMPLING, **sampling)
+        return ChatSession(self.engine, self.loaded.tokenizer, params, system)
+
+
+def load(
+    tag: str | None = None,
+    stage: str = "base",
+    step: int | None = None,
+    device: DeviceName | None = None,
+    dtype: DtypeName | None = None,
+    home: str | Path | None = None,
+) -> Model:
+    """Load a model: by default the latest step of the base model saved last, on the best device.
+
+    Args:
+        stage: base, sft or rl.
+        home: folder of the models; by default `ARCHERCHAT_HOME`.
+
+    Raises:
+        UsageError: there is no such model, step or device.
+        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
+    """
+    runtime = build_runtime(device, dtype)
+    prepare_process(runtime)
+    root = Home(Path(home)) if home else Home.from_environment()
+    loaded = load_model(root, runtime, stage, tag, step)
+    return Model(loaded, Engine(loaded.model))

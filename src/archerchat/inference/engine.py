@@ -7,21 +7,17 @@
 
 Sequences in work have the first rows of the cache. When one finishes, the last row moves into its
 place, and waiting requests get the places at the end. What a sequence says depends on its own
-prompt, parameters and seed alone. A server uses `add`, `step` and `cancel`.
+prompt, parameters and seed alone: greedy tokens are those of the plain forward pass in float32, up
+to ties within rounding (1e-6 of a logit). In 16-bit dtypes another batch size rounds differently.
 
 With `overlap` a step is launched before the tokens of the one before it are read, so that a GPU
 never waits for the host. Forced tokens replace the sampled ones before anything is computed from
 them. A sequence whose end is seen one step late has one token too many, which is dropped.
-
-Greedy tokens equal those of the plain forward pass in float32, whatever the batch, up to ties
-within rounding (1e-6 of a logit). In 16-bit dtypes the products of another batch size round
-differently: each answer is as good, but not always the same token for token.
 """
 
 from __future__ import annotations
 
 from collections import abc, deque
-from dataclasses import replace
 
 import torch
 
@@ -79,7 +75,7 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Rows in use: a sequence that has finished has none, though its gap may still be open."""
+        """Rows in use; a sequence that has finished has none."""
         return sum(not sequence.finished for sequence in self._running)
 
     @property
@@ -98,8 +94,7 @@ class Engine:
         last = self.model.config.vocab_size - 1
         ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
         for name, tokens in ids.items():
-            if tokens and (min(tokens) < 0 or max(tokens) > last):
-                unknown = [token for token in tokens if not 0 <= token <= last]
+            if unknown := [token for token in tokens if not 0 <= token <= last]:
                 raise UsageError(f"{name} has token {unknown[0]}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
@@ -109,10 +104,8 @@ class Engine:
         self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:
-        """Queue a request; its events carry `number`, which no other request in work may have.
-
-        Raises as `check` does.
-        """
+        """Queue a request, or raise as `check` does; its events carry `number`, which no other
+        request in work may have."""
         self.check(request)
         self._scheduler.add(number, request)
 
@@ -135,10 +128,7 @@ class Engine:
     def stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         """Yield what happens to the requests, numbered as they are listed, as it happens.
 
-        Closing the iterator drops them.
-
-        Raises:
-            UsageError: a request cannot be served. It is raised by the call, before anything runs.
+        Closing the iterator drops them. The call raises as `check` does, before anything runs.
         """
         assert not self.busy, "the engine has other requests in work"
         for request in requests:
@@ -148,7 +138,7 @@ class Engine:
     def _stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         try:
             for number, request in enumerate(requests):
-                self.add(number, request)
+                self._scheduler.add(number, request)
             while self.busy:
                 yield from self.step()
         finally:
@@ -167,15 +157,13 @@ class Engine:
 
     @torch.no_grad()
     def admit(self) -> list[Event]:
-        """Fill free rows with waiting requests; return what happened, first tokens included.
-
-        A server shows first tokens at once, without waiting for the other half of the step.
-        """
+        """Fill free rows with waiting requests; return what happened, first tokens included, which
+        a server shows without waiting for the other half of the step."""
         self._compact()
         self._start_waiting()
-        if not self.overlap or any(sequence.mask for sequence in self._running):
-            self._read_all(but=0)  # first tokens: some sequences end with theirs; masks need all
-        return self._take_events()
+        masked = any(sequence.mask for sequence in self._running)
+        # Some sequences end with their first token, and masks need all tokens so far.
+        return self._read_all(but=len(self._unread) if self.overlap and not masked else 0)
 
     @torch.no_grad()
     def advance(self) -> list[Event]:
@@ -183,38 +171,31 @@ class Engine:
         self._compact()
         if self._running:
             self._launch()
-        self._read_all(but=1 if self.overlap and self._running else 0)
-        return self._take_events()
-
-    def _take_events(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+        return self._read_all(but=1 if self.overlap and self._running else 0)
 
     def _compact(self) -> None:
         """Close the gaps of sequences that have finished, or that need no further step."""
         row = 0
         while row < len(self._running):
-            sequence = self._running[row]
-            if sequence.needs_step:
+            if self._running[row].needs_step:
                 row += 1
                 continue
-            last = self._running.pop()
-            self._plan = None
-            if last is not sequence:
+            last, self._plan = self._running.pop(), None
+            if row < len(self._running):
                 self._runner.move(len(self._running), row, last.num_cached)
                 self._running[row] = last
 
     def _start_waiting(self) -> None:
         """Fill free places with samples of waiting requests and sample their first tokens."""
         first = len(self._running)
-        logits = []
         started = self._scheduler.schedule(self.max_batch - first)
         # Rows of similar length side by side: a step reads them no further than they reach.
-        for waiting, sample in sorted(started, key=lambda pair: len(pair[0].request.prompt)):
+        started.sort(key=lambda pair: len(pair[0].request.prompt))
+        logits = []
+        for row, (waiting, sample) in enumerate(started, start=first):
             request, prompt = waiting.request, waiting.prefix
             assert prompt is not None
             sequence = Sequence(waiting.number, sample, request, self.max_length, waiting.cached)
-            row = len(self._running)
             self._runner.start(row, prompt, request, sequence.seed)
             self._running.append(sequence)
             self._mask(row, sequence)
@@ -229,7 +210,7 @@ class Engine:
         """Launch a step, before which the tokens that hooks forced replace the sampled ones."""
         for row, sequence in enumerate(self._running):
             if (token := sequence.forced_input) is not None:
-                self._runner.force(row, token)
+                self._runner.tokens[row] = token
             self._mask(row, sequence)
         self._plan = self._plan or _covering(self._running)
         self._runner.step([sequence.num_cached for sequence in self._running], self._plan)
@@ -248,15 +229,18 @@ class Engine:
         sequences = self._running[first:]
         self._unread.append((sequences, self._runner.fetch(first, len(sequences), plan)))
 
-    def _read_all(self, but: int) -> None:
-        """Read sampled tokens, oldest first, leaving `but` launches in flight."""
+    def _read_all(self, but: int) -> list[Event]:
+        """Read sampled tokens, oldest first, leaving `but` launches in flight; return all events
+        that have not been returned."""
         while len(self._unread) > but:
             sequences, fetch = self._unread.popleft()
             for sequence, sampled in zip(sequences, fetch(), strict=True):
                 if not sequence.finished:
                     self._events.append(sequence.read(*sampled))
+        events, self._events = self._events, []
+        return events
 
 
 def _covering(sequences: abc.Sequence[Sequence]) -> SamplingPlan:
-    plan = SamplingPlan.covering(sequence.request.params for sequence in sequences)
-    return replace(plan, bias=True) if any(sequence.mask for sequence in sequences) else plan
+    params = [sequence.request.params for sequence in sequences]
+    return SamplingPlan.covering(params, masked=any(sequence.mask for sequence in sequences))

@@ -7,7 +7,8 @@ the smear of the next one adds, and its length; lengths are a tensor, so that a 
 nothing from the host and can be captured in a CUDA graph.
 
 A `Prefix` holds the same for a prompt that is in no row yet: in order of position, shared by the
-samples and by the prompts that begin with it.
+samples and by the prompts that begin with it. `RingLayer` and `PromptLayer` are what a layer's
+attention sees of the past (`attention.Past`), in a decoding step and while prompts run.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from archerchat.model.attention import Backend, attend
 from archerchat.model.config import ModelConfig
 
 
@@ -42,6 +45,32 @@ class Prefix:
         return Prefix(self.length, layers, self.previous.clone(), self.logits.clone())
 
 
+class PromptLayer:
+    """One layer while prompts run, after the keys and values of a shared prefix or after none."""
+
+    def __init__(self, window: int, backend: Backend, past: tuple[Tensor, Tensor] | None) -> None:
+        self.window, self.backend, self.past = window, backend, past
+        self.new: tuple[Tensor, ...] = ()
+        """Keys and values (B, T, K, D) of the new tokens, once they have attended."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from (B, T, H, D) to the prefix and to the new tokens up to each."""
+        self.new = k, v
+        if self.past is not None:
+            k, v = (
+                torch.cat([kept.transpose(0, 1).expand(k.size(0), -1, -1, -1), new], dim=1)
+                for kept, new in zip(self.past, (k, v), strict=True)
+            )
+        return attend(q, k, v, self.window, self.backend)
+
+    def kept(self, row: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (K, n, D) in the window after a row's `count` new tokens."""
+        k, v = (new[row, :count].transpose(0, 1) for new in self.new)
+        if self.past is not None:
+            k, v = torch.cat([self.past[0], k], dim=1), torch.cat([self.past[1], v], dim=1)
+        return k[:, -self.window :], v[:, -self.window :]
+
+
 def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     """Return (B, 1, 1, slots): 0 for what rows of lengths (B,) have written, -inf elsewhere."""
     unwritten = torch.arange(slots, device=lengths.device)[None, :] >= lengths[:, None]
@@ -49,18 +78,16 @@ def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill(unwritten, -math.inf)[:, None, None, :]
 
 
-RingPart = tuple[Tensor, Tensor, Tensor]
-"""What a layer keeps of some neighbouring rows: keys and values (b, K, S, D) of the slots that they
-have written, or of more, and their `ring_mask`. Each row has one token at least."""
-
-
 class RingLayer:
     """One layer's past in a decoding step: one new token for each of B rows.
 
-    Together the parts are these rows, in order; each part is read as far as its rows reach.
+    Args:
+        parts: (keys, values, mask) of neighbouring rows, which have a token each at least and
+            together are the B rows: keys and values (b, K, S, D) of the slots that they have
+            written, or of more, and their `ring_mask`.
     """
 
-    def __init__(self, parts: Sequence[RingPart]) -> None:
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         self.parts = parts
         self.new: tuple[Tensor, ...] = ()
         """The token's key and value (B, K, D), once it has attended."""
@@ -93,16 +120,13 @@ class RingLayer:
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Attend from one query per head to the filled cache slots.
 
-    CPUs use the fused kernel, which reads 16-bit keys several times faster than a product of one
-    row (docs/LOG.md).
-
     Args:
         q: (B, K, H/K, D); keys, values: (B, K, S, D); mask: (B, 1, 1, S).
 
     Returns:
         (B, K, H/K, D), and the log of the sum of exponentials (B, K, H/K) in float32.
     """
-    if q.device.type == "cpu":
+    if q.device.type == "cpu":  # reads 16-bit keys several times faster (docs/LOG.md)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         past, total = fused(q, keys, values, 0.0, False, attn_mask=mask)
         return past, total
@@ -127,15 +151,14 @@ class KVCache:
         # writes a step's keys and values to all of them.
         heads, dim = config.num_kv_heads, config.head_dim
         shapes = {size: (2, self.sizes.count(size), rows, heads, size, dim) for size in self.sizes}
-        self._rings = {
-            size: torch.zeros(shape, dtype=dtype, device=device) for size, shape in shapes.items()
-        }
+        make = partial(torch.zeros, dtype=dtype, device=device)
+        self._rings = {size: make(shape) for size, shape in shapes.items()}
         # Views of each layer's keys and values (rows, K, S, D). A ring has its layers in order.
         self._layers = [
             self._rings[size][:, self.sizes[:i].count(size)].unbind()
             for i, size in enumerate(self.sizes)
         ]
-        self.previous = torch.zeros(rows, config.model_dim, dtype=dtype, device=device)
+        self.previous = make((rows, config.model_dim))
         # A captured step also runs rows that nothing was put in. With a length of 0 they would
         # attend to nothing at all and leave NaN, which no mask hides.
         self.lengths = torch.ones(rows, dtype=torch.int64, device=device)

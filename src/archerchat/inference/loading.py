@@ -1,8 +1,5 @@
 """Load a model with its tokenizer, and put its weights in the form that inference wants.
 
-    loaded = load_model(home, runtime, "sft", "d12")
-    fast = build_inference_model(loaded.model)
-
 In training a linear layer keeps float32 masters and casts them at each use. A decoding step uses
 each weight once, for a few rows, so the cast would cost more than the product. The inference model
 has its matrices cast already. On CPUs bfloat16 ones are also packed in the order that oneDNN's
@@ -38,18 +35,16 @@ MIN_PACKED = 64
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for inference, its tokenizer, and where they come from."""
+    """A model ready for inference, its tokenizer, and the checkpoint that they come from."""
 
     model: Transformer
     tokenizer: Tokenizer
     path: Path
-    """The checkpoint."""
     step: int
     meta: dict[str, Any]
 
     @property
     def tag(self) -> str:
-        """The model's name."""
         return self.path.parent.name
 
 
@@ -79,9 +74,9 @@ def load_model(
     """Load a model, by default the one saved last, and the tokenizer that it was trained with.
 
     Raises:
-        UsageError: there is no such model or step.
+        UsageError: there is no such model or step, or it was imported without a tokenizer.
         CheckpointError: the checkpoint is damaged.
-        TokenizerError: the tokenizer is missing, or not the one that the model was trained with.
+        TokenizerError: its tokenizer is missing, or was replaced since.
     """
     directory = find_model(home, stage, tag)
     checkpoint = load_checkpoint(find_checkpoint(directory, step), sections=("model",))
@@ -115,12 +110,7 @@ def read_bits_per_byte(path: Path) -> float | None:
 
 
 def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
-    """Load the tokenizer that a checkpoint's model was trained with.
-
-    Raises:
-        UsageError: the model was imported without one.
-        TokenizerError: it is missing, or was replaced since.
-    """
+    """Load the tokenizer that a checkpoint's model was trained with; raises as `load_model`."""
     named = checkpoint.meta.get("tokenizer")
     if named is None:
         raise UsageError(
@@ -140,8 +130,8 @@ class CastLinear(Linear):
 
     def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)
-        self.packed = packed
-        self._source = (source.weight,)  # in a tuple, which keeps it from being a parameter here
+        # In a tuple, which keeps it from being a parameter here.
+        self.packed, self._source = packed, (source.weight,)
         self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
         self.refresh()
 
@@ -183,11 +173,10 @@ def build_inference_model(source: Transformer) -> Transformer:
         return source
     packs = can_pack(source.device, source.compute_dtype)
     model = deepcopy(source, {id(p): p for p in source.parameters()})
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                packed = packs and min(child.weight.shape) >= MIN_PACKED
-                setattr(module, name, CastLinear(child, source.compute_dtype, packed))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear):
+            packed = packs and min(layer.weight.shape) >= MIN_PACKED
+            model.set_submodule(name, CastLinear(layer, source.compute_dtype, packed))
     return model
 
 

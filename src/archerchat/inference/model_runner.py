@@ -1,4 +1,7 @@
-"""Run a model for the rows of a batch: prompts, and decoding steps, which CUDA replays as graphs.
+"""Run a model for prompts, and for the rows of a batch in decoding steps, which CUDA replays.
+
+    prefix = Prefill(model, [shared_ids]).prefix(0)
+    following = Prefill(model, continuations, prefix).last_logits
 
 A step takes each row's last token from a tensor, runs it against the cache, samples the next token
 and leaves it in the same tensor. Lengths grow on the device too. The host only says how many rows
@@ -6,38 +9,42 @@ there are and how far the longest reaches, and never waits for a value. These tw
 shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
 replayed. Rows beyond those in use compute on stale values that nobody reads.
 
-Hundreds of small operations bound a step on CUDA, and a single row's step on CPUs. Compiled, it
-takes a fraction of the time (docs/LOG.md), after seconds of compiling. On CUDA each kind of layer
-is compiled once for all sizes, on CPUs the whole step for each size.
+Hundreds of small operations bound a step on CUDA, and a single row's step on CPUs; compiled, it
+takes a fraction of the time (docs/LOG.md). On CUDA each kind of layer is compiled once for all
+sizes, on CPUs the whole step for each size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
+from archerchat.inference.kv_cache import KVCache, Prefix, PromptLayer, RingLayer, ring_mask
 from archerchat.inference.loading import build_inference_model, can_pack
 from archerchat.inference.sampler import Sampler, SamplingPlan
 from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Regions, Transformer, norm
 
-Part = list[tuple[Tensor, Tensor]]
-"""Each layer's keys and values of some rows, from `KVCache.views`."""
-NewToken = tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]
-"""Capped float32 logits (B, vocab_size), and what the cache should add: the normalised embedding
-(B, C), each layer's key and value (B, K, D)."""
-Forward = Callable[..., NewToken]
-Fetch = Callable[[], list[tuple[int, TokenLogprobs | None]]]
-"""Waits for sampled tokens; returns each row's, with log probabilities if the plan has them."""
-RowSpan = tuple[int, int]
-"""A number of rows, and how many cache slots to read for them: more than any of them keeps."""
+Forward = Callable[..., tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]
+RowSpan = tuple[int, int, int]
+"""The first of some rows, the one after their last, and how many cache slots to read for them: more
+than any of them keeps."""
+Fetch = Callable[[], list[tuple[Any, ...]]]
+"""Waits for sampled tokens; returns each row's, with its `Sampler.records` if the plan has them."""
 
+PREFILL_TOKENS = 4096
+"""Most tokens in a batch of several prompts, padding included: enough to fill a CPU's cores, few
+enough that activations stay small."""
+SCORED_TOKENS = 256
+"""Positions whose logits exist at a time where every token of a prompt is scored."""
+MIN_FILLED = 0.75
+"""A prompt shorter than this share of the longest in a batch starts a new batch."""
 PART_ROWS = 16
 """Rows that are read as far as the longest of them reaches, on CPUs."""
 SPAN = 32
@@ -48,29 +55,117 @@ compile, so there are few."""
 MIN_CAPTURED_SPAN = 256
 
 
+class Prefill:
+    """A batch of prompts that run at once, after a prefix that they share or after nothing.
+
+    Rows of unequal length are padded on the right, where causal attention hides the padding from
+    every real token.
+
+    Args:
+        rows: each of at least one token; they do not repeat the shared prefix.
+
+    Attributes:
+        hidden: (B, T, C), padded on the right.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Transformer, rows: Sequence[Sequence[int]], shared: Prefix | None = None
+    ) -> None:
+        self.model, self.lengths = model, [len(row) for row in rows]
+        assert min(self.lengths, default=0) > 0, "each row needs a token"
+        width = max(self.lengths)
+        padded = [[*row, *[0] * (width - len(row))] for row in rows]
+        token_ids = torch.tensor(padded).to(model.device, non_blocking=True)
+        embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
+        start = shared.length if shared else 0
+        first = shared.previous if shared else embedded.new_zeros(embedded.size(2))
+        layers = [
+            PromptLayer(window, model.backend, shared.layers[i] if shared else None)
+            for i, window in enumerate(model.config.windows)
+        ]
+        previous = torch.cat([first.expand(len(rows), 1, -1), embedded[:, :-1]], dim=1)
+        positions = torch.arange(start, start + width, device=model.device)
+        self.hidden = model.hidden(token_ids, before=Before(positions, previous, layers))
+        self._start, self._embedded, self._layers = start, embedded, layers
+
+    @cached_property
+    @torch.no_grad()
+    def last_logits(self) -> Tensor:
+        """The capped float32 logits (B, vocab_size) that follow each row."""
+        rows = torch.arange(len(self.lengths), device=self.hidden.device)
+        last = torch.tensor(self.lengths).to(self.hidden.device, non_blocking=True) - 1
+        return self.model.logits(self.hidden[rows, last])
+
+    def prefix(self, row: int) -> Prefix:
+        """Return what a continuation of a row needs, the shared prefix included."""
+        count = self.lengths[row]
+        layers = tuple(layer.kept(row, count) for layer in self._layers)
+        embedded, logits = self._embedded[row, count - 1], self.last_logits[row]
+        return Prefix(self._start + count, layers, embedded, logits)
+
+
+@torch.no_grad()
+def score_prompts(
+    model: Transformer, rows: Sequence[Sequence[int]], top: int
+) -> list[list[TokenLogprobs | None]]:
+    """Return what the model gave each token of each row but the first, and the `top` most likely
+    ones there."""
+    found = []
+    for row, hidden in zip(rows, Prefill(model, rows).hidden, strict=True):
+        scores: list[TokenLogprobs | None] = [None]
+        targets = torch.tensor(row[1:], device=model.device)
+        for start in range(0, len(targets), SCORED_TOKENS):
+            part = targets[start : start + SCORED_TOKENS]
+            logprobs = model.logits(hidden[start : start + len(part)]).log_softmax(dim=-1)
+            own = logprobs.gather(1, part[:, None])[:, 0].tolist()
+            values, ids = (best.tolist() for best in logprobs.topk(top, dim=-1))
+            pairs = (zip(*both, strict=True) for both in zip(ids, values, strict=True))
+            scores += map(TokenLogprobs, own, map(tuple, pairs))
+        found.append(scores)
+    return found
+
+
+def iter_batches(lengths: Sequence[int], max_tokens: int = PREFILL_TOKENS) -> Iterator[list[int]]:
+    """Cut rows of these lengths into batches of similar length; yield their indices.
+
+    A batch of several rows has at most `max_tokens` tokens, padding included.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    first = 0
+    while first < len(order):
+        longest = lengths[order[first]]
+        fitting = order[first : first + max(1, max_tokens // max(1, longest))]
+        batch = [i for i in fitting if lengths[i] >= MIN_FILLED * longest]
+        yield batch
+        first += len(batch)
+
+
 def forward_token(
     model: Transformer,
     tokens: Tensor,
     lengths: Tensor,
     previous: Tensor,
-    parts: Sequence[Part],
+    parts: Sequence[list[tuple[Tensor, Tensor]]],
     regions: Regions | None = None,
-) -> NewToken:
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
     """Run one token (B,) of each row after its past; changes nothing.
 
     Args:
         lengths: (B,), tokens before it.
         previous: (B, C), the normalised embedding of the one before it.
-        parts: the rows' rings, in one part or several.
+        parts: the rows' `KVCache.views`, in one part or several.
+
+    Returns:
+        Capped float32 logits (B, vocab_size), and what `KVCache.append` takes.
     """
-    found: list[list[RingPart]] = [[] for _ in model.config.windows]
+    masked = []
     rows = torch.split(lengths, [part[0][0].size(0) for part in parts])
     for part, ages in zip(parts, rows, strict=True):
         spans = {keys.size(2) for keys, _ in part}
         masks = {span: ring_mask(ages, span, model.compute_dtype) for span in spans}
-        for of_layer, (keys, values) in zip(found, part, strict=True):
-            of_layer.append((keys, values, masks[keys.size(2)]))
-    layers = [RingLayer(of_layer) for of_layer in found]
+        masked.append([(keys, values, masks[keys.size(2)]) for keys, values in part])
+    layers = [RingLayer(of_layer) for of_layer in zip(*masked, strict=True)]
     before = Before(lengths[:, None], previous[:, None], layers)
     hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
@@ -78,7 +173,7 @@ def forward_token(
 
 
 class ModelRunner:
-    """Rows in decoding: their cache, last tokens and sampling parameters.
+    """Rows in decoding: their cache, the `tokens` sampled last, and their sampling parameters.
 
     `rows` is the most at a time; the other arguments, and `model`, are as in `Engine`.
     """
@@ -100,6 +195,16 @@ class ModelRunner:
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
 
+    def start(self, row: int, prompt: Prefix, request: Request, seed: int) -> None:
+        """Give a row a prompt that has run; `sample_first` samples its first token."""
+        self.cache.fill(row, prompt)
+        self.sampler.assign(row, request.params, seed, request.prompt)
+
+    def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
+        """Sample what follows the prompts of rows `first` on, from logits (n, vocab_size)."""
+        rows = slice(first, first + logits.size(0))
+        self.tokens[rows] = self.sampler.sample(logits, self.cache.lengths[rows], plan, first)
+
     def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
         """Sample the next token of the first rows, which keep `lengths` tokens, into `tokens`."""
         rows, longest = len(lengths), max(lengths)
@@ -114,16 +219,13 @@ class ModelRunner:
             span = COMPILED_SPAN
             while span <= longest:
                 span *= 4
-            self._run(self._single, [(1, span)], plan)
+            self._run(self._single, [(0, 1, span)], plan)
         else:
             self._run(self._forward, list(row_spans(lengths)), plan)
 
     def _run(self, forward: Forward, spans: Sequence[RowSpan], plan: SamplingPlan) -> None:
-        parts, rows = [], 0
-        for count, span in spans:
-            parts.append(self.cache.views(rows, rows + count, span))
-            rows += count
-        cache, tokens = self.cache, self.tokens[:rows]
+        rows, cache = spans[-1][1], self.cache
+        tokens, parts = self.tokens[:rows], [cache.views(*span) for span in spans]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
         logits, embedded, new = forward(self.model, tokens, lengths, previous, parts)
         tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
@@ -138,28 +240,14 @@ class ModelRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._run(self._forward, [(rows, span)], plan)
+                self._run(self._forward, [(0, rows, span)], plan)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(kept, saved, strict=True):
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._run(self._forward, [(rows, span)], plan)
+            self._run(self._forward, [(0, rows, span)], plan)
         return graph
-
-    def start(self, row: int, prompt: Prefix, request: Request, seed: int) -> None:
-        """Give a row a prompt that has run; `sample_first` samples its first token."""
-        self.cache.fill(row, prompt)
-        self.sampler.assign(row, request.params, seed, request.prompt)
-
-    def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
-        """Sample what follows the prompts of rows `first` on, from logits (n, vocab_size)."""
-        rows = slice(first, first + logits.size(0))
-        self.tokens[rows] = self.sampler.sample(logits, self.cache.lengths[rows], plan, first)
-
-    def force(self, row: int, token: int) -> None:
-        """Replace the token that was sampled last."""
-        self.tokens[row] = token
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row that keeps `length` tokens over another."""
@@ -177,29 +265,20 @@ class ModelRunner:
         if arrived is not None:
             arrived.record()
 
-        def read() -> list[tuple[int, TokenLogprobs | None]]:
+        def read() -> list[tuple[Any, ...]]:
             if arrived is not None:
                 arrived.synchronize()
-            tokens, *records = (tensor.tolist() for tensor in copies)
-            logprobs = map(read_record, records[0]) if records else [None] * len(tokens)
-            return list(zip(tokens, logprobs, strict=True))
+            return list(zip(*(tensor.tolist() for tensor in copies), strict=True))
 
         return read
 
 
-def read_record(record: Sequence[float]) -> TokenLogprobs:
-    """Read a row of `Sampler.records`."""
-    count = len(record) // 2
-    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
-    return TokenLogprobs(record[0], tuple(top))
-
-
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:
-    """Yield how far to read the rows, in parts of neighbouring rows with the same answer."""
+    """Yield parts of neighbouring rows that are read equally far."""
 
     def span_of(first: int) -> int:
         return (max(lengths[first : first + PART_ROWS]) // SPAN + 1) * SPAN
 
     for span, group in groupby(range(0, len(lengths), PART_ROWS), key=span_of):
         firsts = list(group)
-        yield min(firsts[-1] + PART_ROWS, len(lengths)) - firsts[0], span
+        yield firsts[0], min(firsts[-1] + PART_ROWS, len(lengths)), span

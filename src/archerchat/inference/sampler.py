@@ -1,8 +1,7 @@
 """Sample one token for each row of a batch, each by its own parameters and seed.
 
 The uniform number behind a draw is a hash of the row's seed and of the token's position, and of
-nothing else: the rows around it do not matter. Everything is tensors of fixed shapes, and the host
-never looks at a value.
+nothing else. Everything is tensors of fixed shapes, and the host never looks at a value.
 
 Penalties and bias change the logits, also of rows that take the most likely token. A row's top-k
 and top-p become a number of tokens to keep, most likely first, lower ids first among equals, and
@@ -20,6 +19,8 @@ from torch import Tensor
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 
 _MASK32 = 0xFFFFFFFF
+TABLES = {"bias": torch.float32, "counts": torch.int32, "prompted": torch.bool}
+"""What is added to a row's logits, how often it has said each token, which ones its prompt has."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class SamplingPlan:
     logprobs: bool = False
 
     @classmethod
-    def covering(cls, params: Iterable[SamplingParams]) -> SamplingPlan:
-        """Return the least plan for rows with these parameters."""
-        rows = list(params)
+    def covering(cls, rows: Sequence[SamplingParams], masked: bool = False) -> SamplingPlan:
+        """Return the least plan for rows with these parameters, and with masks or without."""
         drawn = [each for each in rows if each.temperature > 0]
         largest = max((each.top_k or 0 for each in drawn), default=0)
         return cls(
@@ -49,8 +49,8 @@ class SamplingPlan:
             top_k=1 << (largest - 1).bit_length() if largest else 0,
             top_p=any(each.top_p is not None for each in drawn),
             min_p=any(each.min_p > 0 for each in drawn),
-            penalties=any(each.penalises for each in rows),
-            bias=any(each.logit_bias for each in rows),
+            penalties=any(each.penalties for each in rows),
+            bias=masked or any(each.logit_bias for each in rows),
             logprobs=any(each.logprobs is not None for each in rows),
         )
 
@@ -88,45 +88,32 @@ class Sampler:
         self._top_k = torch.zeros(rows, dtype=torch.int64, device=device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.records = torch.zeros(rows, 1 + 2 * min(MAX_LOGPROBS, vocab_size), device=device)
-        # Tables (rows, vocab_size), 9 bytes an entry in all. Few requests need them, so a table is
-        # made for the first that does, before its step is captured: graphs keep its address.
+        # `TABLES` (rows, vocab_size), 9 bytes an entry in all. Few requests need them, so a table
+        # is made for the first that does, before its step is captured: graphs keep its address.
         self._tables: dict[str, Tensor] = {}
 
-    @property
-    def _bias(self) -> Tensor:
-        return self._table("bias", torch.float32)
-
-    @property
-    def _counts(self) -> Tensor:
-        """How often each row has said each token."""
-        return self._table("counts", torch.int32)
-
-    @property
-    def _prompted(self) -> Tensor:
-        """Whether a row's prompt has each token."""
-        return self._table("prompted", torch.bool)
-
-    def _table(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _table(self, name: str) -> Tensor:
         if name not in self._tables:
-            self._tables[name] = torch.zeros(self._shape, dtype=dtype, device=self._device)
+            dtype, device = TABLES[name], self._device
+            self._tables[name] = torch.zeros(self._shape, dtype=dtype, device=device)
         return self._tables[name]
 
     def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
         """Give a row its parameters; `seed` is the sample's own."""
         filters = params.temperature, params.top_p or 1.0, params.min_p
         self._filters[row] = self._to_device(filters, torch.float32)
-        self._penalties[row] = self._to_device(params.penalties, torch.float32)
+        self._penalties[row] = self._to_device(params.penalties or (1, 0, 0), torch.float32)
         self._top_k[row] = params.top_k or 0
         self._seeds[row] = seed
-        if params.penalises:
-            self._counts[row] = 0
+        if params.penalties:
+            self._table("counts")[row] = 0
             ids = self._to_device(prompt, torch.int64)
-            self._prompted[row].zero_().index_fill_(0, ids, True)
+            self._table("prompted")[row].zero_().index_fill_(0, ids, True)
         if params.logit_bias or "bias" in self._tables:
             self._set_bias(row, params)
 
     def _set_bias(self, row: int, params: SamplingParams) -> Tensor:
-        bias = self._bias[row].zero_()
+        bias = self._table("bias")[row].zero_()
         if params.logit_bias:
             values = self._to_device(params.logit_bias.values(), torch.float32)
             bias.index_copy_(0, self._to_device(params.logit_bias, torch.int64), values)
@@ -146,7 +133,7 @@ class Sampler:
 
     def state(self, rows: int) -> list[Tensor]:
         """Return views of what sampling changes of the first `rows` rows, besides records."""
-        return [self._counts[:rows]] if "counts" in self._tables else []
+        return [self._tables["counts"][:rows]] if "counts" in self._tables else []
 
     def sample(
         self,
@@ -182,16 +169,17 @@ class Sampler:
     ) -> Tensor:
         """Apply penalties and bias; rows without them keep their logits bit for bit."""
         if plan.penalties:
-            counts = self._counts[rows]
+            counts = self._table("counts")[rows]
             if said is not None:
                 once = torch.ones_like(said, dtype=torch.int32)
                 counts.scatter_add_(1, said[:, None], once[:, None])
             factor, presence, frequency = self._penalties[rows, :, None].unbind(1)
             repeated = torch.where(logits > 0, logits / factor, logits * factor)
-            logits = torch.where((counts > 0) | self._prompted[rows], repeated, logits)
+            known = (counts > 0) | self._table("prompted")[rows]
+            logits = torch.where(known, repeated, logits)
             logits = logits - frequency * counts - presence * (counts > 0)
         if plan.bias:
-            logits = logits + self._bias[rows]
+            logits = logits + self._table("bias")[rows]
         return logits
 
     def _draw(self, logits: Tensor, positions: Tensor, rows: slice, plan: SamplingPlan) -> Tensor:

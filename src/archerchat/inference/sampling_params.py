@@ -64,14 +64,10 @@ class SamplingParams(Config):
             raise UsageError("--stop has an empty string, which would end every sample at once")
 
     @property
-    def penalties(self) -> tuple[float, float, float]:
-        """Repetition, presence and frequency."""
-        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-
-    @property
-    def penalises(self) -> bool:
-        """Whether any penalty has an effect."""
-        return self.penalties != (1, 0, 0)
+    def penalties(self) -> tuple[float, float, float] | None:
+        """Repetition, presence and frequency; None if they have no effect."""
+        found = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return found if found != (1, 0, 0) else None
 
     def refuse_changes(self, *names: str) -> None:
         """Refuse values of fields that a command has no use for, by `UsageError`."""

@@ -10,14 +10,14 @@ kept, and a later prompt that begins with one of them runs only the rest.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from operator import eq
 
 from archerchat.inference.kv_cache import Prefix
-from archerchat.inference.prefill import iter_batches, prefill
+from archerchat.inference.model_runner import Prefill, iter_batches
 from archerchat.inference.sequence import Request
 from archerchat.model.transformer import Transformer
 
@@ -39,45 +39,17 @@ class WaitingRequest:
     """Tokens of its prompt that an earlier request has run."""
 
 
-class KeptPrompts:
-    """Prompts that have run, the most recently used ones up to `max_tokens` in all."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-
-    def find(self, prompt: Sequence[int]) -> Prefix | None:
-        """Return the longest kept prompt that `prompt` equals or begins with."""
-        ids = tuple(prompt)
-        found = max((kept for kept in self._kept if ids[: len(kept)] == kept), key=len, default=())
-        if not found:
-            return None
-        self._kept.move_to_end(found)
-        return self._kept[found]
-
-    def keep(self, prompt: Sequence[int], ran: Prefix) -> None:
-        """Copy a prompt out of the batch that it ran in; drop those used longest ago."""
-        ids = tuple(prompt)
-        if not MIN_SHARED <= len(ids) <= self._max_tokens or ids in self._kept:
-            return
-        self._kept[ids] = ran.clone()
-        while sum(map(len, self._kept)) > self._max_tokens:
-            self._kept.popitem(last=False)
-
-    def clear(self) -> None:
-        self._kept.clear()
-
-
 class Scheduler:
     """Keep the waiting requests, and run their prompts when their turn comes.
 
     Attributes:
-        kept: prompts that later ones may continue, up to `kept_tokens` tokens.
+        kept: prompts that later ones may continue, up to `kept_tokens` tokens in all; those used
+            longest ago come first, and go first.
         prefilled_tokens: prompt tokens run so far: each shared prefix once, padding not counted.
     """
 
     def __init__(self, model: Transformer, kept_tokens: int = 0) -> None:
-        self._model = model
+        self._model, self._kept_tokens = model, kept_tokens
         self._waiting: dict[int, WaitingRequest] = {}  # by number, the oldest first
         # Groups of the waiting requests; empty after a new one, which may change all of them.
         self._groups: deque[tuple[int, list[WaitingRequest]]] = deque()
@@ -85,7 +57,7 @@ class Scheduler:
         self._group: deque[WaitingRequest] = deque()
         self._shared = 0
         self._prefix: Prefix | None = None
-        self.kept = KeptPrompts(kept_tokens)
+        self.kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self.prefilled_tokens = 0
 
     def __len__(self) -> int:
@@ -140,33 +112,42 @@ class Scheduler:
         self._group.extend(w for w in members if self._waiting.pop(w.number, None))
 
     def _find_prefix(self, waiting: WaitingRequest) -> None:
-        """Set what has run of a prompt: a kept prompt, or what the group shares, run once."""
-        found = self.kept.find(waiting.request.prompt)
-        if found and found.length >= self._shared:
-            waiting.prefix, waiting.cached = found, found.length
+        """Set what has run of a prompt: the longest kept prompt that it begins with or equals, or
+        what the group shares, run once."""
+        ids = tuple(waiting.request.prompt)
+        found = max((kept for kept in self.kept if ids[: len(kept)] == kept), key=len, default=())
+        if found:
+            self.kept.move_to_end(found)
+        if found and len(found) >= self._shared:
+            waiting.prefix, waiting.cached = self.kept[found], len(found)
         elif self._shared:
             if self._prefix is None:
-                shared = waiting.request.prompt[: self._shared]
-                self._prefix = prefill(self._model, [shared]).prefix(0)
+                self._prefix = Prefill(self._model, [ids[: self._shared]]).prefix(0)
                 self.prefilled_tokens += self._shared
             waiting.prefix = self._prefix
 
     def _run(self, requests: Iterable[WaitingRequest]) -> None:
         """Run what has not run of prompts, in batches with one prefix and similar lengths."""
-        groups: dict[int, list[WaitingRequest]] = {}
+        groups = defaultdict[int, list[WaitingRequest]](list)
         for waiting in requests:
             if waiting.prefix is None or waiting.prefix.length < len(waiting.request.prompt):
-                groups.setdefault(id(waiting.prefix), []).append(waiting)
+                groups[id(waiting.prefix)].append(waiting)
         for members in groups.values():
             prefix = members[0].prefix
             start = prefix.length if prefix else 0
             rows = [waiting.request.prompt[start:] for waiting in members]
             for batch in iter_batches([len(row) for row in rows]):
-                ran = prefill(self._model, [rows[i] for i in batch], prefix)
+                ran = Prefill(self._model, [rows[i] for i in batch], prefix)
                 self.prefilled_tokens += sum(ran.lengths)
                 for place, i in enumerate(batch):
                     members[i].prefix = prompt = ran.prefix(place)
-                    self.kept.keep(members[i].request.prompt, prompt)
+                    self._keep(tuple(members[i].request.prompt), prompt)
+
+    def _keep(self, ids: tuple[int, ...], ran: Prefix) -> None:
+        if MIN_SHARED <= len(ids) <= self._kept_tokens and ids not in self.kept:
+            self.kept[ids] = ran.clone()
+            while sum(map(len, self.kept)) > self._kept_tokens:
+                self.kept.popitem(last=False)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -176,12 +157,10 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Prompts whose first `shared` tokens are the same."""
+    """Prompts, by their indices, whose first `shared` tokens are the same; 0 if that is too few."""
 
     shared: int
-    """0 for prompts that share nothing worth it."""
     members: list[int]
-    """Indices of prompts."""
 
     @property
     def saved(self) -> int:
@@ -193,37 +172,32 @@ def group_by_prefix(prompts: Sequence[list[int]]) -> list[PrefixGroup]:
     """Group one prompt or more so that running each group's beginning once saves tokens.
 
     Sorted, prompts that begin alike are neighbours. From those that share most to those that share
-    least, groups become one where that saves more than they save by themselves.
-
-    The groups are in the order of their first member; every prompt is in one.
+    least, groups become one where that saves more than they save by themselves. The groups are in
+    the order of their first member; every prompt is in one.
     """
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
     common = [common_length(prompts[i], prompts[j]) for i, j in pairwise(order)]
-    done: list[PrefixGroup] = []
     # Groups to the left that share their first tokens, and how many, with the next prompt.
-    opened: list[tuple[int, list[PrefixGroup]]] = [(0, done)]
+    opened: list[tuple[int, list[PrefixGroup]]] = [(0, [])]
     for index, following in zip(order, [*common, 0], strict=True):
         groups = [PrefixGroup(0, [index])]
         following = following if following >= MIN_SHARED else 0
         while opened[-1][0] > following:
             shared, left = opened.pop()
-            groups = _join([*left, *groups], shared, done)
+            groups = _join([*left, *groups], shared)
         if opened[-1][0] < following:
             opened.append((following, []))
         opened[-1][1].extend(groups)
-    for group in done:
-        group.members.sort()
-    return sorted(done, key=lambda group: group.members[0])
+    found = [PrefixGroup(group.shared, sorted(group.members)) for group in opened[0][1]]
+    return sorted(found, key=lambda group: group.members[0])
 
 
-def _join(groups: list[PrefixGroup], shared: int, done: list[PrefixGroup]) -> list[PrefixGroup]:
+def _join(groups: list[PrefixGroup], shared: int) -> list[PrefixGroup]:
     """Make one group of those that have `shared` tokens in common, if that saves more.
 
-    A group that saves more by itself moves to `done`: less in common cannot make up for it.
+    A group that saves more by itself stays as it is.
     """
-    joining: list[PrefixGroup] = []
-    for group in groups:
-        worth_it = shared * len(group.members) > group.saved
-        (joining if worth_it else done).append(group)
+    apart = [group for group in groups if shared * len(group.members) <= group.saved]
+    joining = [group for group in groups if shared * len(group.members) > group.saved]
     joined = PrefixGroup(shared, [i for group in joining for i in group.members])
-    return [joined] if joined.saved > sum(group.saved for group in joining) else joining
+    return [*apart, joined] if joined.saved > sum(g.saved for g in joining) else groups

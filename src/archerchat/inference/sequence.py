@@ -136,9 +136,8 @@ class Detokenizer:
         return text
 
     def _until_stop(self, text: str) -> str:
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops]
-        found = [(end, start) for end, start in found if start >= 0]
-        if found:
+        places = [(text.find(stop), stop) for stop in self._stops]
+        if found := [(start + len(stop), start) for start, stop in places if start >= 0]:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
         starts = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
@@ -153,7 +152,7 @@ class Sequence:
     def __init__(
         self, number: int, sample: int, request: Request, max_length: int, cached: int = 0
     ) -> None:
-        params, room = request.params, max_length - len(request.prompt)
+        params = request.params
         self.number, self.sample, self.request, self._cached = number, sample, request, cached
         self.seed = derive_seed(params.seed, sample)
         self.token_ids: list[int] = []  # what it has said, as far as the host has read it
@@ -163,9 +162,7 @@ class Sequence:
         self.mask = request.mask() if request.mask else None
         self._text = Detokenizer(request.decode, params.stop) if request.decode else None
         self._forced: dict[int, int] = {}  # tokens that replace drawn ones, by index
-        self._max_tokens = min(params.max_new_tokens, room)
-        within = params.max_new_tokens <= room
-        self._limit_reason: FinishReason = "max_tokens" if within else "length"
+        self._max_tokens = min(params.max_new_tokens, max_length - len(request.prompt))
 
     @property
     def num_cached(self) -> int:
@@ -174,7 +171,6 @@ class Sequence:
 
     @property
     def needs_step(self) -> bool:
-        """Whether another token must be drawn."""
         return not self.finished and self.num_drawn < self._max_tokens
 
     @property
@@ -182,17 +178,22 @@ class Sequence:
         """The token that replaces the one drawn last, or None."""
         return self._forced.get(self.num_drawn - 1)
 
-    def read(self, sampled: int, logprobs: TokenLogprobs | None = None) -> Event:
-        """Take the next sampled token; decide what the sequence says and whether it ends."""
+    def read(self, sampled: int, record: abc.Sequence[float] = ()) -> Event:
+        """Take the next sampled token; decide what the sequence says and whether it ends.
+
+        Args:
+            record: the token's row of `Sampler.records`, if the request asks for logprobs.
+        """
         index, params = len(self.token_ids), self.request.params
         forced = index in self._forced
         token = self._forced.get(index, sampled)
-        if forced or params.logprobs is None:
-            logprobs = None
-        elif logprobs is not None:
-            logprobs = TokenLogprobs(logprobs.logprob, logprobs.top[: params.logprobs])
-        stopped = token in params.stop_token_ids
-        text = ""
+        logprobs = None
+        if params.logprobs is not None and not forced:
+            own, *likely = record
+            values, ids = likely[: len(likely) // 2], map(int, likely[len(likely) // 2 :])
+            top = tuple(zip(ids, values, strict=True))[: params.logprobs]
+            logprobs = TokenLogprobs(own, top)
+        stopped, text = token in params.stop_token_ids, ""
         if not stopped:
             self.token_ids.append(token)
             text = self._text.read(token) if self._text else ""
@@ -200,10 +201,9 @@ class Sequence:
         if stopped or (self._text and self._text.stopped):
             reason = "stop"
         elif index == self._max_tokens - 1:
-            reason = self._limit_reason
-        self.finished = reason is not None
-        if self.finished:
-            text += self._text.finish() if self._text else ""
+            reason = "max_tokens" if self._max_tokens == params.max_new_tokens else "length"
+        if reason is not None:
+            text += self._end()
         elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
         return Event(
@@ -221,6 +221,9 @@ class Sequence:
 
     def cancel(self) -> Event:
         """End it here."""
-        self.finished = True
-        text = self._text.finish() if self._text else ""
+        text = self._end()
         return Event(self.number, self.sample, None, finish_reason="cancelled", text=text)
+
+    def _end(self) -> str:
+        self.finished = True
+        return self._text.finish() if self._text else ""

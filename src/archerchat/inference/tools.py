@@ -3,10 +3,7 @@
     <|python_start|> 12*7 <|python_end|>   the model's
     <|output_start|> 84 <|output_end|>     forced, mask 0
 
-    Request(ids, hook=partial(ToolUse, tokenizer, evaluate))   # calls the calculator
-
-    read_parts(tokenizer, ids)     # the content of an assistant's message
-    spoken_text(tokenizer, ids)    # its words alone, for judging an answer
+    Request(ids, hook=partial(ToolUse, tokenizer, evaluate))
 
 `ToolUse` evaluates what the model wrote between the first two tokens when it writes the second. An
 expression without a value forces nothing, and the model continues by itself.
@@ -27,6 +24,13 @@ from archerchat.tokenizer.chat_format import encode_answer
 Evaluate = Callable[[str], str | None]
 """From an expression to its value as text, or None; must not raise, nor take long."""
 PartType = Literal["text", "python", "python_output"]
+FOLLOWING: dict[str, PartType] = {
+    "<|python_start|>": "python",
+    "<|output_start|>": "python_output",
+    "<|python_end|>": "text",
+    "<|output_end|>": "text",
+}
+"""What a special token begins."""
 
 
 class ToolUse:
@@ -68,13 +72,7 @@ class AnswerReader:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        special = tokenizer.special_id
-        self._types: dict[int, PartType] = {
-            special("<|python_start|>"): "python",
-            special("<|output_start|>"): "python_output",
-            special("<|python_end|>"): "text",
-            special("<|output_end|>"): "text",
-        }
+        self._types = {tokenizer.special_id(name): kind for name, kind in FOLLOWING.items()}
         self._text = Detokenizer(tokenizer.decode, stops)
         self._type: PartType = "text"
         self._starts = True

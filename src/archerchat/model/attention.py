@@ -48,10 +48,7 @@ class Past(Protocol):
     """One layer's KV cache: what it keeps of the tokens before those that it is given."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from new tokens (B, T, H, D) to what is kept and to themselves, and keep them.
-
-        q and k are rotated and normalised; k and v are (B, T, K, D).
-        """
+        """Attend from new tokens (B, T, H, D) to what is kept and to themselves (B, T, K, D)."""
         ...
 
 
@@ -81,7 +78,6 @@ def choose_backend(
 
 
 def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why a backend cannot run on a device; None where it can."""
     if backend == "flash" and flash_module(device, dtype) is None:
         return "needs a CUDA device, a 16-bit dtype and the flash_attn package"
     if backend == "varlen" and not runs_varlen(device, dtype):
@@ -93,11 +89,25 @@ def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
+def prepare_mask(
+    length: int, window: int, device: torch.device, backend: Backend, segments: Tensor | None = None
+) -> Any:
+    """Return what `attend` needs for these sizes beside its tensors. Call it outside of compiled
+    code.
+
+    That is a block mask for `flex` and each block's biases for `matmul`, for which compiled code
+    would otherwise compare positions for every score. With `segments` (B, T) it is made for each
+    batch: a block mask for `flex`, the documents' first tokens for `varlen`. It is None elsewhere.
+    """
+    if segments is None:
+        return _fixed_mask(length, window, device, backend)
+    if backend == "varlen":
+        return _document_starts(segments)
+    return _flex_mask(length, window, device, segments) if backend == "flex" else None
+
+
 @functools.lru_cache(maxsize=64)
-def prepare_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
-    """Return what `attend` needs for these sizes beside its tensors: a block mask for `flex`,
-    each block's biases for `matmul` (compiled code would otherwise compare positions for every
-    score), None for the others. Call it outside of compiled code."""
+def _fixed_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
     if backend == "flex" and window < length - 1:
         return _flex_mask(length, window, device)
     if backend == "matmul" and length <= MATMUL_MAX_KEYS:
@@ -105,17 +115,6 @@ def prepare_mask(length: int, window: int, device: torch.device, backend: Backen
             _bias(_band_mask(stop - start, stop - first, window, start - first, device))
             for start, stop, first in _blocks(length, min(window, length - 1))
         )
-    return None
-
-
-def prepare_document_mask(segments: Tensor, window: int, backend: Backend) -> Any:
-    """Return what `attend` needs beside `segments` (B, T), made for each batch: a block mask for
-    `flex`, the documents' first tokens for `varlen`, None for the others. Call it outside of
-    compiled code."""
-    if backend == "varlen":
-        return _document_starts(segments)
-    if backend == "flex":
-        return _flex_mask(segments.size(1), window, segments.device, segments)
     return None
 
 
@@ -140,8 +139,8 @@ def attend(
         mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `varlen` or
             `sdpa` do: it has to be compiled, once for each length, or it holds every score.
         segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
-            document only. `mask` is then from `prepare_document_mask`, and T = S. `flash` cannot
-            do this; `varlen` without a mask computes as `sdpa` does.
+            document only, and T = S. `flash` cannot do this; `varlen` without a mask computes as
+            `sdpa` does.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -149,8 +148,7 @@ def attend(
     window = min(window, k.size(1) - 1)
     if backend == "flash":
         assert segments is None, "documents are masked by the other backends"
-        flashed: Tensor = _attend_flash(q, k, v, window)
-        return flashed
+        return _attend_flash(q, k, v, window)  # type: ignore[no-any-return]
     continues = k.size(1) > q.size(1)
     limited = continues or window < q.size(1) - 1
     if backend == "flex" and segments is None and not limited:
@@ -229,10 +227,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _SoftmaxMatmul(torch.autograd.Function):
-    """Attention by two products, the scores kept in the compute dtype for the backward pass.
+    """Attention by two products in the compute dtype around a softmax in float32.
 
-    Autograd would take the exponentials a second time, and would give the keys' gradient as the
-    transpose of q^T @ g, which what reads it next steps through a row at a time.
+    Exponentials are taken without subtracting the row's maximum, which saves two passes over the
+    scores: normalised queries and keys bound them by 1.44 * sqrt(D). The clamp keeps inputs that
+    are not normalised finite; gradients ignore it. Autograd would take the exponentials a second
+    time, and would give the keys' gradient as the transpose of q^T @ g, which what reads it next
+    steps through a row at a time.
     """
 
     @staticmethod
@@ -258,12 +259,6 @@ class _SoftmaxMatmul(torch.autograd.Function):
 
 
 def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Materialise the scores: products in the compute dtype, softmax in float32.
-
-    Exponentials are taken without subtracting the row's maximum, which saves two passes over
-    the scores: normalised queries and keys bound them by 1.44 * sqrt(D). The clamp keeps
-    inputs that are not normalised finite; gradients ignore it.
-    """
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -291,16 +286,16 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     return out
 
 
-def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length attention runs there."""
-    return _capability(device, dtype) >= 8
-
-
 def _capability(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the major compute capability, 0 for other devices and for 32 bits."""
+    """Return the major compute capability; 0 for other devices and for 32 bits."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return 0
     return torch.cuda.get_device_capability(device)[0]
+
+
+def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length attention runs there."""
+    return _capability(device, dtype) >= 8
 
 
 def _row_starts(x: Tensor) -> Tensor:
@@ -351,7 +346,7 @@ def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Run the package's kernels, between two pieces of compiled code."""
     name = flash_module(q.device, q.dtype)
     assert name is not None, "choose_backend lets 'flash' through only where it runs"
-    attend_flash = importlib.import_module(name).flash_attn_func
-    out = attend_flash(q, k, v, causal=True, window_size=(window, 0))
+    module = importlib.import_module(name)
+    out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result

@@ -5,9 +5,9 @@ weights it by its advantage (REINFORCE, SPEC section 8).
 
 The logits of B*T tokens over V entries in float32 would be the largest tensor of a step by far.
 They are formed one chunk of tokens at a time. The chunk's gradients for the hidden states and for
-the unembedding are taken on the spot, so the backward pass only scales them. That is three matrix
-products, as many as the plain computation takes, and no recomputation. In bfloat16 the logits are
-read once; float32 rounds as a plain cross-entropy does.
+the unembedding are taken on the spot, so the backward pass only scales them: three matrix products,
+as in the plain computation. In bfloat16 the logits are read once; float32 rounds as a plain
+cross-entropy does.
 
 The soft cap (SPEC section 2; Gemma 2, https://arxiv.org/abs/2408.00118) bounds every logit by 15,
 so the exponentials need no running maximum in float32: V * exp(15) is far inside its range. Forming
@@ -196,8 +196,7 @@ def weighted_loss(
         scale: by default 1 / the number of trained positions, which gives the mean in nats.
 
     Returns:
-        A float32 scalar that backpropagates into `hidden` and `unembedding`; 0 when every
-        target is -1.
+        A float32 scalar with gradients for `hidden` and `unembedding`; 0 when no target is trained.
     """
     flat = targets.flatten()
     factors = (flat != IGNORED).float()
@@ -221,11 +220,8 @@ def token_losses(
     vocab_size: int,
     kernels: LossKernels = LossKernels(),
 ) -> Tensor:
-    """Return each position's cross-entropy (B, T) in nats, 0 where the target is -1.
-
-    Args:
-        hidden: (B, T, C); the rest as in `weighted_loss`.
-    """
+    """Return each position's cross-entropy (B, T) in nats, 0 where the target is -1; arguments are
+    those of `weighted_loss`, with `hidden` (B, T, C)."""
     weight, flat = unembedding[:vocab_size].to(hidden.dtype), hidden.flatten(0, 1)
     size = chunk_tokens(vocab_size, hidden.device)
     spans = [slice(start, start + size) for start in range(0, flat.size(0), size)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archerchat.model import fp8
-from archerchat.model.attention import Backend, Past, attend, prepare_document_mask, prepare_mask
+from archerchat.model.attention import Backend, Past, attend, prepare_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 from archerchat.model.loss import LOGIT_CAP
@@ -40,8 +40,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D) for positions (T,); of
-    (B, T), in rows that begin elsewhere, they are (B, T, 1, D/2)."""
+    """Return cosines and sines (..., T, 1, D/2) of position * base^(-2j/D) for (..., T)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-exponents / head_dim)
     return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
@@ -173,8 +172,7 @@ def smear(
     """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
 
     Args:
-        previous: (B, T, C), normalised embeddings of the tokens before each, zeros where there is
-            none. By default a row's tokens follow one another, and the first has none.
+        previous: as in `Before`. By default a row's tokens follow one another; the first has none.
         segments: (B, T) numbers of packed documents, whose first tokens have none before them.
     """
     x = norm(x)
@@ -212,8 +210,7 @@ class Before:
 class Regions:
     """The functions that a forward pass is made of, as they are or compiled.
 
-    Compiling a block instead of the whole model makes one graph serve every layer of its kind,
-    so that compile time does not grow with depth.
+    One graph then serves every layer of a kind, so that compile time does not grow with depth.
     """
 
     smear: Callable[..., Tensor] = smear
@@ -326,25 +323,27 @@ class Transformer(nn.Module):
             segments: (B, T) numbers of the packed documents, to keep them from seeing each other.
         """
         assert before is None or segments is None, "a cache holds one document per row"
-        run, layers = regions or Regions(), self.config.num_layers
-        positions = torch.arange(token_ids.size(1), device=self.device)
-        if before:
-            positions = before.positions
+        run, layers, windows = regions or Regions(), self.config.num_layers, self.config.windows
+        length = token_ids.size(1)
+        positions = before.positions if before else torch.arange(length, device=self.device)
         rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
         x0 = x = middle = self._embed(token_ids, run, before, segments)
-        lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * layers
-        if self.residual_lambdas is not None and self.input_lambdas is not None:
-            both = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
-            lambdas = list(zip(*both, strict=True))
-        fresh = regions is not None and before is None
-        masks = self._masks(token_ids, segments) if fresh else [None] * layers
+        lambdas = [
+            [None] * layers if each is None else each.unbind()
+            for each in (self.residual_lambdas, self.input_lambdas)
+        ]
+        masks: dict[int, Any] = {}
+        if regions is not None and before is None:  # for compiled code, which cannot make them
+            for window in set(windows):
+                masks[window] = prepare_mask(length, window, self.device, self.backend, segments)
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
                 value = self.value_embeddings[str(i)](token_ids).to(self.compute_dtype)
             past = before.layers[i] if before else None
             kept = before.kept[i] if before and before.kept else None
-            given = block, x, x0, value, rotary, *lambdas[i], masks[i], past, segments, kept
+            mixing, mask = (lambdas[0][i], lambdas[1][i]), masks.get(windows[i])
+            given = block, x, x0, value, rotary, *mixing, mask, past, segments, kept
             if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
                 x = checkpoint(run.block, *given, use_reentrant=False)
             else:
@@ -367,17 +366,6 @@ class Transformer(nn.Module):
             return norm(x)
         previous = before.previous if before else None
         return run.smear(x, self.smear_gate.weight, self.smear_lambda, previous, segments)
-
-    def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
-        """Return one prepared mask per layer, for compiled regions."""
-        length, device, windows = token_ids.size(1), token_ids.device, self.config.windows
-        made: dict[int, Any] = {}
-        for window in set(windows):
-            if segments is None:
-                made[window] = prepare_mask(length, window, device, self.backend)
-            else:
-                made[window] = prepare_document_mask(segments, window, self.backend)
-        return [made[window] for window in windows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the unembedding's input (..., C) to capped float32 logits (..., vocab_size)."""

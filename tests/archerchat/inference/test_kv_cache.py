@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from archerchat.inference.kv_cache import KVCache, RingLayer, attend_ring, ring_mask
-from archerchat.inference.model_runner import forward_token
-from archerchat.inference.prefill import prefill
+from archerchat.inference.model_runner import Prefill, forward_token
 from archerchat.model.attention import attend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
@@ -51,7 +50,7 @@ def test_steps_give_the_plain_logits_at_every_age(
     ids = torch.tensor([prompt(300) for _ in starts])
     plain = model(ids)
     cache = KVCache(model.config, len(starts), 300, torch.float32, CPU)
-    ran = prefill(model, [ids[i, :start].tolist() for i, start in enumerate(starts)])
+    ran = Prefill(model, [ids[i, :start].tolist() for i, start in enumerate(starts)])
     for i in range(len(starts)):
         cache.fill(i, ran.prefix(i))
     rows = torch.arange(len(starts))
@@ -105,7 +104,7 @@ def test_a_row_is_filled_and_moved_without_its_neighbours(
     model: Transformer, prompt: Prompt
 ) -> None:
     cache = KVCache(model.config, 3, 200, torch.float32, CPU)
-    ran = prefill(model, [prompt(150), prompt(40)])
+    ran = Prefill(model, [prompt(150), prompt(40)])
     with pytest.raises(AssertionError, match="128 positions for 100 slots"):
         KVCache(model.config, 3, 100, torch.float32, CPU).fill(0, ran.prefix(0))
     for row, prefix in ((0, ran.prefix(0)), (1, ran.prefix(1)), (2, ran.prefix(0))):

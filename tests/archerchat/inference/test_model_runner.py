@@ -15,10 +15,10 @@ from archerchat.inference.model_runner import (
     PART_ROWS,
     SPAN,
     ModelRunner,
+    Prefill,
     forward_token,
     row_spans,
 )
-from archerchat.inference.prefill import prefill
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
@@ -30,7 +30,7 @@ GREEDY = SamplingParams(temperature=0)
 
 def begin(runner: ModelRunner, row: int, prompt: list[int]) -> int:
     """Start a row; return its first token."""
-    ran = prefill(runner.model, [prompt])
+    ran = Prefill(runner.model, [prompt])
     runner.start(row, ran.prefix(0), Request(prompt, GREEDY), seed=0)
     runner.sample_first(row, ran.last_logits, SamplingPlan())
     return int(runner.tokens[row])
@@ -42,11 +42,11 @@ def test_places_without_a_row_may_run_too(model: Transformer, prompt: Prompt) ->
     runner = ModelRunner(model, 4, 200, compile=False)
     said = [begin(runner, 0, first)]
     for _ in range(8):
-        runner._run(forward_token, [(4, 64)], SamplingPlan())
+        runner._run(forward_token, [(0, 4, 64)], SamplingPlan())
         said.append(int(runner.tokens[0]))
     late = [begin(runner, 2, second)]
     for _ in range(8):
-        runner._run(forward_token, [(4, 64)], SamplingPlan())
+        runner._run(forward_token, [(0, 4, 64)], SamplingPlan())
         said.append(int(runner.tokens[0]))
         late.append(int(runner.tokens[2]))
     for start, answer in ((first, said), (second, late)):
@@ -58,14 +58,13 @@ def test_places_without_a_row_may_run_too(model: Transformer, prompt: Prompt) ->
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=70))
 def test_parts_cover_the_rows_and_reach_past_their_lengths(lengths: list[int]) -> None:
     spans = list(row_spans(lengths))
-    assert sum(count for count, _ in spans) == len(lengths)
-    assert all(a[1] != b[1] for a, b in pairwise(spans))
-    row = 0
-    for count, span in spans:
-        assert row % PART_ROWS == 0
+    assert [first for first, _, _ in spans] == [0, *(stop for _, stop, _ in spans[:-1])]
+    assert spans[-1][1] == len(lengths)
+    assert all(a[2] != b[2] for a, b in pairwise(spans))
+    for first, stop, span in spans:
+        assert first % PART_ROWS == 0
         assert span % SPAN == 0
-        assert max(lengths[row : row + count]) < span <= max(lengths[row : row + count]) + SPAN
-        row += count
+        assert max(lengths[first:stop]) < span <= max(lengths[first:stop]) + SPAN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,5 +98,5 @@ def test_fetched_tokens_are_those_at_the_time(model: Transformer) -> None:
     runner.tokens.copy_(torch.tensor([5, 6, 7, 8]))
     fetches = [runner.fetch(0, 4, SamplingPlan()), runner.fetch(2, 1, SamplingPlan())]
     runner.tokens.zero_()
-    read = [[token for token, _ in fetch()] for fetch in fetches]
+    read = [[token for (token,) in fetch()] for fetch in fetches]
     assert read == [[5, 6, 7, 8], [7]]

@@ -107,16 +107,16 @@ def test_held_text_is_released_where_a_sequence_ends_in_another_way() -> None:
 
 
 def test_log_probabilities_are_cut_to_what_was_asked_and_none_for_forced_tokens() -> None:
-    found = TokenLogprobs(-0.5, ((7, -0.1), (8, -0.5), (9, -4.0)))
+    record = [-0.5, *(-0.1, -0.5, -4.0), *(7.0, 8.0, 9.0)]
     request = Request([0], SamplingParams(9, logprobs=2), hook=lambda: lambda token: [5])
     sequence, completion = Sequence(0, 0, request, 99), Completion()
     for _ in range(3):
-        completion.add(sequence.read(8, found))
+        completion.add(sequence.read(8, record))
     kept = TokenLogprobs(-0.5, ((7, -0.1), (8, -0.5)))
     assert completion.token_ids == [8, 5, 8]
     assert completion.logprobs == [kept, None, kept]
     silent = Sequence(0, 0, Request([0]), 99)
-    assert silent.read(8, found).logprobs is None
+    assert silent.read(8, record).logprobs is None
 
 
 def test_stop_strings_need_a_decoder() -> None:

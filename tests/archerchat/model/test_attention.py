@@ -21,7 +21,6 @@ from archerchat.model.attention import (
     Backend,
     attend,
     choose_backend,
-    prepare_document_mask,
     prepare_mask,
 )
 
@@ -376,7 +375,7 @@ def test_documents_of_a_row_do_not_see_each_other(
     length, window, heads, kv_heads = shape
     q, k, v, _ = (x.detach() for x in draw(length, heads, kv_heads))
     segments = draw_segments(length)
-    mask = prepare_document_mask(segments, window, backend)
+    mask = prepare_mask(segments.size(1), window, CPU, backend, segments)
     actual = attend(q, k, v, window, backend, mask, segments)
     expected = naive_documents(q, k, v, window, segments)
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
@@ -388,7 +387,7 @@ def test_flex_is_given_the_right_documents(window: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # plain, for speed
     q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
     segments = draw_segments(200)
-    mask = prepare_document_mask(segments, window, "flex")
+    mask = prepare_mask(segments.size(1), window, CPU, "flex", segments)
     actual = attend(q, k, v, window, "flex", mask, segments)
     expected = naive_documents(q, k, v, window, segments)
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
@@ -414,7 +413,7 @@ def test_varlen_is_given_the_right_rows_documents_and_windows(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
     segments = draw_segments(200) if packed else torch.zeros(2, 200, dtype=torch.int64)
-    mask = prepare_document_mask(segments, window, "varlen") if packed else None
+    mask = prepare_mask(segments.size(1), window, CPU, "varlen", segments) if packed else None
     actual = attend(q, k, v, window, "varlen", mask, segments if packed else None)
     expected = naive_documents(q, k, v, window, segments)
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
@@ -436,7 +435,7 @@ def test_new_documents_do_not_compile_flex_again() -> None:
     q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
     compiled = torch.compile(attend, dynamic=False)
     for segments in (draw_segments(200), draw_segments(200).flip(0)):
-        mask = prepare_document_mask(segments, 30, "flex")
+        mask = prepare_mask(segments.size(1), 30, CPU, "flex", segments)
         actual = compiled(q, k, v, 30, "flex", mask, segments)
         expected = naive_documents(q, k, v, 30, segments)
         torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model import attention
-from archerchat.model.attention import attend, choose_backend, prepare_document_mask, prepare_mask
+from archerchat.model.attention import attend, choose_backend, prepare_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.loss import LossKernels, token_losses, weighted_loss
 from archerchat.model.transformer import Regions, Transformer
@@ -129,7 +129,7 @@ def test_documents_are_kept_apart_without_compiling_for_each_batch(
         starts = torch.rand(2, 256, generator=generator) < 0.03
         segments = starts.cumsum(1).to(device)
         inputs = draw(256, 2, 2, device, torch.bfloat16)
-        mask = prepare_document_mask(segments, 100, backend)
+        mask = prepare_mask(segments.size(1), 100, segments.device, backend, segments)
         stance = "fail_on_recompile" if seed and backend == "flex" else "default"
         with torch.compiler.set_stance(stance):
             actual = function(*inputs[:3], 100, backend, mask, segments)
