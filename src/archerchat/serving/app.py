@@ -21,14 +21,9 @@ from starlette.types import Scope
 
 from archerchat.home import Home
 from archerchat.inference.chat import ChatSession, ContextFull
-<<<<<<< HEAD
-from archerchat.inference.prefill import iter_batches, score_prompts
+from archerchat.inference.model_runner import iter_batches, score_prompts
 from archerchat.inference.sequence import Event, TokenLogprobs
 from archerchat.inference.sequence import Request as Ask
-=======
-from archerchat.inference.model_runner import iter_batches, score_prompts
-from archerchat.inference.sequence import TokenLogprobs
->>>>>>> h-engine
 from archerchat.runtime import Runtime
 from archerchat.serving import requests as asked
 from archerchat.serving.answers import Answer, ChatAnswer, ResponsesAnswer
