@@ -411,3 +411,12 @@ def test_what_a_terminal_cannot_show_is_replaced(trained_home: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert b"??" in done.stdout
+
+
+def test_commands_that_compile_nothing_do_not_load_the_compiler(tiny_home: Any) -> None:
+    """Importing it takes as long again as all the rest."""
+    code = "import sys; from archerchat.cli import main; main(['models']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "archerchat.model.attention" in loaded
+    assert not loaded & {"torch._dynamo", "torch._inductor", "sympy", "scipy", "matplotlib"}

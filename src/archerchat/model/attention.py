@@ -148,7 +148,9 @@ def attend(
     window = min(window, k.size(1) - 1)
     if backend == "flash":
         assert segments is None, "documents are masked by the other backends"
-        return _attend_flash(q, k, v, window)  # type: ignore[no-any-return]
+        from archerchat.model.flash import attend_flash
+
+        return attend_flash(q, k, v, window, flash_module)  # type: ignore[no-any-return]
     continues = k.size(1) > q.size(1)
     limited = continues or window < q.size(1) - 1
     if backend == "flex" and segments is None and not limited:
@@ -339,14 +341,3 @@ def flash_module(device: torch.device, dtype: torch.dtype) -> str | None:
     if major >= 8 and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attn"
     return None
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Run the package's kernels, between two pieces of compiled code."""
-    name = flash_module(q.device, q.dtype)
-    assert name is not None, "choose_backend lets 'flash' through only where it runs"
-    module = importlib.import_module(name)
-    out = module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
