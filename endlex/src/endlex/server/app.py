@@ -137,7 +137,7 @@ async def _watch(server: Server) -> None:
 
 async def _clean(server: Server) -> None:
     """Remove what nothing uses any more."""
-    await server.workers.file(sweep, server.database, server.blobs)
+    await server.file(sweep, server.database, server.blobs)
 
 
 async def _health(request: Request) -> Response:

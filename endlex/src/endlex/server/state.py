@@ -1,4 +1,8 @@
-"""Everything that one running server holds, passed to the routes that use it."""
+"""Everything that one running server holds, passed to the routes that use it.
+
+What would hold up the event loop runs in threads, in pools that cannot starve another: a dozen
+uploads cannot keep a chart waiting. Writing to the database has its own thread, in `database`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,9 @@ from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.checkpoints import Checkpoints
-from endlex.server.store.database import Database
+from endlex.server.store.database import Database, Pool
 from endlex.server.watch.alerts import Watch
 from endlex.server.watch.notify import Notifier
-from endlex.server.workers import Workers
 
 T = TypeVar("T")
 
@@ -28,21 +31,23 @@ class Server:
     def __init__(self, data: DataDir, settings: Settings) -> None:
         data.create()
         self.settings, self.data = settings, data
-        self.database = Database(data.database)
-        self.workers, self.hub, self.watch = Workers(), Hub(), Watch(settings, data)
-        self.auth = Auth(settings, self.database, self.workers)
-        self.blobs = Blobs(settings, data, self.workers)
+        self.read = Pool(4, "endlex-read")
+        """Runs reads of the database."""
+        self.file = Pool(4, "endlex-file")
+        """Runs reads and writes of files."""
+        self.batch = Pool(2, "endlex-batch")
+        """Decodes incoming batches."""
+        self.quick = Pool(1, "endlex-quick")
+        """Answers questions of a millisecond at most, which must not wait behind a long read."""
+        self.database, self.hub, self.watch = Database(data.database), Hub(), Watch(settings, data)
+        self.auth = Auth(settings, self.database, self.quick)
+        self.blobs = Blobs(settings, data, self.file)
         self.checkpoints = Checkpoints(self.database, self.blobs, self.hub)
         self.notifier = Notifier(settings, self.database)
 
     async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
         """Return the answer to a question about one state of the database, read in a thread."""
-
-        def read() -> T:
-            with self.database.snapshot() as connection:
-                return question(connection)
-
-        return await self.workers.read(read)
+        return await self.read(self.database.ask, question)
 
     async def write(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Run what changes the database, and return its result once that is on the disk."""
@@ -53,7 +58,8 @@ class Server:
         self.hub.stop()
         self.checkpoints.stop()
         self.notifier.stop()
-        self.workers.close()
+        for pool in (self.read, self.file, self.batch, self.quick):
+            pool.shutdown(wait=True, cancel_futures=True)
         self.database.close()
 
 

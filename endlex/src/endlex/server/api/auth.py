@@ -27,9 +27,8 @@ from fastapi import Request
 from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, check_run_id
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
-from endlex.server.store.database import Database, connect
+from endlex.server.store.database import Database, Pool, connect
 from endlex.server.store.queries import dicts
-from endlex.server.workers import Workers
 
 T = TypeVar("T")
 Granted = tuple[int, frozenset[str]]
@@ -143,8 +142,8 @@ def hash_secret(secret: str) -> str:
 class Auth:
     """Decides which requests may pass; one per server."""
 
-    def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
-        self._settings, self._database, self._workers = settings, database, workers
+    def __init__(self, settings: Settings, database: Database, pool: Pool) -> None:
+        self._settings, self._database, self._pool = settings, database, pool
         self._used: dict[int, float] = {}
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
         """When each address sent its latest wrong tokens, the latest address last."""
@@ -186,7 +185,7 @@ class Auth:
             )
 
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
-        return await self._workers.quick(lambda: question(self._database.reader(), *args))
+        return await self._pool(lambda: question(self._database.reader(), *args))
 
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""

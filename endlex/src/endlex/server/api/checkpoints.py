@@ -58,7 +58,7 @@ class Pruning(retention.Rules, frozen=True):
 @router.post("/parts/missing", dependencies=SEND)
 async def missing(request: Request, server: Here) -> Response:
     asked = await read_json(request, AskedParts)
-    lacking, partial = await server.workers.file(server.blobs.find_missing, asked.parts)
+    lacking, partial = await server.file(server.blobs.find_missing, asked.parts)
     return json_response({"missing": lacking, "partial": partial})
 
 
@@ -79,13 +79,13 @@ async def put_part(request: Request, server: Here, sha256: str, offset: int = 0)
 async def put_manifest(request: Request, server: Here, run: str, name: str) -> Response:
     body = await read_body(request, MOST_MANIFEST_BYTES)
     try:
-        content = await server.workers.file(orjson.loads, body)
+        content = await server.file(orjson.loads, body)
     except ValueError as error:
         raise ApiError(400, f"the manifest is not JSON: {error}") from error
-    verified = await server.workers.file(server.checkpoints.put, run, name, content)
+    verified = await server.file(server.checkpoints.put, run, name, content)
     if verified is not None:
         await asyncio.wait([asyncio.wrap_future(verified)], timeout=PATIENCE)
-    state = await server.workers.read(server.checkpoints.describe, run, name, whole=False)
+    state = await server.ask(lambda c: server.checkpoints.describe(c, run, name, whole=False))
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": state["state"]})
     return json_response(state, STATUS_OF_STATE[state["state"]])
 
@@ -97,7 +97,7 @@ async def checkpoints(server: Here, run: str) -> Response:
 
 @router.get("/runs/{run}/checkpoints/{name}", dependencies=FETCH)
 async def describe(server: Here, run: str, name: str) -> Response:
-    return json_response(await server.workers.read(server.checkpoints.describe, run, name))
+    return json_response(await server.ask(lambda c: server.checkpoints.describe(c, run, name)))
 
 
 @router.delete("/runs/{run}/checkpoints/{name}", dependencies=DESTROY)
@@ -117,7 +117,7 @@ async def delete(
     "/runs/{run}/checkpoints/{name}/files/{path:path}", methods=["GET", "HEAD"], dependencies=FETCH
 )
 async def download(request: Request, server: Here, run: str, name: str, path: str) -> Response:
-    file = await server.workers.read(server.checkpoints.find_file, run, name, path)
+    file = await server.ask(lambda c: server.checkpoints.find_file(c, run, name, path))
     file_name = quote(path.split("/")[-1])
     headers = {
         "ETag": f'"{file["sha256"]}"',
@@ -130,7 +130,7 @@ async def download(request: Request, server: Here, run: str, name: str, path: st
 async def media_content(request: Request, server: Here, run: str, item: int) -> Response:
     found = await server.ask(lambda c: find_media(c, find_run(c, run), item))
     wanted = [part["sha256"] for part in found["parts"]]
-    lacking, _ = await server.workers.file(server.blobs.find_missing, wanted)
+    lacking, _ = await server.file(server.blobs.find_missing, wanted)
     if lacking:
         raise ApiError(404, "the file is still on its way from the training box")
     shown = found["mime"].startswith(SHOWN)
@@ -148,7 +148,7 @@ async def post_prune(request: Request, server: Here) -> Response:
     asked = await read_json(request, Pruning)
     if asked.empty and not asked.deleted:
         raise ApiError(422, "no rule says what to keep: give keep_last, keep_best or keep_every")
-    return json_response(await server.workers.file(_prune, server, asked))
+    return json_response(await server.file(_prune, server, asked))
 
 
 def _prune(server: Server, asked: Pruning) -> dict[str, Any]:
@@ -228,5 +228,5 @@ async def _stream(
         start, end = max(place, first), min(place + part["bytes"], last)
         for at in range(start, end, PIECE):
             size = min(PIECE, end - at)
-            yield await server.workers.file(server.blobs.read, part["sha256"], at - place, size)
+            yield await server.file(server.blobs.read, part["sha256"], at - place, size)
         place += part["bytes"]

@@ -23,7 +23,7 @@ from endlex.formats import Series, write_run
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response
 from endlex.server.errors import ApiError
-from endlex.server.state import Here, Server
+from endlex.server.state import Here
 from endlex.server.store.annotations import list_settings
 from endlex.server.store.charts import ChartQuery, read_chart
 from endlex.server.store.queries import find_run, list_alerts, show_run
@@ -57,17 +57,19 @@ async def export(
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", found["name"]).strip("-.")[:80]
     name = f"{safe or 'run'}-{run}.{format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    path = await server.workers.read(_write, server, run, format, metric)
+    path = await server.ask(lambda c: _write(c, server.data.partial, run, format, metric))
     gone = BackgroundTask(path.unlink, missing_ok=True)
     return FileResponse(path, 200, headers, MIME[format], background=gone)
 
 
-def _write(server: Server, run: str, format: Format, wanted: Sequence[str]) -> Path:
+def _write(
+    connection: sqlite3.Connection, folder: Path, run: str, format: Format, wanted: Sequence[str]
+) -> Path:
     """Write a run as it is now to a temporary file, so that no slow reader keeps a transaction."""
-    handle, name = tempfile.mkstemp(prefix="export-", dir=server.data.partial)
+    handle, name = tempfile.mkstemp(prefix="export-", dir=folder)
     path = Path(name)
     try:
-        with server.database.snapshot() as connection, os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file:
             if format == "html":
                 file.write(_render_page(connection, run, wanted).encode())
             else:

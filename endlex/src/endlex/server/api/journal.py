@@ -70,7 +70,7 @@ async def append(
     async with request.app.state.batches:
         body = await read_body(request, MAX_BATCH_BYTES)
         deflated = encoding == "deflate"
-        prepared = await server.workers.batch(_prepare, offset, int(crc, 16), body, deflated)
+        prepared = await server.batch(_prepare, offset, int(crc, 16), body, deflated)
         try:
             reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
         except Exception as error:
@@ -92,7 +92,7 @@ async def describe(
         digest = sessions.hash_journal(reader, state.pk, min(upto, state.offset))
         return {"offset": state.offset, "sha256": digest}
 
-    return json_response(await server.workers.read(hashed))
+    return json_response(await server.read(hashed))
 
 
 @router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
@@ -110,7 +110,7 @@ async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
 
     start = 0
     while start < state.offset:
-        content = await server.workers.read(segment, start)
+        content = await server.read(segment, start)
         yield content
         start += len(content)
 

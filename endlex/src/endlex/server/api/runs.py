@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -101,16 +102,15 @@ async def forget(server: Here, kind: str, name: str, project: Project = "") -> R
 
 @router.get("/runs/{run}/series", dependencies=READ)
 async def series(server: Here, run: str, query: Annotated[ChartQuery, Query()]) -> Response:
-    def read() -> Response:
+    def read(connection: sqlite3.Connection) -> Response:
         began = time.perf_counter()
-        with server.database.snapshot() as connection:
-            found = read_chart(connection, find_run(connection, run), query)
+        found = read_chart(connection, find_run(connection, run), query)
         answer = json_response({"run": run, "x": query.x, "series": found})
         milliseconds = (time.perf_counter() - began) * 1000
         answer.headers["Server-Timing"] = f"series;dur={milliseconds:.3f}"
         return answer
 
-    return await server.workers.read(read)
+    return await server.ask(read)
 
 
 def _add_records(kind: Kind) -> None:

@@ -92,15 +92,16 @@ class Checkpoints:
             raise ApiError(409, message, state="incomplete", missing=missing)
         return self._enqueue(pk) if state == "verifying" else None
 
-    def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
+    def describe(
+        self, connection: sqlite3.Connection, run: str, name: str, *, whole: bool = True
+    ) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
-        with self._database.snapshot() as connection:
-            found = dicts(
-                connection,
-                "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
-                "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
-                (find_run(connection, run), name),
-            )
+        found = dicts(
+            connection,
+            "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
+            "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
+            (find_run(connection, run), name),
+        )
         if not found:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
         known = found[0]
@@ -114,9 +115,11 @@ class Checkpoints:
         kept = {key: known[key] for key in ("aliases", "metadata")}
         return {**orjson.loads(known["manifest"]), **kept, **answer}
 
-    def find_file(self, run: str, name: str, path: str) -> ManifestFile:
+    def find_file(
+        self, connection: sqlite3.Connection, run: str, name: str, path: str
+    ) -> ManifestFile:
         """Return a file of a published checkpoint, or raise an `ApiError` 404."""
-        manifest = self.describe(run, name)
+        manifest = self.describe(connection, run, name)
         if manifest["state"] != "published":
             raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")
         files: dict[str, ManifestFile] = {file["path"]: file for file in manifest["files"]}

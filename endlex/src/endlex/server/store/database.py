@@ -8,20 +8,21 @@ own, so that a failing one takes no other with it. Readers never wait for the wr
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
 from endlex.server.store.search import fill_config
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
@@ -95,6 +96,13 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
         connection.execute("ROLLBACK")
 
 
+class Pool(ThreadPoolExecutor):
+    """Some threads; calling it runs a function in one of them."""
+
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
+
+
 class Database:
     """The open database of one server; its file is made if missing."""
 
@@ -118,13 +126,12 @@ class Database:
                 self._readers.append(connection)
         return connection
 
-    @contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Yield this thread's reader inside one transaction: all it reads is of one moment."""
+    def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the answer to a question, in this thread: all it reads is of one moment."""
         connection = self.reader()
         connection.execute("BEGIN")
         try:
-            yield connection
+            return question(connection)
         finally:
             connection.execute("COMMIT")
 

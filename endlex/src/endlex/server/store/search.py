@@ -30,9 +30,14 @@ COLUMNS = {
     "tag": "run.tags",
     "tags": "run.tags",
 }
-NAMED = {True: "{} LIKE ? ESCAPE '\\'", False: "{} = ? COLLATE NOCASE"}
-METRIC = "SELECT 1 FROM metric WHERE metric.run = run.pk AND "
-CONFIG = "SELECT 1 FROM run_config WHERE run_config.run = run.pk AND "
+LIKE = "LIKE ? ESCAPE '\\'"
+FIGURES = {
+    "last": "SELECT run, name, last AS number, last_text AS text FROM metric",
+    "min": "SELECT run, name, min AS number, NULL AS text FROM metric",
+    "max": "SELECT run, name, max AS number, NULL AS text FROM metric",
+    "config": "SELECT run, key AS name, number, text FROM run_config",
+}
+"""Where the values of each kind of key are. What is not finite, or no number, is a text."""
 
 
 def marks(values: Sequence[Any]) -> str:
@@ -61,58 +66,48 @@ def require_names(connection: sqlite3.Connection, keys: Iterable[Key]) -> None:
         check_names(keys, metrics, config)
 
 
+def _kinds(key: Key) -> tuple[str, ...]:
+    """Return the kinds of figures to look in; the first that has the name counts."""
+    several = {"any": ("last", "config"), "field": ("last",)}
+    return several.get(key.kind, (key.kind,))
+
+
 def _term(term: Term) -> Condition:
     if term.key is None:
-        pattern = term.text.like(anywhere=True)
-        found = " OR ".join(_in_field(field, "LIKE ? ESCAPE '\\'") for field in ANYWHERE)
-        condition, values = f"({found})", [pattern] * len(ANYWHERE)
+        found = " OR ".join(_in_field(field) for field in ANYWHERE)
+        condition, values = f"({found})", [term.text.like(anywhere=True)] * len(ANYWHERE)
     elif term.key.kind == "field":
-        condition = _in_field(str(term.key.name), "LIKE ? ESCAPE '\\'")
+        condition = _in_field(str(term.key.name))
         condition = f"NOT {condition}" if term.operator == "!=" else condition
         values = [term.text.like()]
     else:
-        condition, values = _compared(term, term.key)
+        test, given = _test(term)
+        figures = ", ".join(
+            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure "
+            f"WHERE figure.run = run.pk AND figure.name {LIKE})"
+            for kind in _kinds(term.key)
+        )
+        condition = f"coalesce({figures}, 0)"
+        values = [*given, term.key.name.like()] * len(_kinds(term.key))
     return f"NOT {condition}" if term.negated else condition, values
 
 
-def _in_field(field: str, test: str) -> str:
+def _in_field(field: str) -> str:
     if field == "tag":
-        return f"EXISTS (SELECT 1 FROM json_each(run.tags) WHERE value {test})"
-    return f"coalesce({COLUMNS[field]} {test}, 0)"
+        return f"EXISTS (SELECT 1 FROM json_each(run.tags) WHERE value {LIKE})"
+    return f"coalesce({COLUMNS[field]} {LIKE}, 0)"
 
 
-def _compared(term: Term, key: Key) -> Condition:
-    """Return a condition on a metric, a configuration key, or the first of them that there is."""
-    named = NAMED[key.name.is_pattern]
-    name = key.name.like() if key.name.is_pattern else str(key.name)
-    metric = METRIC + named.format("metric.name")
-    config = CONFIG + named.format("run_config.key")
-    figure = _figure(key)
-    text = "metric.last_text" if figure == "last" else "NULL"
-    compare_metric, values = _compare(f"metric.{figure}", text, term)
-    compare_config, _ = _compare("run_config.number", "run_config.text", term)
-    in_metric = f"EXISTS ({metric} AND {compare_metric})"
-    in_config = f"EXISTS ({config} AND {compare_config})"
-    if key.kind == "any":
-        either = f"(CASE WHEN EXISTS ({metric}) THEN {in_metric} ELSE {in_config} END)"
-        return either, [name, name, *values, name, *values]
-    return in_config if key.kind == "config" else in_metric, [name, *values]
-
-
-def _figure(key: Key) -> str:
-    return key.kind if key.kind in ("min", "max") else "last"
-
-
-def _compare(number: str, text: str, term: Term) -> Condition:
+def _test(term: Term) -> Condition:
+    """Return what a term asks of a row of `FIGURES`."""
+    as_number = f"number {term.operator} ?"
     if term.operator not in ("=", "!="):
-        return f"{number} {term.operator} ?", [term.number]
-    # A metric that is NaN is a text; one without a text is compared as the number that it is.
-    negation = "NOT " if term.operator == "!=" else ""
-    as_text = f"coalesce({text}, {number}) {negation}LIKE ? ESCAPE '\\'"
+        return as_number, [term.number]
+    # A number without a text is compared as the text that it is.
+    as_text = f"coalesce(text, number) {'NOT ' if term.operator == '!=' else ''}{LIKE}"
     if term.number is None:
         return as_text, [term.text.like()]
-    as_number = f"{number} {term.operator} ?"
-    condition = f"(CASE WHEN {number} IS NULL THEN {as_text} ELSE {as_number} END)"
+    condition = f"CASE WHEN number IS NULL THEN {as_text} ELSE {as_number} END"
     return condition, [term.text.like(), term.number]
 
 
@@ -120,15 +115,12 @@ def sort_expression(key: Key, name: str) -> Condition:
     """Return what to order by: a column of the run, a metric's figure, or a configuration key."""
     if name in COLUMNS:
         return f"{COLUMNS[name]} COLLATE PEOPLE", []
-    metric = f"(SELECT {_figure(key)} FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
-    config = (
-        "(SELECT coalesce(number, text) FROM run_config "
-        "WHERE run_config.run = run.pk AND run_config.key = ?) COLLATE PEOPLE"
+    figures = ", ".join(
+        f"(SELECT {'coalesce(number, text)' if kind == 'config' else 'number'} "
+        f"FROM ({FIGURES[kind]}) AS figure WHERE figure.run = run.pk AND figure.name = ?)"
+        for kind in _kinds(key)
     )
-    plain = str(key.name)
-    if key.kind == "any":
-        return f"coalesce({metric}, {config})", [plain, plain]
-    return config if key.kind == "config" else metric, [plain]
+    return f"coalesce({figures}, NULL) COLLATE PEOPLE", [str(key.name)] * len(_kinds(key))
 
 
 def read_values(
@@ -136,14 +128,13 @@ def read_values(
 ) -> dict[int, dict[str, Any]]:
     """Return by run the values of columns; a metric comes before a key of the same name."""
     found: dict[int, dict[str, Any]] = {run: {} for run in runs}
-    config = "SELECT run, coalesce(number, text) FROM run_config WHERE key=?"
     for column, key in keys.items():
-        queries = [config] if key.kind in ("config", "any") else []
-        if key.kind != "config":
-            figure = "coalesce(last_text, last)" if _figure(key) == "last" else key.kind
-            queries.append(f"SELECT run, {figure} FROM metric WHERE name=?")
-        for query in queries:
-            rows = connection.execute(f"{query} AND run IN ({marks(runs)})", [str(key.name), *runs])
+        for kind in reversed(_kinds(key)):
+            rows = connection.execute(
+                f"SELECT run, coalesce(number, text) FROM ({FIGURES[kind]}) "
+                f"WHERE name = ? AND run IN ({marks(runs)})",
+                [str(key.name), *runs],
+            )
             for run, value in rows:
                 found[run][column] = value
     return found
