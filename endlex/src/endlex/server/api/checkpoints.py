@@ -146,7 +146,7 @@ async def media_content(request: Request, server: Here, run: str, item: int) -> 
 @router.post("/prune", dependencies=DESTROY)
 async def post_prune(request: Request, server: Here) -> Response:
     asked = await read_json(request, Pruning)
-    if asked.empty and not asked.deleted:
+    if not str(asked) and not asked.deleted:
         raise ApiError(422, "no rule says what to keep: give keep_last, keep_best or keep_every")
     return json_response(await server.file(_prune, server, asked))
 
@@ -154,7 +154,7 @@ async def post_prune(request: Request, server: Here) -> Response:
 def _prune(server: Server, asked: Pruning) -> dict[str, Any]:
     """Remove what the rules do not keep, and deleted runs if asked; both, or look only."""
     answer: dict[str, Any] = {"removed": [], "kept": [], "freed_bytes": 0}
-    if not asked.empty:
+    if str(asked):
         answer = server.database.write(
             lambda c: retention.prune(c, asked, asked.run, asked.project, asked.dry_run)
         ).result()

@@ -157,6 +157,14 @@ class Blobs:
         with self.path(sha256).open("rb") as file:
             yield from iter(lambda: file.read(PIECE), b"")
 
+    def drop_decayed(self, sha256: str) -> bool:
+        """Delete a part if its bytes have changed on this disk; return whether they had."""
+        with self.lock, self.path(sha256).open("rb") as stored:
+            decayed = hashlib.file_digest(stored, "sha256").hexdigest() != sha256
+            if decayed:
+                self.path(sha256).unlink()
+        return decayed
+
     def collect(self, is_used: Callable[[str], bool]) -> int:
         """Delete the parts that are a day old and unused, and partial ones; return the bytes."""
         freed = 0

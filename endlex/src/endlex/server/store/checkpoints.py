@@ -31,10 +31,6 @@ logger = logging.getLogger("endlex")
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
 
 
-class _Stopped(Exception):
-    """The server is ending."""
-
-
 class Checkpoints:
     """The checkpoints of one server, and the thread that hashes what was accepted, one by one."""
 
@@ -57,7 +53,6 @@ class Checkpoints:
         self._pool.shutdown(cancel_futures=True)
 
     def _enqueue(self, pk: int) -> Future[None]:
-        """Have a checkpoint verified; the future resolves when that is done."""
         with self._lock:
             if self._stopping:
                 return Future()
@@ -76,15 +71,14 @@ class Checkpoints:
             raise ApiError(422, str(error), state="failed") from error
         if manifest["name"] != name:
             raise ApiError(422, f"the manifest is of {manifest['name']!r}, not of {name!r}")
-        sizes = {p["sha256"]: p["bytes"] for file in manifest["files"] for p in file["parts"]}
+        sizes = _part_sizes(manifest)
         with self._blobs.lock:  # no part may go between this look and the commit
             held = {sha256: self._blobs.size(sha256) for sha256 in sizes}
             missing = [sha256 for sha256, size in held.items() if size is None]
-            wrong = next((s for s in sizes if held[s] not in (None, sizes[s])), None)
-            fault = wrong and (
-                f"part {wrong} has {held[wrong]:,} bytes, and the manifest says {sizes[wrong]:,}"
-            )
-            state = "failed" if fault else "incomplete" if missing else "verifying"
+            state, fault = "incomplete" if missing else "verifying", None
+            if wrong := [one for one, size in sizes.items() if held[one] not in (None, size)]:
+                one, state = wrong[0], "failed"
+                fault = f"part {one} has {held[one]:,} bytes, and the manifest says {sizes[one]:,}"
             job = functools.partial(_accept, run=run, manifest=manifest, state=state, error=fault)
             pk, state = self._database.write(job).result()
         if state == "incomplete":
@@ -131,8 +125,6 @@ class Checkpoints:
         try:
             while not self._verify(pk):
                 logger.info("checkpoint %d was replaced while it was verified", pk)
-        except _Stopped:
-            return
         except (OSError, sqlite3.Error, EndlexError) as error:
             logger.error("cannot verify checkpoint %d: %s; a new PUT tries again", pk, error)
         finally:
@@ -152,6 +144,8 @@ class Checkpoints:
         text, run, name = row
         self._progress[pk] = 0
         state, error = self._judge(pk, orjson.loads(text))
+        if state == "verifying":  # the server stops
+            return True
 
         def finish(connection: sqlite3.Connection) -> list[str] | None:
             changed = connection.execute(
@@ -171,7 +165,7 @@ class Checkpoints:
         return True
 
     def _judge(self, pk: int, manifest: Manifest) -> tuple[str, str | None]:
-        """Return the state after the verification, and what is wrong."""
+        """Return the state after the verification, and what is wrong; nothing while stopping."""
         for file in manifest["files"]:
             digest = hashlib.sha256()
             for part in file["parts"]:
@@ -180,27 +174,22 @@ class Checkpoints:
                         digest.update(piece)
                         self._progress[pk] += len(piece)
                         if self._stopping:
-                            raise _Stopped
+                            return "verifying", None
                 except FileNotFoundError:
                     return "incomplete", f"part {part['sha256']} is gone: send it again"
-            if digest.hexdigest() != file["sha256"]:
-                return self._blame(file, digest.hexdigest())
+            found = digest.hexdigest()
+            if found != file["sha256"]:
+                decayed = sum(map(self._blobs.drop_decayed, {p["sha256"] for p in file["parts"]}))
+                if decayed:
+                    said = f"{decayed} parts were damaged on the server's disk: send them again"
+                    return "incomplete", said
+                said = f"has SHA-256 {found}, and the manifest says {file['sha256']}"
+                return "failed", f"{file['path']!r} {said}"
         return "published", None
 
-    def _blame(self, file: ManifestFile, found: str) -> tuple[str, str | None]:
-        """Find out whether the manifest is wrong, or a part that decayed on this disk."""
-        decayed = 0
-        for part in file["parts"]:
-            path = self._blobs.path(part["sha256"])
-            with self._blobs.lock, path.open("rb") as stored:
-                if hashlib.file_digest(stored, "sha256").hexdigest() != part["sha256"]:
-                    path.unlink()
-                    decayed += 1
-        if decayed:
-            message = f"{decayed} parts were damaged on the server's disk: send them again"
-            return "incomplete", message
-        message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
-        return "failed", message
+
+def _part_sizes(manifest: Manifest) -> dict[str, int]:
+    return {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
 
 
 def _accept(
@@ -219,7 +208,17 @@ def _accept(
             message = f"another checkpoint {name!r} is published: save under another name"
             raise ApiError(409, message, state="published")
         if same and row[1] in ("published", "verifying", "failed"):
-            _describe_anew(connection, row[0], manifest, known)
+            # Aliases and metadata are new, but not which older checkpoints it replaces.
+            metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
+            metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
+            connection.execute(
+                "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
+                (
+                    orjson.dumps(manifest["aliases"]).decode(),
+                    orjson.dumps(metadata).decode(),
+                    row[0],
+                ),
+            )
             return row[0], row[1]
     values = {
         "run": run_pk,
@@ -242,20 +241,8 @@ def _accept(
         values,
     ).fetchone()[0]
     connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
-    parts = {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
     connection.executemany(
-        "INSERT INTO checkpoint_part VALUES (?, ?, ?)", [(pk, *part) for part in parts.items()]
+        "INSERT INTO checkpoint_part VALUES (?, ?, ?)",
+        [(pk, *part) for part in _part_sizes(manifest).items()],
     )
     return pk, state
-
-
-def _describe_anew(
-    connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
-) -> None:
-    """Update aliases and metadata, but not which older checkpoints it replaces."""
-    metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
-    metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
-    connection.execute(
-        "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
-        (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
-    )

@@ -42,8 +42,6 @@ OF_A_RUN = (
 )
 """Tables with a column `run`."""
 
-Saved = dict[str, Any]
-"""A published checkpoint: pk, its run's number and id, name, step, bytes, aliases, metadata."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -57,16 +55,9 @@ class Rules(BaseModel, frozen=True, strict=True):
     keep_every: Count | None = None
     """Steps."""
 
-    @property
-    def empty(self) -> bool:
-        return self.keep_last is None and self.keep_best is None and self.keep_every is None
-
     def __str__(self) -> str:
-        given = {
-            "last": self.keep_last,
-            "best": self.keep_best and f"{self.keep_best} ({self.mode})",
-            "every": self.keep_every,
-        }
+        best = self.keep_best and f"{self.keep_best} ({self.mode})"
+        given = {"last": self.keep_last, "best": best, "every": self.keep_every}
         return ", ".join(f"keep-{rule} {value}" for rule, value in given.items() if value)
 
 
@@ -80,38 +71,33 @@ def prune(
     """
     if run is not None:
         find_run(connection, run)
-    column, chosen = ("project", project) if run is None else ("run.id", run)
-    condition = "" if chosen is None else f"AND {column} = :chosen "
     published = dicts(
         connection,
         "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
         "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
-        f"WHERE state='published' {condition}"
+        "WHERE state='published' AND coalesce(run.id = :run, project = :project, 1) "
         "ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
-        {"chosen": chosen},
+        {"run": run, "project": project},
     )
-    removed: list[Saved] = []
-    kept: list[Saved] = []
-    for pk, of_run in groupby(published, itemgetter("number")):
-        saved = list(of_run)
-        keep = _kept(connection, pk, [c for c in saved if KEEP not in c["aliases"]], rules)
-        for checkpoint in saved:
-            stays = KEEP in checkpoint["aliases"] or checkpoint["pk"] in keep
-            (kept if stays else removed).append(checkpoint)
-    keys = [checkpoint["pk"] for checkpoint in removed]
-    freed = freed_bytes(connection, keys)
-    if not dry:
-        remove_checkpoints(connection, keys, f"pruned by {rules}")
-    shown = ("run", "name", "step", "bytes")
-    return {
-        "removed": [{key: c[key] for key in shown} for c in removed],
-        "kept": [{key: c[key] for key in shown} for c in kept],
-        "freed_bytes": freed,
-    }
-
-
-def _kept(connection: sqlite3.Connection, run: int, saved: list[Saved], rules: Rules) -> set[int]:
     kept: set[int] = set()
+    for number, saved in groupby(published, itemgetter("number")):
+        kept |= _kept(connection, number, list(saved), rules)
+    removed = [checkpoint["pk"] for checkpoint in published if checkpoint["pk"] not in kept]
+    answer: dict[str, Any] = {"removed": [], "kept": []}
+    answer["freed_bytes"] = freed_bytes(connection, removed)
+    for checkpoint in published:
+        shown = {key: checkpoint[key] for key in ("run", "name", "step", "bytes")}
+        answer["kept" if checkpoint["pk"] in kept else "removed"].append(shown)
+    if not dry:
+        remove_checkpoints(connection, removed, f"pruned by {rules}")
+    return answer
+
+
+def _kept(
+    connection: sqlite3.Connection, run: int, saved: list[dict[str, Any]], rules: Rules
+) -> set[int]:
+    kept = {c["pk"] for c in saved if KEEP in c["aliases"]}
+    saved = [c for c in saved if c["pk"] not in kept]
     if rules.keep_last:
         kept.update(c["pk"] for c in saved[-rules.keep_last :])
     if rules.keep_every:
@@ -119,14 +105,14 @@ def _kept(connection: sqlite3.Connection, run: int, saved: list[Saved], rules: R
     if rules.keep_best is not None:
         scores = _scores(connection, run, saved, rules.keep_best)
         if not scores:  # nobody knows which is best: none of them goes
-            return {c["pk"] for c in saved}
+            return kept.union(c["pk"] for c in saved)
         pick = min if rules.mode == "min" else max
         kept.add(pick(scores, key=lambda pk: scores[pk]))
     return kept
 
 
 def _scores(
-    connection: sqlite3.Connection, run: int, saved: list[Saved], metric: str
+    connection: sqlite3.Connection, run: int, saved: list[dict[str, Any]], metric: str
 ) -> dict[int, float]:
     """Return each checkpoint's value of a metric: in its metadata, else the last logged by then."""
     pk = find_metric(connection, run, metric)
@@ -200,8 +186,7 @@ def remove_replaced(connection: sqlite3.Connection, pk: int) -> list[str]:
 
 def deleted_runs(connection: sqlite3.Connection, before: float) -> list[tuple[int, str]]:
     """Return key and id of the runs that were deleted before a moment (Unix seconds)."""
-    rows = connection.execute("SELECT pk, id FROM run WHERE deleted < ?", (before,))
-    return rows.fetchall()
+    return connection.execute("SELECT pk, id FROM run WHERE deleted < ?", (before,)).fetchall()
 
 
 def purge_run(database: Database, run: int) -> None:
@@ -242,15 +227,11 @@ def _purge_slice(connection: sqlite3.Connection, run: int) -> bool:
 def collect_parts(database: Database, blobs: Blobs) -> int:
     """Delete the parts that may go, and return their bytes. In a thread."""
     connection = database.reader()
-
-    def is_used(sha256: str) -> bool:
-        query = (
-            "SELECT 1 FROM checkpoint_part WHERE sha256=?1 "
-            "UNION ALL SELECT 1 FROM media_part WHERE sha256=?1"
-        )
-        return connection.execute(query, (sha256,)).fetchone() is not None
-
-    return blobs.collect(is_used)
+    query = (
+        "SELECT EXISTS (SELECT 1 FROM checkpoint_part WHERE sha256=?1) "
+        "OR EXISTS (SELECT 1 FROM media_part WHERE sha256=?1)"
+    )
+    return blobs.collect(lambda sha256: connection.execute(query, (sha256,)).fetchone()[0])
 
 
 def sweep(database: Database, blobs: Blobs) -> None:
