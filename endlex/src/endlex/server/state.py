@@ -7,8 +7,8 @@ uploads cannot keep a chart waiting. Writing to the database has its own thread,
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable
+from sqlite3 import Connection
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
@@ -45,11 +45,11 @@ class Server:
         self.checkpoints = Checkpoints(self.database, self.blobs, self.hub)
         self.notifier = Notifier(settings, self.database)
 
-    async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
+    async def ask(self, question: Callable[[Connection], T]) -> T:
         """Return the answer to a question about one state of the database, read in a thread."""
         return await self.read(self.database.ask, question)
 
-    async def write(self, job: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(self, job: Callable[[Connection], T]) -> T:
         """Run what changes the database, and return its result once that is on the disk."""
         return await asyncio.wrap_future(self.database.write(job))
 

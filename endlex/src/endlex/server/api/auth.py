@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import sqlite3
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -66,12 +66,12 @@ def create_token(
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
     for run in runs:
         check_run_id(run)
-    with _database(data_dir) as connection:
-        pk = connection.execute(
+    with _database(data_dir) as db:
+        pk = db.execute(
             "INSERT INTO token (name, hash, scopes, created) VALUES (?, ?, ?, ?)",
             (name, hash_secret(token), kept, time.time()),
         ).lastrowid
-        connection.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
+        db.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
     return token
 
 
@@ -80,9 +80,9 @@ def grant_runs(data_dir: Path, token: str, runs: list[str]) -> None:
 
     A token that is not in use, or an id that is none, is an `EndlexError`.
     """
-    with _database(data_dir) as connection:
-        pairs = [(pk, check_run_id(run)) for pk in _in_use(connection, token) for run in runs]
-        connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
+    with _database(data_dir) as db:
+        pairs = [(pk, check_run_id(run)) for pk in _in_use(db, token) for run in runs]
+        db.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
 
 
 def revoke_token(data_dir: Path, token: str) -> int:
@@ -90,17 +90,17 @@ def revoke_token(data_dir: Path, token: str) -> int:
 
     It is an `EndlexError` that none of that id or name still counts.
     """
-    with _database(data_dir) as connection:
-        keys = _in_use(connection, token)
+    with _database(data_dir) as db:
+        keys = _in_use(db, token)
         now = time.time()
-        connection.executemany("UPDATE token SET revoked=? WHERE pk=?", [(now, pk) for pk in keys])
+        db.executemany("UPDATE token SET revoked=? WHERE pk=?", [(now, pk) for pk in keys])
     return len(keys)
 
 
-def _in_use(connection: sqlite3.Connection, token: str) -> list[int]:
+def _in_use(db: Connection, token: str) -> list[int]:
     column = "pk" if token.isdecimal() else "name"
     query = f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL"
-    keys = [pk for (pk,) in connection.execute(query, (token,))]
+    keys = [pk for (pk,) in db.execute(query, (token,))]
     if not keys:
         raise EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
     return keys
@@ -112,9 +112,9 @@ def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
     `older_runs` says whether one also owns the runs made before runs had owners; `runs` are the
     others that it owns.
     """
-    with _database(data_dir) as connection:
+    with _database(data_dir) as db:
         tokens = dicts(
-            connection,
+            db,
             "SELECT pk AS id, name, scopes, created, last_used, revoked, runs_before != 0 AS "
             "older_runs, (SELECT group_concat(run) FROM token_run WHERE token=pk) AS runs "
             "FROM token ORDER BY pk",
@@ -126,12 +126,12 @@ def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _database(data_dir: Path) -> Iterator[sqlite3.Connection]:
+def _database(data_dir: Path) -> Iterator[Connection]:
     """Open the database of a data directory for a moment, beside a server or without one."""
     data = DataDir(Path(data_dir))
     data.create()
-    with closing(connect(data.database)) as connection:
-        yield connection
+    with closing(connect(data.database)) as db:
+        yield db
 
 
 def hash_secret(secret: str) -> str:
@@ -196,9 +196,9 @@ class Auth:
         now = time.time()
         row = (hash_secret(secret), found[0], now, now + LOGIN_SECONDS)
 
-        def job(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM login WHERE expires < ?", (now,))
-            connection.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
+        def job(db: Connection) -> None:
+            db.execute("DELETE FROM login WHERE expires < ?", (now,))
+            db.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
 
         await asyncio.wrap_future(self._database.write(job))
         return secret
@@ -228,32 +228,30 @@ class Auth:
             self._database.write(lambda c: c.execute(query, values).rowcount)
 
 
-def _find(
-    connection: sqlite3.Connection, secret: str | None, cookie: str | None
-) -> tuple[bool, Granted | None]:
+def _find(db: Connection, secret: str | None, cookie: str | None) -> tuple[bool, Granted | None]:
     """Return whether any token was ever made, and the one that a request carries.
 
     Only hashes of random secrets are compared, so the time that this takes reveals nothing.
     """
-    any_made = connection.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
+    any_made = db.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
     if secret:
         query, values = "hash=?", list[str | float]([hash_secret(secret)])
     else:
         query = "pk = (SELECT token FROM login WHERE hash=? AND expires > ?)"
         values = [hash_secret(cookie or ""), time.time()]
-    row = connection.execute(
+    row = db.execute(
         f"SELECT pk, scopes FROM token WHERE revoked IS NULL AND {query}", values
     ).fetchone()
     return any_made, (row[0], frozenset(row[1].split(","))) if row else None
 
 
-def _owns(connection: sqlite3.Connection, token: int, run: str) -> bool | None:
+def _owns(db: Connection, token: int, run: str) -> bool | None:
     """Whether a run is a token's own; None if there is no such run, and it is nobody's."""
-    claims = connection.execute(
+    claims = db.execute(
         "SELECT token FROM token_run JOIN token ON pk = token WHERE run=? AND revoked IS NULL",
         (run,),
     ).fetchall()
-    row = connection.execute(
+    row = db.execute(
         "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?",
         (run, token),
     ).fetchone()
@@ -262,11 +260,11 @@ def _owns(connection: sqlite3.Connection, token: int, run: str) -> bool | None:
     return False if row or claims else None
 
 
-def _claim(connection: sqlite3.Connection, token: int, run: str) -> bool:
+def _claim(db: Connection, token: int, run: str) -> bool:
     """Make a run that a token is about to create its own; False if it is another's."""
-    if _owns(connection, token, run) is False:
+    if _owns(db, token, run) is False:
         return False
-    connection.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
+    db.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
     return True
 
 

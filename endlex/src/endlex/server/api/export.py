@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -62,62 +62,57 @@ async def export(
     return FileResponse(path, 200, headers, MIME[format], background=gone)
 
 
-def _write(
-    connection: sqlite3.Connection, folder: Path, run: str, format: Format, wanted: Sequence[str]
-) -> Path:
+def _write(db: Connection, folder: Path, run: str, format: Format, wanted: Sequence[str]) -> Path:
     """Write a run as it is now to a temporary file, so that no slow reader keeps a transaction."""
     handle, name = tempfile.mkstemp(prefix="export-", dir=folder)
     path = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             if format == "html":
-                file.write(_render_page(connection, run, wanted).encode())
+                file.write(_render_page(db, run, wanted).encode())
             else:
-                pk = find_run(connection, run)
-                texts, tables = (_iter_records(connection, pk, one) for one in ("texts", "tables"))
-                series = _iter_series(connection, pk, wanted)
-                write_run(file, format, show_run(connection, run), series, texts, tables)
+                pk = find_run(db, run)
+                texts, tables = (_iter_records(db, pk, one) for one in ("texts", "tables"))
+                series = _iter_series(db, pk, wanted)
+                write_run(file, format, show_run(db, run), series, texts, tables)
     except BaseException:
         path.unlink()
         raise
     return path
 
 
-def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]) -> str:
+def _render_page(db: Connection, run: str, wanted: Sequence[str]) -> str:
     """Return the self-contained HTML file, where this installation has the chart library."""
     if lacking := pages.missing_assets():
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] again"
         raise ApiError(501, message)
-    whole, pk = show_run(connection, run), find_run(connection, run)
+    whole, pk = show_run(db, run), find_run(db, run)
     names = [
         metric["name"] for metric in whole["metrics"] if not wanted or metric["name"] in wanted
     ]
     points = pages.points_of_each(len(names))
     by_step, by_time = (
-        read_chart(connection, pk, ChartQuery(metric=names, x=x, points=points))
-        for x in ("step", "time")
+        read_chart(db, pk, ChartQuery(metric=names, x=x, points=points)) for x in ("step", "time")
     )
     latest = Page(limit=MOST_RECORDS)
     # What a run printed has the highest steps: it must not crowd out the samples.
     own = [Page(limit=MOST_RECORDS, name=n) for n in whole["texts"] if n.startswith(OWN_PREFIX)]
-    texts = [
-        text for page in (latest, *own) for text in list_records(connection, "texts", pk, page)
-    ]
+    texts = [text for page in (latest, *own) for text in list_records(db, "texts", pk, page)]
     data = {
         "run": whole,
         "series": {name: {"step": by_step[name], "time": by_time[name]} for name in names},
         "texts": texts,
-        "tables": list_records(connection, "tables", pk, latest),
-        "alerts": list_alerts(connection, run, open_only=True),
-        "settings": {"panels": list_settings(connection, whole["project"])["panels"]},
+        "tables": list_records(db, "tables", pk, latest),
+        "alerts": list_alerts(db, run, open_only=True),
+        "settings": {"panels": list_settings(db, whole["project"])["panels"]},
     }
     return pages.render(whole["name"], bytes(json_response(data).body).decode())
 
 
-def _export_points(connection: sqlite3.Connection, metric: int) -> Points:
+def _export_points(db: Connection, metric: int) -> Points:
     """Return a metric's points by rising steps; a machine's are seconds since its first point."""
-    points = read_all_points(connection, metric)
-    if not machine_sessions(connection, metric):
+    points = read_all_points(db, metric)
+    if not machine_sessions(db, metric):
         return points
     order = np.argsort(points.times, kind="stable")
     times, index = points.times[order], np.arange(len(order))
@@ -126,19 +121,17 @@ def _export_points(connection: sqlite3.Connection, metric: int) -> Points:
     return Points(steps, points.numbers[order], times)
 
 
-def _iter_series(
-    connection: sqlite3.Connection, run: int, wanted: Sequence[str]
-) -> Iterator[Series]:
-    rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
+def _iter_series(db: Connection, run: int, wanted: Sequence[str]) -> Iterator[Series]:
+    rows = db.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
     for name, pk in rows.fetchall():
         if not wanted or name in wanted:
-            points = _export_points(connection, pk)
+            points = _export_points(db, pk)
             yield name, points.steps.tolist(), points.times.tolist(), points.numbers.tolist()
 
 
-def _iter_records(connection: sqlite3.Connection, run: int, kind: Kind) -> Iterator[dict[str, Any]]:
+def _iter_records(db: Connection, run: int, kind: Kind) -> Iterator[dict[str, Any]]:
     page = Page(limit=RECORDS_AT_ONCE, own=True)
-    while records := list_records(connection, kind, run, page):
+    while records := list_records(db, kind, run, page):
         for record in records:
             record.pop("id", None)  # it is this database's, and means nothing elsewhere
             yield record

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import shutil
-import sqlite3
 import time
 import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -128,21 +128,19 @@ async def set_state(request: Request, server: Here, run: str, session: str) -> R
     return json_response({"status": report.status})
 
 
-def _set_state(
-    connection: sqlite3.Connection, run: str, session: str, report: StateReport
-) -> list[Event]:
-    state = sessions.require_session(connection, run, session)
+def _set_state(db: Connection, run: str, session: str, report: StateReport) -> list[Event]:
+    state = sessions.require_session(db, run, session)
     # A heartbeat does not take back an end that the journal or the shipper told.
     open_ended = ("running", protocol.CRASHED, protocol.LOST)
     keep = report.status in open_ended and state.status not in open_ended
-    connection.execute(
+    db.execute(
         "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes), heard=? WHERE pk=?",
         (state.status if keep else report.status, report.unsent_bytes, time.time(), state.pk),
     )
     if keep or state.status == report.status:
         return []
-    status = sessions.update_run(connection, state.run)
-    book = Book(connection, state.run, run)
+    status = sessions.update_run(db, state.run)
+    book = Book(db, state.run, run)
     if state.status == protocol.LOST:
         book.resolve("lost")
     if report.status == protocol.CRASHED:
@@ -201,10 +199,10 @@ def _inflate(body: bytes) -> bytes:
 
 
 def _store(
-    server: Server, connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
+    server: Server, db: Connection, run: str, session: str, prepared: Prepared
 ) -> tuple[int, list[Event]]:
     """Store what is new in a batch; return the offset up to which the session is here, and news."""
-    state = sessions.find_session(connection, run, session)
+    state = sessions.find_session(db, run, session)
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"
         raise ApiError(409, message, offset=state.offset)
@@ -217,39 +215,39 @@ def _store(
         raise disk_full()
     if state.pk == 0:
         first = prepared.body[: prepared.body.index(b"\n")]
-        state = sessions.begin_session(connection, run, session, first)
+        state = sessions.begin_session(db, run, session, first)
     batch, reached = prepared.batch, state.offset + len(prepared.body)
-    sessions.append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
-    _store_batch(connection, state, batch)
-    sessions.advance_session(connection, state, reached, batch)
-    alerts = server.watch.observe(connection, state, run, batch)
-    status = sessions.update_run(connection, state.run)
+    sessions.append_segment(db, state.pk, state.offset, prepared.body, prepared.data)
+    _store_batch(db, state, batch)
+    sessions.advance_session(db, state, reached, batch)
+    alerts = server.watch.observe(db, state, run, batch)
+    status = sessions.update_run(db, state.run)
     return reached, [*_news(run, status, batch), *alerts]
 
 
-def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Batch) -> None:
+def _store_batch(db: Connection, state: SessionState, batch: Batch) -> None:
     for name, points in batch.points.items():
-        metric = _update_metric(connection, state.run, name, points)
-        append_points(connection, metric, state.pk, points)
-    store_records(connection, state.run, batch.records)
+        metric = _update_metric(db, state.run, name, points)
+        append_points(db, metric, state.pk, points)
+    store_records(db, state.run, batch.records)
     for record in batch.records[CHECKPOINT]:
         size = sum(file["bytes"] for file in record["files"])
         aliases = orjson.dumps(record.get("aliases") or []).decode()
         metadata = orjson.dumps(record.get("metadata") or {}).decode()
-        connection.execute(
+        db.execute(
             "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
             "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
             (state.run, record["name"], record["step"], record["time"], size, aliases, metadata),
         )
 
 
-def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: Points) -> int:
+def _update_metric(db: Connection, run: int, name: str, points: Points) -> int:
     """Count new points into the metric's summary and return its key."""
     last, step = float(points.numbers[-1]), int(points.steps[-1])
     finite = points.numbers[np.isfinite(points.numbers)]
     bounds = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
     text = None if math.isfinite(last) else protocol.encode_number(last)
-    pk: int = connection.execute(
+    pk: int = db.execute(
         "INSERT INTO metric (run, name, count, last, last_text, last_step, min, max) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
         "count=count+excluded.count, last=excluded.last, last_text=excluded.last_text, "

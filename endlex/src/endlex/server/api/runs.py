@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import AsyncIterator
+from sqlite3 import Connection
 from typing import Annotated, Any
 
 import orjson
@@ -102,9 +102,9 @@ async def forget(server: Here, kind: str, name: str, project: Project = "") -> R
 
 @router.get("/runs/{run}/series", dependencies=READ)
 async def series(server: Here, run: str, query: Annotated[ChartQuery, Query()]) -> Response:
-    def read(connection: sqlite3.Connection) -> Response:
+    def read(db: Connection) -> Response:
         began = time.perf_counter()
-        found = read_chart(connection, find_run(connection, run), query)
+        found = read_chart(db, find_run(db, run), query)
         answer = json_response({"run": run, "x": query.x, "series": found})
         milliseconds = (time.perf_counter() - began) * 1000
         answer.headers["Server-Timing"] = f"series;dur={milliseconds:.3f}"

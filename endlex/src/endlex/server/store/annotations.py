@@ -6,10 +6,10 @@ of a board. An empty project stands for the list of all runs.
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Sequence
 from functools import partial
+from sqlite3 import Connection
 from typing import Annotated, Any
 
 import orjson
@@ -59,9 +59,7 @@ class Changes(BaseModel, extra="forbid", strict=True):
         return {**given, "tags": orjson.dumps(kept).decode()}
 
 
-def change_runs(
-    connection: sqlite3.Connection, runs: Sequence[str], changes: Changes
-) -> dict[str, str]:
+def change_runs(db: Connection, runs: Sequence[str], changes: Changes) -> dict[str, str]:
     """Change runs, all or none of them, and return the status of each.
 
     It is an `ApiError` 422 that nothing is to change, or that a run gets too many tags.
@@ -70,19 +68,19 @@ def change_runs(
         raise ApiError(422, "nothing to change: give name, tags, group, notes, archived or deleted")
     statuses: dict[str, str] = {}
     for run in runs:
-        pk = find_run(connection, run)
+        pk = find_run(db, run)
         query = "SELECT status, tags FROM run WHERE pk=?"
-        statuses[run], tags = connection.execute(query, (pk,)).fetchone()
+        statuses[run], tags = db.execute(query, (pk,)).fetchone()
         values = changes.columns(orjson.loads(tags))
         assignments = ", ".join(f"{column}=?" for column in values)
-        connection.execute(f"UPDATE run SET {assignments} WHERE pk=?", [*values.values(), pk])
+        db.execute(f"UPDATE run SET {assignments} WHERE pk=?", [*values.values(), pk])
     return statuses
 
 
-def list_settings(connection: sqlite3.Connection, project: str) -> dict[str, dict[str, Any]]:
+def list_settings(db: Connection, project: str) -> dict[str, dict[str, Any]]:
     """Return what is saved for a project, by kind and name."""
     found: dict[str, dict[str, Any]] = {kind: {} for kind in SETTING_KINDS}
-    rows = connection.execute(
+    rows = db.execute(
         "SELECT kind, name, content FROM setting WHERE project=? ORDER BY kind, name", (project,)
     )
     for kind, name, content in rows:
@@ -90,9 +88,7 @@ def list_settings(connection: sqlite3.Connection, project: str) -> dict[str, dic
     return found
 
 
-def save_setting(
-    connection: sqlite3.Connection, project: str, kind: str, name: str, content: Any
-) -> None:
+def save_setting(db: Connection, project: str, kind: str, name: str, content: Any) -> None:
     """Save a setting in place of an earlier one; None deletes it. `ApiError` 422 if it is wrong."""
     if project:
         check_name(project, "project")
@@ -101,21 +97,21 @@ def save_setting(
         raise ApiError(422, f"kind is {kind[:40]!r}; it is one of {', '.join(SETTING_KINDS)}")
     if content is None:
         query = "DELETE FROM setting WHERE project=? AND kind=? AND name=?"
-        connection.execute(query, (project, kind, name))
+        db.execute(query, (project, kind, name))
         return
     text = orjson.dumps(content).decode()
     if len(text) > MAX_SETTING_BYTES:
         raise ApiError(422, f"{name!r} has {len(text):,} characters; at most {MAX_SETTING_BYTES:,}")
     query = "SELECT count(*) FROM setting WHERE project=? AND kind=?"
-    if connection.execute(query, (project, kind)).fetchone()[0] >= MOST_SETTINGS:
+    if db.execute(query, (project, kind)).fetchone()[0] >= MOST_SETTINGS:
         raise ApiError(422, f"there are {MOST_SETTINGS} of kind {kind} already: delete some")
     values = (project, kind, name, text, time.time())
-    connection.execute("INSERT OR REPLACE INTO setting VALUES (?, ?, ?, ?, ?)", values)
+    db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?, ?, ?, ?)", values)
 
 
-def dismiss_alert(connection: sqlite3.Connection, alert: int) -> str | None:
+def dismiss_alert(db: Connection, alert: int) -> str | None:
     """Mark an alert as seen, or raise 404, and return its run's id; None for the server's own."""
-    row = connection.execute(
+    row = db.execute(
         "UPDATE alert SET dismissed=coalesce(dismissed, ?) WHERE pk=? "
         "RETURNING (SELECT id FROM run WHERE run.pk = alert.run)",
         (time.time(), alert),

@@ -14,6 +14,7 @@ import logging
 import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from sqlite3 import Connection
 from typing import Any
 
 import orjson
@@ -87,14 +88,14 @@ class Checkpoints:
         return self._enqueue(pk) if state == "verifying" else None
 
     def describe(
-        self, connection: sqlite3.Connection, run: str, name: str, *, whole: bool = True
+        self, db: Connection, run: str, name: str, *, whole: bool = True
     ) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
         found = dicts(
-            connection,
+            db,
             "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
             "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
-            (find_run(connection, run), name),
+            (find_run(db, run), name),
         )
         if not found:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
@@ -109,11 +110,9 @@ class Checkpoints:
         kept = {key: known[key] for key in ("aliases", "metadata")}
         return {**orjson.loads(known["manifest"]), **kept, **answer}
 
-    def find_file(
-        self, connection: sqlite3.Connection, run: str, name: str, path: str
-    ) -> ManifestFile:
+    def find_file(self, db: Connection, run: str, name: str, path: str) -> ManifestFile:
         """Return a file of a published checkpoint, or raise an `ApiError` 404."""
-        manifest = self.describe(connection, run, name)
+        manifest = self.describe(db, run, name)
         if manifest["state"] != "published":
             raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")
         files: dict[str, ManifestFile] = {file["path"]: file for file in manifest["files"]}
@@ -147,15 +146,15 @@ class Checkpoints:
         if state == "verifying":  # the server stops
             return True
 
-        def finish(connection: sqlite3.Connection) -> list[str] | None:
-            changed = connection.execute(
+        def finish(db: Connection) -> list[str] | None:
+            changed = db.execute(
                 "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
                 "AND manifest=?",
                 (state, error, pk, text),
             )
             if changed.rowcount != 1:
                 return None
-            return remove_replaced(connection, pk) if state == "published" else []
+            return remove_replaced(db, pk) if state == "published" else []
 
         replaced = self._database.write(finish).result()
         if replaced is None:
@@ -193,12 +192,12 @@ def _part_sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def _accept(
-    connection: sqlite3.Connection, run: str, manifest: Manifest, state: str, error: str | None
+    db: Connection, run: str, manifest: Manifest, state: str, error: str | None
 ) -> tuple[int, str]:
     """Store a manifest with its state; return the checkpoint's key and the state it has now."""
-    run_pk = find_run(connection, run)
+    run_pk = find_run(db, run)
     name = manifest["name"]
-    row = connection.execute(
+    row = db.execute(
         "SELECT pk, state, manifest FROM checkpoint WHERE run=? AND name=?", (run_pk, name)
     ).fetchone()
     if row is not None and row[2] is not None:
@@ -211,7 +210,7 @@ def _accept(
             # Aliases and metadata are new, but not which older checkpoints it replaces.
             metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
             metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
-            connection.execute(
+            db.execute(
                 "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
                 (
                     orjson.dumps(manifest["aliases"]).decode(),
@@ -235,13 +234,13 @@ def _accept(
         "reason": None,
     }
     changes = ", ".join(f"{column}=excluded.{column}" for column in values)
-    pk: int = connection.execute(
+    pk: int = db.execute(
         f"INSERT INTO checkpoint ({', '.join(values)}) VALUES (:{', :'.join(values)}) "
         f"ON CONFLICT (run, name) DO UPDATE SET {changes} RETURNING pk",
         values,
     ).fetchone()[0]
-    connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
-    connection.executemany(
+    db.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+    db.executemany(
         "INSERT INTO checkpoint_part VALUES (?, ?, ?)",
         [(pk, *part) for part in _part_sizes(manifest).items()],
     )

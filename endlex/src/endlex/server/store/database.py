@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any, ParamSpec, TypeVar
 
 from endlex.client.process import warn_once
@@ -24,7 +25,7 @@ from endlex.server.store.search import fill_config
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
+Job = tuple[Callable[[Connection], Any], "Future[Any]"]
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 5
@@ -42,33 +43,33 @@ UPGRADES = {
 """What each version changed in tables that were there before; new ones are in `SCHEMA`."""
 
 
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, read_only: bool = False) -> Connection:
     """Open the database in autocommit mode, for use by one thread at a time.
 
     One that a later version of Endlex made is an `EndlexError`.
     """
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    connection.create_collation("PEOPLE", compare_natural)
+    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    db.create_collation("PEOPLE", compare_natural)
     if read_only:
-        connection.execute("PRAGMA query_only=ON")
-        return connection
+        db.execute("PRAGMA query_only=ON")
+        return db
     try:
         path.chmod(0o600)
     except PermissionError:  # exFAT and the like have no owners
         warn_once(f"{path} cannot be made private: its file system has no permissions")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA journal_size_limit=67108864")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA journal_size_limit=67108864")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
-        connection.close()
+        db.close()
         raise EndlexError(
             f"{path} has schema {version}, and this version of Endlex knows {SCHEMA_VERSION}: "
             "upgrade endlex"
         )
     if version < SCHEMA_VERSION:
-        _bring_up_to_date(connection, version)
-    return connection
+        _bring_up_to_date(db, version)
+    return db
 
 
 def compare_natural(left: str, right: str) -> int:
@@ -80,20 +81,18 @@ def compare_natural(left: str, right: str) -> int:
     return (a > b) - (a < b)
 
 
-def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
+def _bring_up_to_date(db: Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version; all of it or nothing."""
     changes = "".join(sql for number, sql in UPGRADES.items() if 0 < version < number)
     changes += SCHEMA.read_text(encoding="utf-8")
     try:
-        connection.executescript(
-            f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
-        )
+        db.executescript(f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
         if 0 < version < 4:
-            fill_config(connection)
+            fill_config(db)
     except sqlite3.OperationalError as error:  # another process was first
         if "duplicate column" not in str(error):
             raise
-        connection.execute("ROLLBACK")
+        db.execute("ROLLBACK")
 
 
 class Pool(ThreadPoolExecutor):
@@ -110,32 +109,32 @@ class Database:
         self.path = path
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: list[Connection] = []
         self._closed = False
         self._lock = threading.Lock()
         self._writer = connect(path)
         self._thread = threading.Thread(target=self._work, name="endlex-writer", daemon=True)
         self._thread.start()
 
-    def reader(self) -> sqlite3.Connection:
+    def reader(self) -> Connection:
         """Return this thread's own connection, which cannot write."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = connect(self.path, read_only=True)
+        db: Connection | None = getattr(self._local, "db", None)
+        if db is None:
+            db = self._local.db = connect(self.path, read_only=True)
             with self._lock:
-                self._readers.append(connection)
-        return connection
+                self._readers.append(db)
+        return db
 
-    def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
+    def ask(self, question: Callable[[Connection], T]) -> T:
         """Return the answer to a question, in this thread: all it reads is of one moment."""
-        connection = self.reader()
-        connection.execute("BEGIN")
+        db = self.reader()
+        db.execute("BEGIN")
         try:
-            return question(connection)
+            return question(db)
         finally:
-            connection.execute("COMMIT")
+            db.execute("COMMIT")
 
-    def write(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
+    def write(self, job: Callable[[Connection], T]) -> Future[T]:
         """Run `job` in the writer's thread; the future resolves once its changes are on the disk.
 
         What the job raises undoes its changes alone, and is the future's exception. A job whose

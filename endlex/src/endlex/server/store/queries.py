@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from itertools import islice
+from sqlite3 import Connection
 from typing import Annotated, Any
 
 import orjson
@@ -55,40 +55,40 @@ class RunQuery(BaseModel, frozen=True):
     """Ids, joined with commas: only these runs, archived or not."""
 
 
-def find_run(connection: sqlite3.Connection, run: str) -> int:
+def find_run(db: Connection, run: str) -> int:
     """Return a run's key; an unknown id is an `ApiError` 404."""
-    row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
+    row = db.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if row is None:
         raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
     return int(row[0])
 
 
-def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]:
+def list_runs(db: Connection, query: RunQuery) -> dict[str, Any]:
     """Return the runs that match and how many they are; a wrong search is an `EndlexError`."""
-    where, values = _where(connection, query)
-    total = connection.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
-    order, order_values = _order(connection, query.sort)
+    where, values = _where(db, query)
+    total = db.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
+    order, order_values = _order(db, query.sort)
     runs = dicts(
-        connection,
+        db,
         f"SELECT {RUN_COLUMNS} FROM run WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
         [*values, *order_values, query.limit, query.offset],
     )
     keys = [run["number"] for run in runs]
     if query.column:
-        columns = read_values(connection, keys, {c: parse_key(c, True) for c in query.column})
+        columns = read_values(db, keys, {c: parse_key(c, True) for c in query.column})
         for run in runs:
             run["values"] = columns[run["number"]]
     else:
-        summaries, configs = _summaries(connection, keys), _configs(connection, keys)
+        summaries, configs = _summaries(db, keys), _configs(db, keys)
         for run in runs:
             run["summary"] = summaries[run["number"]]
             run["config"] = _shortened(flatten(configs[run["number"]]))
     found = {"runs": runs, "total": total}
-    return found | (search.count_names(connection, (where, values)) if query.names else {})
+    return found | (search.count_names(db, (where, values)) if query.names else {})
 
 
-def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
-    conditions = [search.search_condition(connection, parse_search(query.q))]
+def _where(db: Connection, query: RunQuery) -> Condition:
+    conditions = [search.search_condition(db, parse_search(query.q))]
     if ids := [one for one in query.ids.split(",") if one]:
         conditions.append((f"run.id IN ({marks(ids)})", ids))
     for state, chosen in (
@@ -104,33 +104,33 @@ def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
     return " AND ".join(text for text, _ in conditions), values
 
 
-def _order(connection: sqlite3.Connection, sort: str) -> Condition:
+def _order(db: Connection, sort: str) -> Condition:
     """Return an ORDER BY expression and its values; runs without the key come last."""
     name = sort.removeprefix("-")
     key = parse_key(name, True)
     if name not in search.COLUMNS:
-        search.require_names(connection, [key])
+        search.require_names(db, [key])
     expression, values = search.sort_expression(key, name)
     direction = "DESC" if sort.startswith("-") else "ASC"
     return f"{expression} {direction} NULLS LAST, run.pk DESC", values
 
 
-def _summaries(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
+def _summaries(db: Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
     """Return each run's last values; what is not finite is the string that stands for it."""
     found: dict[int, dict[str, Any]] = {key: {} for key in keys}
     query = (
         "SELECT run, name, coalesce(last_text, last) FROM metric WHERE run IN ({}) ORDER BY name"
     )
-    for run, name, last in connection.execute(query.format(marks(keys)), keys):
+    for run, name, last in db.execute(query.format(marks(keys)), keys):
         found[run][name] = last
     return found
 
 
-def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
+def _configs(db: Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
     """Return each run's configuration: its sessions' joined, where the latest to arrive wins."""
     found: dict[int, dict[str, Any]] = {key: {} for key in keys}
     query = "SELECT run, config FROM session WHERE run IN ({}) AND kind != ? ORDER BY pk"
-    for run, config in connection.execute(query.format(marks(keys)), [*keys, SYSTEM]):
+    for run, config in db.execute(query.format(marks(keys)), [*keys, SYSTEM]):
         found[run] |= orjson.loads(config)
     return found
 
@@ -145,32 +145,32 @@ def _shortened(config: dict[str, Any]) -> dict[str, Any]:
     return dict(islice(short.items(), SHORT_CONFIG_KEYS))
 
 
-def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
+def show_run(db: Connection, run: str) -> dict[str, Any]:
     """Return all that is known of a run but its points, texts and tables; or raise 404."""
-    pk = find_run(connection, run)
+    pk = find_run(db, run)
     return {
-        **dicts(connection, f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,))[0],
-        "summary": _summaries(connection, [pk])[pk],
-        "config": _configs(connection, [pk])[pk],
-        "sessions": list_sessions(connection, pk),
+        **dicts(db, f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,))[0],
+        "summary": _summaries(db, [pk])[pk],
+        "config": _configs(db, [pk])[pk],
+        "sessions": list_sessions(db, pk),
         "metrics": dicts(
-            connection,
+            db,
             "SELECT name, count, coalesce(last_text, last) AS last, min, max, last_step "
             "FROM metric WHERE run=? ORDER BY name",
             (pk,),
         ),
-        "texts": _names(connection, "text", pk),
-        "tables": _names(connection, "data_table", pk),
-        "media": _names(connection, "media", pk),
-        "checkpoints": list_checkpoints(connection, pk),
+        "texts": _names(db, "text", pk),
+        "tables": _names(db, "data_table", pk),
+        "media": _names(db, "media", pk),
+        "checkpoints": list_checkpoints(db, pk),
     }
 
 
 def dicts(
-    connection: sqlite3.Connection, query: str, values: Sequence[Any] | dict[str, Any] = ()
+    db: Connection, query: str, values: Sequence[Any] | dict[str, Any] = ()
 ) -> list[dict[str, Any]]:
     """Return rows by the names of their columns, decoded."""
-    cursor = connection.execute(query, values)
+    cursor = db.execute(query, values)
     names = [column[0] for column in cursor.description]
     found = [dict(zip(names, row, strict=True)) for row in cursor]
     for row in found:
@@ -178,16 +178,16 @@ def dicts(
     return found
 
 
-def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+def list_sessions(db: Connection, run: int) -> list[dict[str, Any]]:
     """Return how each session of a run stands, in the order of arrival."""
     query = (
         "SELECT id AS session, kind, offset, damaged_lines, status, last_seen, unsent_bytes, "
         "rank, host, started FROM session WHERE run=? ORDER BY pk"
     )
-    return dicts(connection, query, (run,))
+    return dicts(db, query, (run,))
 
 
-def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+def list_checkpoints(db: Connection, run: int) -> list[dict[str, Any]]:
     """Return a run's checkpoints by step, without those that were removed.
 
     Of one that is `announced` only the journal speaks.
@@ -196,22 +196,18 @@ def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str,
         "SELECT name, step, created, state, bytes, aliases, metadata, error FROM checkpoint "
         "WHERE run=? AND state != ? ORDER BY step, created"
     )
-    return dicts(connection, query, (run, REMOVED))
+    return dicts(db, query, (run, REMOVED))
 
 
-def _names(connection: sqlite3.Connection, table: str, run: int) -> list[str]:
-    rows = connection.execute(
-        f"SELECT DISTINCT name FROM {table} WHERE run=? ORDER BY name", (run,)
-    )
+def _names(db: Connection, table: str, run: int) -> list[str]:
+    rows = db.execute(f"SELECT DISTINCT name FROM {table} WHERE run=? ORDER BY name", (run,))
     return [name for (name,) in rows]
 
 
-def list_alerts(
-    connection: sqlite3.Connection, run: str | None, open_only: bool
-) -> list[dict[str, Any]]:
+def list_alerts(db: Connection, run: str | None, open_only: bool) -> list[dict[str, Any]]:
     """Return the latest alerts, newest first; an open one is neither resolved nor dismissed."""
     return dicts(
-        connection,
+        db,
         "SELECT alert.pk AS id, run.id AS run, run.name AS run_name, kind, metric, message, "
         f"opened, resolved, dismissed, {OPEN} AS open "
         "FROM alert LEFT JOIN run ON run.pk = alert.run "

@@ -14,10 +14,10 @@ clock of its file, which is set whenever a client asks whether the part is here 
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from itertools import groupby
 from operator import itemgetter
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -62,7 +62,7 @@ class Rules(BaseModel, frozen=True, strict=True):
 
 
 def prune(
-    connection: sqlite3.Connection, rules: Rules, run: str | None, project: str | None, dry: bool
+    db: Connection, rules: Rules, run: str | None, project: str | None, dry: bool
 ) -> dict[str, Any]:
     """Remove what the rules do not keep of one run, of a project's runs, or of every run.
 
@@ -70,9 +70,9 @@ def prune(
     parts that nothing would use. An unknown run is an `ApiError` 404.
     """
     if run is not None:
-        find_run(connection, run)
+        find_run(db, run)
     published = dicts(
-        connection,
+        db,
         "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
         "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
         "WHERE state='published' AND coalesce(run.id = :run, project = :project, 1) "
@@ -81,21 +81,19 @@ def prune(
     )
     kept: set[int] = set()
     for number, saved in groupby(published, itemgetter("number")):
-        kept |= _kept(connection, number, list(saved), rules)
+        kept |= _kept(db, number, list(saved), rules)
     removed = [checkpoint["pk"] for checkpoint in published if checkpoint["pk"] not in kept]
     answer: dict[str, Any] = {"removed": [], "kept": []}
-    answer["freed_bytes"] = freed_bytes(connection, removed)
+    answer["freed_bytes"] = freed_bytes(db, removed)
     for checkpoint in published:
         shown = {key: checkpoint[key] for key in ("run", "name", "step", "bytes")}
         answer["kept" if checkpoint["pk"] in kept else "removed"].append(shown)
     if not dry:
-        remove_checkpoints(connection, removed, f"pruned by {rules}")
+        remove_checkpoints(db, removed, f"pruned by {rules}")
     return answer
 
 
-def _kept(
-    connection: sqlite3.Connection, run: int, saved: list[dict[str, Any]], rules: Rules
-) -> set[int]:
+def _kept(db: Connection, run: int, saved: list[dict[str, Any]], rules: Rules) -> set[int]:
     kept = {c["pk"] for c in saved if KEEP in c["aliases"]}
     saved = [c for c in saved if c["pk"] not in kept]
     if rules.keep_last:
@@ -103,7 +101,7 @@ def _kept(
     if rules.keep_every:
         kept.update(c["pk"] for c in saved if c["step"] % rules.keep_every == 0)
     if rules.keep_best is not None:
-        scores = _scores(connection, run, saved, rules.keep_best)
+        scores = _scores(db, run, saved, rules.keep_best)
         if not scores:  # nobody knows which is best: none of them goes
             return kept.union(c["pk"] for c in saved)
         pick = min if rules.mode == "min" else max
@@ -111,12 +109,10 @@ def _kept(
     return kept
 
 
-def _scores(
-    connection: sqlite3.Connection, run: int, saved: list[dict[str, Any]], metric: str
-) -> dict[int, float]:
+def _scores(db: Connection, run: int, saved: list[dict[str, Any]], metric: str) -> dict[int, float]:
     """Return each checkpoint's value of a metric: in its metadata, else the last logged by then."""
-    pk = find_metric(connection, run, metric)
-    points = read_points(connection, pk, times=False) if pk is not None else None
+    pk = find_metric(db, run, metric)
+    points = read_points(db, pk, times=False) if pk is not None else None
     scores: dict[int, float] = {}
     for checkpoint in saved:
         value = checkpoint["metadata"].get(metric)
@@ -128,10 +124,10 @@ def _scores(
     return scores
 
 
-def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
+def freed_bytes(db: Connection, checkpoints: list[int]) -> int:
     """Return the bytes of parts that nothing uses when these checkpoints are gone."""
     gone = orjson.dumps(checkpoints).decode()
-    row = connection.execute(
+    row = db.execute(
         "SELECT coalesce(sum(bytes), 0) FROM (SELECT DISTINCT sha256, bytes FROM checkpoint_part "
         "WHERE checkpoint IN (SELECT value FROM json_each(:gone)) AND sha256 NOT IN "
         "(SELECT sha256 FROM media_part UNION SELECT sha256 FROM checkpoint_part "
@@ -141,97 +137,97 @@ def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
     return int(row[0])
 
 
-def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], reason: str) -> None:
+def remove_checkpoints(db: Connection, checkpoints: list[int], reason: str) -> None:
     """Remove checkpoints: of published ones the manifest stays, with when and why they went.
 
     Their parts are deleted once nothing else uses them (`collect_parts`).
     """
     now = time.time()
     for pk in checkpoints:
-        connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
-        connection.execute("DELETE FROM checkpoint WHERE pk=? AND state != 'published'", (pk,))
-        connection.execute(
+        db.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+        db.execute("DELETE FROM checkpoint WHERE pk=? AND state != 'published'", (pk,))
+        db.execute(
             "UPDATE checkpoint SET state=?, removed=?, reason=? WHERE pk=?",
             (REMOVED, now, reason, pk),
         )
 
 
-def remove_checkpoint(connection: sqlite3.Connection, run: str, name: str, reason: str) -> None:
+def remove_checkpoint(db: Connection, run: str, name: str, reason: str) -> None:
     """Remove one checkpoint by its name; an unknown one is an `ApiError` 404."""
-    row = connection.execute(
+    row = db.execute(
         "SELECT pk FROM checkpoint WHERE run=? AND name=? AND state != ?",
-        (find_run(connection, run), name, REMOVED),
+        (find_run(db, run), name, REMOVED),
     ).fetchone()
     if row is None:
         raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
-    remove_checkpoints(connection, [row[0]], reason)
+    remove_checkpoints(db, [row[0]], reason)
 
 
-def remove_replaced(connection: sqlite3.Connection, pk: int) -> list[str]:
+def remove_replaced(db: Connection, pk: int) -> list[str]:
     """Remove the checkpoints that a newly published one replaces, and return their names."""
-    run, created, metadata = connection.execute(
+    run, created, metadata = db.execute(
         "SELECT run, created, metadata FROM checkpoint WHERE pk=?", (pk,)
     ).fetchone()
     word = orjson.loads(metadata).get(REPLACES)
     if not isinstance(word, str):
         return []
-    older = connection.execute(
+    older = db.execute(
         "SELECT pk, name FROM checkpoint WHERE run=? AND created<? AND pk!=? AND state!=? "
         f"AND json_extract(metadata, '$.{REPLACES}')=?",
         (run, created, pk, REMOVED, word),
     ).fetchall()
-    remove_checkpoints(connection, [other for other, _ in older], f"replaced by a newer {word}")
+    remove_checkpoints(db, [other for other, _ in older], f"replaced by a newer {word}")
     return [name for _, name in older]
 
 
-def deleted_runs(connection: sqlite3.Connection, before: float) -> list[tuple[int, str]]:
+def deleted_runs(db: Connection, before: float) -> list[tuple[int, str]]:
     """Return key and id of the runs that were deleted before a moment (Unix seconds)."""
-    return connection.execute("SELECT pk, id FROM run WHERE deleted < ?", (before,)).fetchall()
+    return db.execute("SELECT pk, id FROM run WHERE deleted < ?", (before,)).fetchall()
 
 
 def purge_run(database: Database, run: int) -> None:
     """Remove all of a deleted run, a slice at a time; stops if it is brought back. In a thread."""
-    while not database.write(lambda connection: _purge_slice(connection, run)).result():
+    while not database.write(lambda db: _purge_slice(db, run)).result():
         pass
 
 
-def _purge_slice(connection: sqlite3.Connection, run: int) -> bool:
+def _purge_slice(db: Connection, run: int) -> bool:
     """Remove some of a run; return whether nothing is left to do."""
     query = "SELECT 1 FROM run WHERE pk=? AND deleted IS NOT NULL"
-    if connection.execute(query, (run,)).fetchone() is None:
+    if db.execute(query, (run,)).fetchone() is None:
         return True
-    series = connection.execute(
+    series = db.execute(
         "SELECT series.pk FROM series JOIN metric ON metric.pk = series.metric "
         "WHERE metric.run=? LIMIT ?",
         (run, SLICE),
     ).fetchall()
     for (pk,) in series:
-        delete_series(connection, pk)
-    segments = connection.execute(
+        delete_series(db, pk)
+    segments = db.execute(
         "DELETE FROM segment WHERE rowid IN (SELECT segment.rowid FROM segment JOIN session "
         "ON session.pk = segment.session WHERE session.run=? LIMIT ?)",
         (run, SLICE),
     ).rowcount
     if series or segments:
         return False
-    connection.execute(
+    db.execute(
         "DELETE FROM checkpoint_part WHERE checkpoint IN (SELECT pk FROM checkpoint WHERE run=?)",
         (run,),
     )
     for table in OF_A_RUN:
-        connection.execute(f"DELETE FROM {table} WHERE run=?", (run,))
-    connection.execute("DELETE FROM run WHERE pk=?", (run,))
+        db.execute(f"DELETE FROM {table} WHERE run=?", (run,))
+    db.execute("DELETE FROM run WHERE pk=?", (run,))
     return True
 
 
 def collect_parts(database: Database, blobs: Blobs) -> int:
     """Delete the parts that may go, and return their bytes. In a thread."""
-    connection = database.reader()
+    db = database.reader()
     query = (
         "SELECT EXISTS (SELECT 1 FROM checkpoint_part WHERE sha256=?1) "
         "OR EXISTS (SELECT 1 FROM media_part WHERE sha256=?1)"
     )
-    return blobs.collect(lambda sha256: connection.execute(query, (sha256,)).fetchone()[0])
+    return blobs.collect(lambda sha256: db.execute(query, (sha256,)).fetchone()[0])
 
 
 def sweep(database: Database, blobs: Blobs) -> None:

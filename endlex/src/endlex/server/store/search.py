@@ -5,8 +5,8 @@ Configurations are stored key by key, so that runs can be searched and sorted by
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from sqlite3 import Connection
 from typing import Any
 
 import orjson
@@ -45,24 +45,24 @@ def marks(values: Sequence[Any]) -> str:
     return ",".join("?" * len(values))
 
 
-def search_condition(connection: sqlite3.Connection, query: Query) -> Condition:
+def search_condition(db: Connection, query: Query) -> Condition:
     """Return a search as a condition on the table `run`, with the values apart.
 
     A name that no run has is a `SearchError`.
     """
-    require_names(connection, names_in(query))
+    require_names(db, names_in(query))
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
     values = [value for group in groups for _, given in group for value in given]
     return " AND ".join(texts) or "1", values
 
 
-def require_names(connection: sqlite3.Connection, keys: Iterable[Key]) -> None:
+def require_names(db: Connection, keys: Iterable[Key]) -> None:
     """Raise a `SearchError` with the nearest names where no run has a key."""
     keys = [key for key in keys if key.kind != "field"]
     if keys:
-        metrics = [n for (n,) in connection.execute("SELECT DISTINCT name FROM metric")]
-        config = [n for (n,) in connection.execute("SELECT DISTINCT key FROM run_config")]
+        metrics = [n for (n,) in db.execute("SELECT DISTINCT name FROM metric")]
+        config = [n for (n,) in db.execute("SELECT DISTINCT key FROM run_config")]
         check_names(keys, metrics, config)
 
 
@@ -123,14 +123,12 @@ def sort_expression(key: Key, name: str) -> Condition:
     return f"coalesce({figures}, NULL) COLLATE PEOPLE", [str(key.name)] * len(_kinds(key))
 
 
-def read_values(
-    connection: sqlite3.Connection, runs: list[int], keys: dict[str, Key]
-) -> dict[int, dict[str, Any]]:
+def read_values(db: Connection, runs: list[int], keys: dict[str, Key]) -> dict[int, dict[str, Any]]:
     """Return by run the values of columns; a metric comes before a key of the same name."""
     found: dict[int, dict[str, Any]] = {run: {} for run in runs}
     for column, key in keys.items():
         for kind in reversed(_kinds(key)):
-            rows = connection.execute(
+            rows = db.execute(
                 f"SELECT run, coalesce(number, text) FROM ({FIGURES[kind]}) "
                 f"WHERE name = ? AND run IN ({marks(runs)})",
                 [str(key.name), *runs],
@@ -140,19 +138,19 @@ def read_values(
     return found
 
 
-def count_names(connection: sqlite3.Connection, where: Condition) -> dict[str, Any]:
+def count_names(db: Connection, where: Condition) -> dict[str, Any]:
     """Return the metrics of the runs found, with the number of runs that have each, and the keys
     of their configurations, with the number of runs and of different values; and every project."""
     chosen = f"run IN (SELECT pk FROM run WHERE {where[0]})"
-    metrics = connection.execute(
+    metrics = db.execute(
         f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name", where[1]
     ).fetchall()
-    config = connection.execute(
+    config = db.execute(
         "SELECT key, count(*), count(DISTINCT coalesce(number, text)) FROM run_config "
         f"WHERE {chosen} GROUP BY key ORDER BY key",
         where[1],
     ).fetchall()
-    projects = connection.execute(
+    projects = db.execute(
         "SELECT project, count(*) FROM run WHERE deleted IS NULL GROUP BY project ORDER BY project"
     ).fetchall()
     return {"metrics": metrics, "config": config, "projects": projects}
@@ -163,10 +161,10 @@ MAX_KEYS = 2000
 MAX_TEXT_CHARS = 1000
 
 
-def store_config(connection: sqlite3.Connection, run: int, config: Mapping[str, Any]) -> None:
+def store_config(db: Connection, run: int, config: Mapping[str, Any]) -> None:
     """Keep the leaves of a configuration for `endlex.search`, in place of earlier values."""
     rows = [(run, key, *_columns(value)) for key, value in flatten(config).items()]
-    connection.executemany("INSERT OR REPLACE INTO run_config VALUES (?, ?, ?, ?)", rows[:MAX_KEYS])
+    db.executemany("INSERT OR REPLACE INTO run_config VALUES (?, ?, ?, ?)", rows[:MAX_KEYS])
 
 
 def _columns(value: Any) -> tuple[float | None, str]:
@@ -182,10 +180,8 @@ def _columns(value: Any) -> tuple[float | None, str]:
         return None, text
 
 
-def fill_config(connection: sqlite3.Connection) -> None:
+def fill_config(db: Connection) -> None:
     """Fill the table in a database that was made before it existed."""
-    rows = connection.execute(
-        "SELECT run, config FROM session WHERE kind != ? ORDER BY pk", (SYSTEM,)
-    )
+    rows = db.execute("SELECT run, config FROM session WHERE kind != ? ORDER BY pk", (SYSTEM,))
     for run, config in rows.fetchall():
-        store_config(connection, run, orjson.loads(config))
+        store_config(db, run, orjson.loads(config))

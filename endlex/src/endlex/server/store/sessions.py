@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sqlite3
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -91,9 +91,9 @@ class SessionState:
     status: str
 
 
-def find_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
+def find_session(db: Connection, run: str, session: str) -> SessionState:
     """Return what is known of a session; an unknown one is at offset 0."""
-    row = connection.execute(
+    row = db.execute(
         "SELECT session.pk, run, kind, offset, session.status FROM session "
         "JOIN run ON run.pk = session.run WHERE run.id=? AND session.id=?",
         (run, session),
@@ -101,17 +101,15 @@ def find_session(connection: sqlite3.Connection, run: str, session: str) -> Sess
     return SessionState(*row) if row else SessionState(0, 0, TRAINER, 0, "running")
 
 
-def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
+def require_session(db: Connection, run: str, session: str) -> SessionState:
     """Return a session; one of which nothing has arrived is an `ApiError` 404."""
-    state = find_session(connection, run, session)
+    state = find_session(db, run, session)
     if state.pk == 0:
         raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")
     return state
 
 
-def begin_session(
-    connection: sqlite3.Connection, run: str, session: str, first: bytes
-) -> SessionState:
+def begin_session(db: Connection, run: str, session: str, first: bytes) -> SessionState:
     """Make the rows of a session, and of its run where it is the first.
 
     `first` is the journal's first line; one that is not its session's record is an `ApiError` 422.
@@ -120,16 +118,16 @@ def begin_session(
     now, tags = time.time(), orjson.dumps(record.tags).decode()
     config = orjson.dumps(record.config or {}).decode()
     about = (record.project, record.name, record.group, record.notes, tags, record.host)
-    connection.execute(
+    db.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (run, *about, record.time, now),
     )
-    run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
+    run_pk = db.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
     if record.kind != SYSTEM:
-        store_config(connection, run_pk, record.config or {})
+        store_config(db, run_pk, record.config or {})
     process = (record.kind, record.rank or 0, record.host, record.pid)
-    pk = connection.execute(
+    pk = db.execute(
         "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (run_pk, session, *process, config, record.time, now),
@@ -158,42 +156,40 @@ def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
     return record
 
 
-def advance_session(
-    connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
-) -> None:
+def advance_session(db: Connection, state: SessionState, reached: int, batch: Batch) -> None:
     """Record that a session is stored up to byte `reached`, and what the new lines say of it."""
     for record in batch.records[CONFIG]:
         if state.kind != SYSTEM:
-            store_config(connection, state.run, record["config"])
+            store_config(db, state.run, record["config"])
         query = "SELECT config FROM session WHERE pk=?"
-        known = orjson.loads(connection.execute(query, (state.pk,)).fetchone()[0])
+        known = orjson.loads(db.execute(query, (state.pk,)).fetchone()[0])
         merged = orjson.dumps(known | record["config"]).decode()
-        connection.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
+        db.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
     # Bytes from a session that was taken for dead show that it is not.
     status = "running" if state.status in (CRASHED, LOST) else state.status
     if batch.finish:
         status = batch.finish["status"]
     now = time.time()
-    connection.execute(
+    db.execute(
         "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, heard=?, "
         "status=? WHERE pk=?",
         (reached, batch.damaged, now, now, status, state.pk),
     )
 
 
-def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
+def was_resumed(db: Connection, state: SessionState) -> bool:
     """Whether a later session has resumed this one, so that its end is no news."""
     query = (
         "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
         "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
         "WHERE session.pk = ? LIMIT 1"
     )
-    return connection.execute(query, (state.pk,)).fetchone() is not None
+    return db.execute(query, (state.pk,)).fetchone() is not None
 
 
-def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
+def update_run(db: Connection, run: int, now: float | None = None) -> str:
     """Set a run's status to that of its newest trainer session, of the lowest rank; return it."""
-    status: str = connection.execute(
+    status: str = db.execute(
         "UPDATE run SET updated=?, status=(SELECT status FROM session WHERE session.run=run.pk "
         "ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1) WHERE pk=? RETURNING status",
         (time.time() if now is None else now, SYSTEM, run),
@@ -206,19 +202,17 @@ SHORT_SEGMENT = 64 * 1024
 LEVEL = 1
 
 
-def append_segment(
-    connection: sqlite3.Connection, session: int, offset: int, body: bytes, data: bytes
-) -> None:
+def append_segment(db: Connection, session: int, offset: int, body: bytes, data: bytes) -> None:
     """Store `body` (compressed: `data`) behind the `offset` bytes that are there."""
     last = None
     if len(body) < SHORT_SEGMENT:
-        last = connection.execute(
+        last = db.execute(
             "SELECT start, size, data FROM segment WHERE session=? ORDER BY start DESC LIMIT 1",
             (session,),
         ).fetchone()
     if last is not None and last[1] < SHORT_SEGMENT:
         start, size, before = last
-        connection.execute(
+        db.execute(
             "UPDATE segment SET size=?, data=? WHERE session=? AND start=?",
             (
                 size + len(body),
@@ -228,17 +222,13 @@ def append_segment(
             ),
         )
     else:
-        connection.execute(
-            "INSERT INTO segment VALUES (?, ?, ?, ?)", (session, offset, len(body), data)
-        )
+        db.execute("INSERT INTO segment VALUES (?, ?, ?, ?)", (session, offset, len(body), data))
 
 
-def iter_bytes(
-    connection: sqlite3.Connection, session: int, start: int, end: int
-) -> Iterator[bytes]:
+def iter_bytes(db: Connection, session: int, start: int, end: int) -> Iterator[bytes]:
     """Yield the journal's bytes from `start` up to `end`, a segment at a time."""
     while start < end:
-        row = connection.execute(
+        row = db.execute(
             "SELECT start, data FROM segment WHERE session=? AND start<=? "
             "ORDER BY start DESC LIMIT 1",
             (session, start),
@@ -250,9 +240,9 @@ def iter_bytes(
         start += len(content)
 
 
-def hash_journal(connection: sqlite3.Connection, session: int, end: int) -> str:
+def hash_journal(db: Connection, session: int, end: int) -> str:
     """Return the SHA-256 of a journal's first `end` bytes, which must be there."""
     digest = hashlib.sha256()
-    for content in iter_bytes(connection, session, 0, end):
+    for content in iter_bytes(db, session, 0, end):
         digest.update(content)
     return digest.hexdigest()

@@ -6,8 +6,8 @@ The content of media (pictures, sound, video, other files) is parts like those o
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping, Sequence
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -44,7 +44,7 @@ class Page(BaseModel, frozen=True):
     """Whether to include those that Endlex records itself, such as what a run printed."""
 
 
-def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Page) -> list[Record]:
+def list_records(db: Connection, kind: Kind, run: int, page: Page) -> list[Record]:
     """Return a page of texts, tables or media; of two under one name and step the later one."""
     table, content = KINDS[kind]
     where = "run = ?"
@@ -60,7 +60,7 @@ def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Pag
             values.append(bound)
     chosen = f"SELECT max(pk) FROM {table} WHERE {where} GROUP BY name, step"
     lowest = f"SELECT step FROM {table} WHERE pk IN ({chosen}) ORDER BY step DESC LIMIT ?"
-    rows = connection.execute(
+    rows = db.execute(
         f"SELECT name, step, time, {content} FROM {table} WHERE pk IN ({chosen}) "
         f"AND step >= (SELECT min(step) FROM ({lowest})) ORDER BY step DESC, name",
         [*values, *values, page.limit],
@@ -68,13 +68,11 @@ def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Pag
     return [{"name": n, "step": s, "time": t, **orjson.loads(more)} for n, s, t, more in rows]
 
 
-def store_records(
-    connection: sqlite3.Connection, run: int, records: Mapping[str, Sequence[Record]]
-) -> None:
+def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Record]]) -> None:
     """Keep a batch's texts, tables and media, and that the parts of media are used."""
 
     def insert(table: str, column: str, rows: list[tuple[Record, str]]) -> None:
-        connection.executemany(
+        db.executemany(
             f"INSERT INTO {table} (run, name, step, time, {column}) VALUES (?, ?, ?, ?, ?)",
             [(run, r["name"], r["step"], r["time"], content) for r, content in rows],
         )
@@ -85,15 +83,15 @@ def store_records(
     insert("text", "text", [(r, r["text"]) for r in records[TEXT]])
     insert("data_table", "content", [(r, chosen(r, "columns", "rows")) for r in records[TABLE]])
     insert("media", "content", [(r, chosen(r, *MEDIA_KEYS)) for r in records[MEDIA]])
-    connection.executemany(
+    db.executemany(
         "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
         [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
 
 
-def find_media(connection: sqlite3.Connection, run: int, pk: int) -> Record:
+def find_media(db: Connection, run: int, pk: int) -> Record:
     """Return one record of media; an unknown one is an `ApiError` 404."""
-    row = connection.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
+    row = db.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
     if row is None:
         raise ApiError(404, f"the run has no file {pk}: GET .../media lists them")
     return dict(orjson.loads(row[0]))

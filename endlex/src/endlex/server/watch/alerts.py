@@ -32,11 +32,11 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import sqlite3
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
+from sqlite3 import Connection
 
 import numpy as np
 import orjson
@@ -130,14 +130,14 @@ class Watch:
         self._is_doubted = True
 
     def observe(
-        self, connection: sqlite3.Connection, state: SessionState, run_id: str, batch: Batch
+        self, db: Connection, state: SessionState, run_id: str, batch: Batch
     ) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
         if self._is_doubted:
             self._is_doubted = False
             self._trends.clear()
             self._since.clear()
-        book = Book(connection, state.run, run_id)
+        book = Book(db, state.run, run_id)
         self._judge_rules(book, batch)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
@@ -160,15 +160,15 @@ class Watch:
             book.tell_end(state, end["status"], reason)
         return book.events
 
-    def sweep(self, connection: sqlite3.Connection) -> list[Event]:
+    def sweep(self, db: Connection) -> list[Event]:
         """Look for problems that no data shows: silence, and the server's own disk filling up."""
         now = time.time()
-        book = Book(connection, None, None)
+        book = Book(db, None, None)
         free = shutil.disk_usage(self._data.root).free
         said = f"the server's own disk has {free / 2**30:.2f} GiB left"
         book.judge("disk", "", said, begins=free < 2 * self._reserve, ends=free > 3 * self._reserve)
-        events = book.events + self._lost(connection, now)
-        rows = connection.execute(
+        events = book.events + self._lost(db, now)
+        rows = db.execute(
             "SELECT run.pk, run.id, max(session.last_seen) FROM run JOIN session "
             "ON session.run = run.pk WHERE run.status='running' AND run.archived=0 "
             "AND run.deleted IS NULL AND session.kind=? GROUP BY run.pk",
@@ -177,28 +177,28 @@ class Watch:
         for run, run_id, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = Book(connection, run, run_id)
+                book = Book(db, run, run_id)
                 book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
                 events += book.events
         return events
 
-    def _lost(self, connection: sqlite3.Connection, now: float) -> list[Event]:
+    def _lost(self, db: Connection, now: float) -> list[Event]:
         """Mark running sessions as lost that sent nothing although the server was up."""
         if now - self._started < LOST_SECONDS:
             return []
         events: list[Event] = []
-        rows = connection.execute(
+        rows = db.execute(
             "SELECT session.pk, run.pk, run.id, session.kind, coalesce(heard, last_seen), updated "
             "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' "
             "AND coalesce(heard, last_seen) < ?",
             (now - LOST_SECONDS,),
         ).fetchall()
         for session, run, run_id, kind, heard, updated in rows:
-            connection.execute("UPDATE session SET status=? WHERE pk=?", (LOST, session))
-            status = update_run(connection, run, updated)
+            db.execute("UPDATE session SET status=? WHERE pk=?", (LOST, session))
+            status = update_run(db, run, updated)
             events.append(("run", {"run": run_id, "updated": updated, "status": status}))
             if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = Book(connection, run, run_id)
+                book = Book(db, run, run_id)
                 book.resolve("stall")
                 silent = f"{(now - heard) / 60:.0f} minutes"
                 book.tell("lost", "", f"nothing was heard of the training box for {silent}")
@@ -212,7 +212,7 @@ class Watch:
         """
         if not batch.points:
             return
-        rows = book.connection.execute(
+        rows = book.db.execute(
             "SELECT setting.name, content FROM setting JOIN run "
             "ON setting.project IN (run.project, '') WHERE run.pk=? AND kind='rules'",
             (book.run,),
@@ -289,10 +289,10 @@ def _watch_disk(book: Book, name: str, last: float) -> None:
 class Book:
     """The unresolved alerts of one run, or of the server, as one transaction changes them."""
 
-    def __init__(self, connection: sqlite3.Connection, run: int | None, name: str | None) -> None:
-        self.connection, self.run, self._name = connection, run, name
+    def __init__(self, db: Connection, run: int | None, name: str | None) -> None:
+        self.db, self.run, self._name = db, run, name
         query = "SELECT kind, metric FROM alert WHERE run IS ? AND resolved IS NULL"
-        self._unresolved: set[tuple[str, str]] = set(connection.execute(query, (run,)))
+        self._unresolved: set[tuple[str, str]] = set(db.execute(query, (run,)))
         self.events: list[Event] = []
 
     def judge(self, kind: str, metric: str, message: str, *, begins: bool, ends: bool) -> None:
@@ -307,7 +307,7 @@ class Book:
         if (kind, metric) in self._unresolved:
             return
         self._unresolved.add((kind, metric))
-        pk = self.connection.execute(
+        pk = self.db.execute(
             "INSERT INTO alert (run, kind, metric, message, opened) VALUES (?, ?, ?, ?, ?)",
             (self.run, kind, metric, message, time.time()),
         ).lastrowid
@@ -318,7 +318,7 @@ class Book:
         """Alerts of these kinds are over: those of a metric, or all."""
         over = [k for k in self._unresolved if k[0] in kinds and metric in (None, k[1])]
         self._unresolved.difference_update(over)
-        self.connection.executemany(
+        self.db.executemany(
             "UPDATE alert SET resolved=? WHERE run IS ? AND kind=? AND metric=? "
             "AND resolved IS NULL",
             [(time.time(), self.run, *key) for key in over],
@@ -326,7 +326,7 @@ class Book:
 
     def tell_end(self, state: SessionState, status: str, reason: str | None) -> None:
         """Alert that a trainer ended, and why, unless a later session has resumed the run."""
-        if state.kind == TRAINER and not was_resumed(self.connection, state):
+        if state.kind == TRAINER and not was_resumed(self.db, state):
             self.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
             if status in ("finished", "interrupted"):
                 self.resolve(status)

@@ -25,6 +25,7 @@ import urllib.request
 from dataclasses import dataclass
 from email.message import EmailMessage
 from http.client import HTTPException
+from sqlite3 import Connection
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -119,12 +120,12 @@ class Notifier:
         del self._pending[alert["id"]]
 
 
-def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
+def read_details(db: Connection, run: int) -> dict[str, str]:
     """Return the exception that ended a run, and the last lines it printed, as far as known."""
     found = {}
     query = "SELECT text FROM text WHERE run=? AND name=? ORDER BY step DESC, pk DESC LIMIT 2"
     for key, name, pieces in (("exception", EXCEPTION, 1), ("log", CONSOLE, 2)):
-        rows = [text for (text,) in connection.execute(query, (run, name))][:pieces]
+        rows = [text for (text,) in db.execute(query, (run, name))][:pieces]
         lines = "\n".join(reversed(rows)).splitlines()[-LOG_LINES:]
         if lines:
             found[key] = "\n".join(lines)[-DETAIL_CHARS:]
