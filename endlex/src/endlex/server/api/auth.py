@@ -27,8 +27,7 @@ from fastapi import Request
 from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, check_run_id
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
-from endlex.server.store.database import Database, Pool, connect
-from endlex.server.store.queries import dicts
+from endlex.server.store.database import Database, Pool, connect, dicts
 
 T = TypeVar("T")
 Granted = tuple[int, frozenset[str]]

@@ -21,7 +21,7 @@ from endlex.server.errors import ApiError
 from endlex.server.state import Here, Server
 from endlex.server.store import retention
 from endlex.server.store.checkpoints import STATUS_OF_STATE
-from endlex.server.store.queries import find_run, list_checkpoints
+from endlex.server.store.runs import find_run, list_checkpoints
 from endlex.server.store.texts import find_media
 
 router = APIRouter(prefix="/api/v1")

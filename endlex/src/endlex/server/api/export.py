@@ -24,10 +24,9 @@ from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response
 from endlex.server.errors import ApiError
 from endlex.server.state import Here
-from endlex.server.store.annotations import list_settings
 from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.queries import find_run, list_alerts, show_run
 from endlex.server.store.records import Points
+from endlex.server.store.runs import find_run, list_alerts, list_settings, show_run
 from endlex.server.store.series import machine_sessions, read_all_points
 from endlex.server.store.texts import OWN_PREFIX, Kind, Page, list_records
 from endlex.server.web import pages

@@ -31,8 +31,8 @@ from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Here, Server
 from endlex.server.store import sessions
-from endlex.server.store.queries import find_run, list_sessions
 from endlex.server.store.records import Batch, Points, parse_batch
+from endlex.server.store.runs import find_run, list_sessions
 from endlex.server.store.series import append_points
 from endlex.server.store.sessions import SessionState
 from endlex.server.store.texts import store_records

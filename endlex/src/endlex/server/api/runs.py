@@ -18,15 +18,19 @@ from endlex.server.api.bodies import json_response, read_json
 from endlex.server.errors import ApiError
 from endlex.server.events import MOST_READERS, Hub
 from endlex.server.state import Here, Server
-from endlex.server.store.annotations import (
+from endlex.server.store.charts import ChartQuery, read_chart
+from endlex.server.store.runs import (
     Changes,
+    RunQuery,
     change_runs,
     dismiss_alert,
+    find_run,
+    list_alerts,
+    list_runs,
     list_settings,
     save_setting,
+    show_run,
 )
-from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.queries import RunQuery, find_run, list_alerts, list_runs, show_run
 from endlex.server.store.texts import KINDS, Kind, Page, list_records
 
 router = APIRouter(prefix="/api/v1")

@@ -23,9 +23,9 @@ from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFi
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
 from endlex.server.store.blobs import Blobs
-from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts, find_run
+from endlex.server.store.database import Database, dicts
 from endlex.server.store.retention import remove_replaced
+from endlex.server.store.runs import find_run
 
 logger = logging.getLogger("endlex")
 

@@ -13,11 +13,13 @@ import queue
 import re
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, ParamSpec, TypeVar
+
+import orjson
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
@@ -41,6 +43,12 @@ UPGRADES = {
     4: "ALTER TABLE run ADD COLUMN color TEXT;",
 }
 """What each version changed in tables that were there before; new ones are in `SCHEMA`."""
+
+DECODED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("tags", "aliases", "metadata"), orjson.loads),
+    **dict.fromkeys(("archived", "open", "older_runs"), bool),
+}
+"""Columns that the database holds as JSON, or as 0 and 1."""
 
 
 def connect(path: Path, *, read_only: bool = False) -> Connection:
@@ -84,15 +92,27 @@ def compare_natural(left: str, right: str) -> int:
 def _bring_up_to_date(db: Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version; all of it or nothing."""
     changes = "".join(sql for number, sql in UPGRADES.items() if 0 < version < number)
-    changes += SCHEMA.read_text(encoding="utf-8")
+    changes += f"{SCHEMA.read_text(encoding='utf-8')}PRAGMA user_version={SCHEMA_VERSION};"
     try:
-        db.executescript(f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        db.executescript(f"BEGIN IMMEDIATE;{changes}COMMIT;")
         if 0 < version < 4:
             fill_config(db)
     except sqlite3.OperationalError as error:  # another process was first
         if "duplicate column" not in str(error):
             raise
         db.execute("ROLLBACK")
+
+
+def dicts(
+    db: Connection, query: str, values: Sequence[Any] | dict[str, Any] = ()
+) -> list[dict[str, Any]]:
+    """Return rows by the names of their columns, decoded."""
+    cursor = db.execute(query, values)
+    names = [column[0] for column in cursor.description]
+    found = [dict(zip(names, row, strict=True)) for row in cursor]
+    for row in found:
+        row.update({key: DECODED[key](row[key]) for key in DECODED.keys() & row.keys()})
+    return found
 
 
 class Pool(ThreadPoolExecutor):
@@ -160,12 +180,11 @@ class Database:
             reader.close()
 
     def _work(self) -> None:
-        open_ = True
-        while open_:
+        taken: list[Job | None] = []
+        while None not in taken:
             taken = [self._jobs.get()]
             while len(taken) < MOST_JOBS_IN_A_COMMIT and not self._jobs.empty():
                 taken.append(self._jobs.get())
-            open_ = taken[-1] is not None
             self._commit([job for job in taken if job is not None])
 
     def _commit(self, jobs: list[Job]) -> None:

@@ -28,8 +28,8 @@ from endlex.protocol import KEEP, REMOVED, REPLACES
 from endlex.server.errors import ApiError
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.charts import find_metric
-from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts, find_run
+from endlex.server.store.database import Database, dicts
+from endlex.server.store.runs import find_run
 from endlex.server.store.series import delete_series, read_points
 
 UNDO_SECONDS = 7 * 86400.0

@@ -31,8 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from endlex.protocol import CONSOLE, EXCEPTION, EndlexError
 from endlex.server.settings import Settings
-from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts
+from endlex.server.store.database import Database, dicts
 
 logger = logging.getLogger("endlex")
 
