@@ -29,8 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server.api import checkpoints, export, journal, login, runs
-from endlex.server.api.auth import list_tokens
+from endlex.server.api import auth, checkpoints, export, journal, runs
 from endlex.server.api.bodies import json_response
 from endlex.server.api.security import Guard, is_loopback
 from endlex.server.errors import ApiError, disk_full, is_disk_full
@@ -68,7 +67,7 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     for kind in ANSWERED:
         app.add_exception_handler(kind, _answer)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (journal, runs, checkpoints, export, login):
+    for module in (journal, runs, checkpoints, export, auth):
         app.include_router(module.router)
     install_pages(app, settings.root_path)
     return app
@@ -186,7 +185,9 @@ def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
             f"host {settings.host!r} lets other machines in: add --public, and make a token "
             "with `endlex token create`"
         )
-    if settings.public and all(token["revoked"] is not None for token in list_tokens(data_dir)):
+    if settings.public and all(
+        token["revoked"] is not None for token in auth.list_tokens(data_dir)
+    ):
         raise EndlexError(
             "a public server needs a token: make one with "
             "`endlex token create --scope write,checkpoint --name BOX`"

@@ -21,14 +21,18 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, TypeVar
+from urllib.parse import parse_qs
 
-from fastapi import Request
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, check_run_id
+from endlex.server.api.bodies import json_response, read_body
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database, Pool, connect, dicts
 
+router = APIRouter(prefix="/api/v1")
 T = TypeVar("T")
 Granted = tuple[int, frozenset[str]]
 """A token's key and its scopes."""
@@ -41,6 +45,7 @@ LAST_USED_EVERY = 60.0
 FAILURES = 10
 FAILURE_SECONDS = 300.0
 ADDRESSES_KEPT = 10_000
+MOST_FORM_BYTES = 8192
 
 
 def create_token(
@@ -169,13 +174,11 @@ class Auth:
             has = ", ".join(scope for scope in SCOPES if scope in granted)
             raise ApiError(403, f"this token has no scope {' or '.join(scopes)}: it has {has}")
         run = request.path_params.get("run")
-        if run is not None and usable <= BOX_SCOPES and "manage" not in granted:
-            await self._check_run(token, run, creates)
-
-    async def _check_run(self, token: int, run: str, creates: bool) -> None:
+        if run is None or "manage" in granted or not usable <= BOX_SCOPES:
+            return
         own = await self._ask(_owns, token, run)
         if own is None and creates:
-            own = await asyncio.wrap_future(self._database.write(lambda c: _claim(c, token, run)))
+            own = await self._write(lambda db: _claim(db, token, run))
         if own is False:
             raise ApiError(
                 403,
@@ -185,6 +188,9 @@ class Auth:
 
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
         return await self._pool(lambda: question(self._database.reader(), *args))
+
+    async def _write(self, job: Callable[[Connection], T]) -> T:
+        return await asyncio.wrap_future(self._database.write(job))
 
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""
@@ -199,8 +205,13 @@ class Auth:
             db.execute("DELETE FROM login WHERE expires < ?", (now,))
             db.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
 
-        await asyncio.wrap_future(self._database.write(job))
+        await self._write(job)
         return secret
+
+    async def logout(self, cookie: str) -> None:
+        """End a browser's login."""
+        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
+        await self._write(lambda db: db.execute(query, values).rowcount)
 
     def _refusal(self, request: Request, secret: str | None) -> ApiError:
         headers = {"WWW-Authenticate": "Bearer"}
@@ -224,7 +235,7 @@ class Auth:
         if now - self._used.get(token, 0) > LAST_USED_EVERY:
             self._used[token] = now
             query, values = "UPDATE token SET last_used=? WHERE pk=?", (now, token)
-            self._database.write(lambda c: c.execute(query, values).rowcount)
+            self._database.write(lambda db: db.execute(query, values).rowcount)
 
 
 def _find(db: Connection, secret: str | None, cookie: str | None) -> tuple[bool, Granted | None]:
@@ -233,13 +244,10 @@ def _find(db: Connection, secret: str | None, cookie: str | None) -> tuple[bool,
     Only hashes of random secrets are compared, so the time that this takes reveals nothing.
     """
     any_made = db.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
-    if secret:
-        query, values = "hash=?", list[str | float]([hash_secret(secret)])
-    else:
-        query = "pk = (SELECT token FROM login WHERE hash=? AND expires > ?)"
-        values = [hash_secret(cookie or ""), time.time()]
     row = db.execute(
-        f"SELECT pk, scopes FROM token WHERE revoked IS NULL AND {query}", values
+        "SELECT pk, scopes FROM token WHERE revoked IS NULL AND (hash=? OR "
+        "pk=(SELECT token FROM login WHERE hash=? AND expires > ?))",
+        (hash_secret(secret or ""), hash_secret("" if secret else cookie or ""), time.time()),
     ).fetchone()
     return any_made, (row[0], frozenset(row[1].split(","))) if row else None
 
@@ -279,3 +287,28 @@ def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaita
         await request.app.state.server.auth.check(request, scopes, creates)
 
     return check
+
+
+@router.post("/login")
+async def login(request: Request) -> Response:
+    auth, root = request.app.state.server.auth, request.app.state.settings.root_path
+    form = parse_qs((await read_body(request, MOST_FORM_BYTES)).decode("utf-8", "replace"))
+    secret = await auth.login(request, form.get("token", [""])[0].strip())
+    answer = json_response({"logged_in": True})
+    secure = request.url.scheme == "https"
+    answer.set_cookie(COOKIE, secret, LOGIN_SECONDS, secure=secure, **_cookie(root))
+    return answer
+
+
+@router.post("/logout")
+async def logout(request: Request) -> Response:
+    auth, root = request.app.state.server.auth, request.app.state.settings.root_path
+    if cookie := request.cookies.get(COOKIE):
+        await auth.logout(cookie)
+    answer = json_response({"logged_in": False})
+    answer.delete_cookie(COOKIE, **_cookie(root))
+    return answer
+
+
+def _cookie(root: str) -> dict[str, Any]:
+    return {"path": root or "/", "httponly": True, "samesite": "strict"}
