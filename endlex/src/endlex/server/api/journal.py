@@ -18,7 +18,6 @@ from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
@@ -159,6 +158,10 @@ class Prepared:
     """`body`, compressed."""
     batch: Batch
 
+    @classmethod
+    def of(cls, offset: int, body: bytes) -> Prepared:
+        return cls(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
+
 
 def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if deflated:
@@ -169,22 +172,7 @@ def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
         raise ApiError(400, f"the body's CRC-32 is {zlib.crc32(body):08x}, not {crc:08x}: resend")
     if body and not body.endswith(b"\n"):
         raise ApiError(400, "the body does not end with a line end: send whole lines")
-    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
-
-
-def _after(prepared: Prepared, offset: int) -> Prepared:
-    """Return what is beyond `offset`: the bytes below it were acknowledged before."""
-    known = offset - prepared.offset
-    if known == 0:
-        return prepared
-    body = prepared.body[known:]
-    if body and prepared.body[known - 1 : known] != b"\n":
-        raise ApiError(
-            422,
-            f"byte {offset} is in the middle of a line, though the server ended one there: the "
-            "journal was changed after it was sent; start a new session",
-        )
-    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
+    return Prepared.of(offset, body)
 
 
 def _inflate(body: bytes) -> bytes:
@@ -206,7 +194,15 @@ def _store(
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"
         raise ApiError(409, message, offset=state.offset)
-    prepared = _after(prepared, state.offset)
+    if known := state.offset - prepared.offset:  # bytes below were acknowledged before
+        body = prepared.body[known:]
+        if body and prepared.body[known - 1 : known] != b"\n":
+            raise ApiError(
+                422,
+                f"byte {state.offset} is in the middle of a line, though the server ended one "
+                "there: the journal was changed after it was sent; start a new session",
+            )
+        prepared = Prepared.of(state.offset, body)
     if not prepared.body:
         return state.offset, []
     # Telemetry may use most of what uploads must leave: it is small, and worth more.
@@ -218,27 +214,13 @@ def _store(
         state = sessions.begin_session(db, run, session, first)
     batch, reached = prepared.batch, state.offset + len(prepared.body)
     sessions.append_segment(db, state.pk, state.offset, prepared.body, prepared.data)
-    _store_batch(db, state, batch)
+    for name, points in batch.points.items():
+        append_points(db, _update_metric(db, state.run, name, points), state.pk, points)
+    store_records(db, state.run, batch.records)
     sessions.advance_session(db, state, reached, batch)
     alerts = server.watch.observe(db, state, run, batch)
     status = sessions.update_run(db, state.run)
     return reached, [*_news(run, status, batch), *alerts]
-
-
-def _store_batch(db: Connection, state: SessionState, batch: Batch) -> None:
-    for name, points in batch.points.items():
-        metric = _update_metric(db, state.run, name, points)
-        append_points(db, metric, state.pk, points)
-    store_records(db, state.run, batch.records)
-    for record in batch.records[CHECKPOINT]:
-        size = sum(file["bytes"] for file in record["files"])
-        aliases = orjson.dumps(record.get("aliases") or []).decode()
-        metadata = orjson.dumps(record.get("metadata") or {}).decode()
-        db.execute(
-            "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
-            "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
-            (state.run, record["name"], record["step"], record["time"], size, aliases, metadata),
-        )
 
 
 def _update_metric(db: Connection, run: int, name: str, points: Points) -> int:

@@ -12,10 +12,9 @@ import hashlib
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from sqlite3 import Connection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, ValidationError
@@ -80,8 +79,7 @@ class SessionRecord(BaseModel):
     pid: Number = None
 
 
-@dataclass(frozen=True)
-class SessionState:
+class SessionState(NamedTuple):
     """What the writer needs to know of a session; `pk` is 0 for one that is not there yet."""
 
     pk: int
@@ -98,7 +96,7 @@ def find_session(db: Connection, run: str, session: str) -> SessionState:
         "JOIN run ON run.pk = session.run WHERE run.id=? AND session.id=?",
         (run, session),
     ).fetchone()
-    return SessionState(*row) if row else SessionState(0, 0, TRAINER, 0, "running")
+    return SessionState(*(row or (0, 0, TRAINER, 0, "running")))
 
 
 def require_session(db: Connection, run: str, session: str) -> SessionState:
@@ -116,23 +114,22 @@ def begin_session(db: Connection, run: str, session: str, first: bytes) -> Sessi
     """
     record = _check_first(first, run, session)
     now, tags = time.time(), orjson.dumps(record.tags).decode()
-    config = orjson.dumps(record.config or {}).decode()
+    config = record.config or {}
     about = (record.project, record.name, record.group, record.notes, tags, record.host)
     db.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (run, *about, record.time, now),
     )
-    run_pk = db.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
+    (run_pk,) = db.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if record.kind != SYSTEM:
-        store_config(db, run_pk, record.config or {})
+        store_config(db, run_pk, config)
     process = (record.kind, record.rank or 0, record.host, record.pid)
-    pk = db.execute(
+    (pk,) = db.execute(
         "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run_pk, session, *process, config, record.time, now),
-    ).lastrowid
-    assert pk is not None
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING pk",
+        (run_pk, session, *process, orjson.dumps(config).decode(), record.time, now),
+    ).fetchone()
     return SessionState(pk, run_pk, record.kind, 0, "running")
 
 
@@ -161,9 +158,8 @@ def advance_session(db: Connection, state: SessionState, reached: int, batch: Ba
     for record in batch.records[CONFIG]:
         if state.kind != SYSTEM:
             store_config(db, state.run, record["config"])
-        query = "SELECT config FROM session WHERE pk=?"
-        known = orjson.loads(db.execute(query, (state.pk,)).fetchone()[0])
-        merged = orjson.dumps(known | record["config"]).decode()
+        (known,) = db.execute("SELECT config FROM session WHERE pk=?", (state.pk,)).fetchone()
+        merged = orjson.dumps(orjson.loads(known) | record["config"]).decode()
         db.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
     # Bytes from a session that was taken for dead show that it is not.
     status = "running" if state.status in (CRASHED, LOST) else state.status
@@ -180,9 +176,8 @@ def advance_session(db: Connection, state: SessionState, reached: int, batch: Ba
 def was_resumed(db: Connection, state: SessionState) -> bool:
     """Whether a later session has resumed this one, so that its end is no news."""
     query = (
-        "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
-        "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
-        "WHERE session.pk = ? LIMIT 1"
+        "SELECT 1 FROM session JOIN session AS later USING (run, kind, rank) "
+        "WHERE session.pk = ? AND later.pk > session.pk LIMIT 1"
     )
     return db.execute(query, (state.pk,)).fetchone() is not None
 
@@ -204,35 +199,23 @@ LEVEL = 1
 
 def append_segment(db: Connection, session: int, offset: int, body: bytes, data: bytes) -> None:
     """Store `body` (compressed: `data`) behind the `offset` bytes that are there."""
-    last = None
     if len(body) < SHORT_SEGMENT:
-        last = db.execute(
-            "SELECT start, size, data FROM segment WHERE session=? ORDER BY start DESC LIMIT 1",
-            (session,),
-        ).fetchone()
-    if last is not None and last[1] < SHORT_SEGMENT:
-        start, size, before = last
-        db.execute(
-            "UPDATE segment SET size=?, data=? WHERE session=? AND start=?",
-            (
-                size + len(body),
-                zlib.compress(zlib.decompress(before) + body, LEVEL),
-                session,
-                start,
-            ),
-        )
-    else:
-        db.execute("INSERT INTO segment VALUES (?, ?, ?, ?)", (session, offset, len(body), data))
+        query = "SELECT start, size, data FROM segment WHERE session=? ORDER BY start DESC LIMIT 1"
+        last = db.execute(query, (session,)).fetchone()
+        if last is not None and last[1] < SHORT_SEGMENT:
+            offset, body = last[0], zlib.decompress(last[2]) + body
+            data = zlib.compress(body, LEVEL)
+    values = (session, offset, len(body), data)
+    db.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?)", values)
 
 
 def iter_bytes(db: Connection, session: int, start: int, end: int) -> Iterator[bytes]:
     """Yield the journal's bytes from `start` up to `end`, a segment at a time."""
+    query = (
+        "SELECT start, data FROM segment WHERE session=? AND start<=? ORDER BY start DESC LIMIT 1"
+    )
     while start < end:
-        row = db.execute(
-            "SELECT start, data FROM segment WHERE session=? AND start<=? "
-            "ORDER BY start DESC LIMIT 1",
-            (session, start),
-        ).fetchone()
+        row = db.execute(query, (session, start)).fetchone()
         content = zlib.decompress(row[1])[start - row[0] : end - row[0]] if row else b""
         if not content:
             raise RuntimeError(f"the journal of session {session} ends at {start}, before {end}")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, Field
 
-from endlex.protocol import MAX_STEP, MEDIA, TABLE, TEXT
+from endlex.protocol import CHECKPOINT, MAX_STEP, MEDIA, TABLE, TEXT
 from endlex.server.errors import ApiError
 
 OWN_PREFIX = "run/"
@@ -47,17 +47,11 @@ class Page(BaseModel, frozen=True):
 def list_records(db: Connection, kind: Kind, run: int, page: Page) -> list[Record]:
     """Return a page of texts, tables or media; of two under one name and step the later one."""
     table, content = KINDS[kind]
-    where = "run = ?"
-    values: list[Any] = [run]
-    if page.name is not None:
-        where += " AND name = ?"
-        values.append(page.name)
-    elif not page.own:
+    bounds = {"name = ?": page.name, "step < ?": page.before_step, "pk > ?": page.after_id}
+    given = {"run = ?": run, **{key: bound for key, bound in bounds.items() if bound is not None}}
+    where, values = " AND ".join(given), list(given.values())
+    if page.name is None and not page.own:
         where += f" AND name NOT LIKE '{OWN_PREFIX}%'"
-    for condition, bound in (("step < ?", page.before_step), ("pk > ?", page.after_id)):
-        if bound is not None:
-            where += f" AND {condition}"
-            values.append(bound)
     chosen = f"SELECT max(pk) FROM {table} WHERE {where} GROUP BY name, step"
     lowest = f"SELECT step FROM {table} WHERE pk IN ({chosen}) ORDER BY step DESC LIMIT ?"
     rows = db.execute(
@@ -69,7 +63,7 @@ def list_records(db: Connection, kind: Kind, run: int, page: Page) -> list[Recor
 
 
 def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Record]]) -> None:
-    """Keep a batch's texts, tables and media, and that the parts of media are used."""
+    """Keep a batch's texts, tables, media and checkpoints, and that parts of media are used."""
 
     def insert(table: str, column: str, rows: list[tuple[Record, str]]) -> None:
         db.executemany(
@@ -87,6 +81,15 @@ def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Recor
         "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
         [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
+    for record in records[CHECKPOINT]:
+        size = sum(file["bytes"] for file in record["files"])
+        aliases = orjson.dumps(record.get("aliases") or []).decode()
+        metadata = orjson.dumps(record.get("metadata") or {}).decode()
+        db.execute(
+            "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
+            "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
+            (run, record["name"], record["step"], record["time"], size, aliases, metadata),
+        )
 
 
 def find_media(db: Connection, run: int, pk: int) -> Record:
