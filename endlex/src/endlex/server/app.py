@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect
 
 from endlex.protocol import PROTOCOL, EndlexError
 from endlex.server.api import auth, checkpoints, export, journal, runs
+from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
 from endlex.server.api.security import Guard, is_loopback
 from endlex.server.errors import ApiError, disk_full, is_disk_full
@@ -76,22 +77,22 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, STORAGE) and is_disk_full(error):
         error = disk_full()
-    if isinstance(error, ApiError):
-        return json_response(error.body, error.status, error.headers)
     if isinstance(error, WRONG):
         error = EndlexError("; ".join(map(_describe, error.errors())))
     if isinstance(error, EndlexError):
-        return json_response({"error": str(error)}, 422)
+        error = ApiError(422, str(error))
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path[:200]!r}: {error.detail}"
-        return json_response({"error": message}, error.status_code, dict(error.headers or {}))
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=400)  # nobody is there to read it
+        error = ApiError(error.status_code, message, dict(error.headers or {}))
     if isinstance(error, STORAGE):
         logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
         message = "the server cannot use its disk or database; its log says more: try again later"
-        return json_response({"error": message}, 503, {"Retry-After": "10"})
-    return json_response({"error": "the server failed at this; its log says more"}, 500)
+        error = ApiError(503, message, {"Retry-After": "10"})
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # nobody is there to read it
+    if not isinstance(error, ApiError):
+        error = ApiError(500, "the server failed at this; its log says more")
+    return json_response(error.body, error.status, error.headers)
 
 
 def _describe(wrong: Any) -> str:
@@ -152,7 +153,16 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
             directory cannot be made.
     """
     data_dir = Path(data_dir)
-    _require_closed_or_tokens(data_dir, settings)
+    if not settings.public and not is_loopback(settings.host):
+        raise EndlexError(
+            f"host {settings.host!r} lets other machines in: add --public, and make a token "
+            "with `endlex token create`"
+        )
+    if settings.public and all(token["revoked"] is not None for token in list_tokens(data_dir)):
+        raise EndlexError(
+            "a public server needs a token: make one with "
+            "`endlex token create --scope write,checkpoint --name BOX`"
+        )
     DataDir(data_dir).create()
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
@@ -177,21 +187,6 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
     print(f"endlex: serving {data_dir} on {kind}://{shown}:{port}", flush=True)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
-    if not settings.public and not is_loopback(settings.host):
-        raise EndlexError(
-            f"host {settings.host!r} lets other machines in: add --public, and make a token "
-            "with `endlex token create`"
-        )
-    if settings.public and all(
-        token["revoked"] is not None for token in auth.list_tokens(data_dir)
-    ):
-        raise EndlexError(
-            "a public server needs a token: make one with "
-            "`endlex token create --scope write,checkpoint --name BOX`"
-        )
 
 
 def _listen(settings: Settings) -> socket.socket:
