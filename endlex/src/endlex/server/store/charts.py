@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
 from endlex.server.store import series
+from endlex.server.store.records import Points
 from endlex.server.store.series import read_points, read_sampled
 
 STEP = "step"
@@ -61,7 +62,8 @@ def read_chart(db: Connection, run: int, query: ChartQuery) -> dict[str, Any]:
     """
     axis = None
     if query.x not in (STEP, TIME):
-        axis = _by_step(db, find_metric(db, run, query.x))
+        metric = find_metric(db, run, query.x)
+        axis = Points.unpack(b"", b"") if metric is None else read_points(db, metric, times=False)
     return {
         name: _read_one(db, find_metric(db, run, name), query, axis)
         for name in dict.fromkeys(query.metric)
@@ -69,7 +71,7 @@ def read_chart(db: Connection, run: int, query: ChartQuery) -> dict[str, Any]:
 
 
 def _read_one(
-    db: Connection, metric: int | None, query: ChartQuery, axis: XY | None
+    db: Connection, metric: int | None, query: ChartQuery, axis: Points | None
 ) -> dict[str, Any]:
     drawn = None
     if metric is not None and axis is None and not query.log:
@@ -93,39 +95,29 @@ def _read_one(
     }
 
 
-def _by_step(
-    db: Connection, metric: int | None, first: float = -np.inf, last: float = np.inf
-) -> XY:
+def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: Points | None) -> XY:
+    """Return every point of a metric in the wanted range, sorted by x.
+
+    A point for which the x metric has no value at the same step is left out.
+    """
     if metric is None:
         return np.empty(0), np.empty(0)
-    points = read_points(db, metric, first, last, times=False)
-    return points.steps, points.numbers
-
-
-def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: XY | None) -> XY:
-    """Return every point of a metric in the wanted range, sorted by x."""
-    if query.x == STEP or metric is None:
-        return _by_step(db, metric, query.first, query.last)
-    if axis is not None:
-        x, y = _joined(*_by_step(db, metric), axis)
-    else:
+    if query.x == STEP:
+        points = read_points(db, metric, query.first, query.last, times=False)
+        return points.steps, points.numbers
+    if axis is None:
         points = series.read_all_points(db, metric)
         x, y = points.times, points.numbers
+    else:
+        points = read_points(db, metric, times=False)
+        _, own, other = np.intersect1d(points.steps, axis.steps, True, return_indices=True)
+        finite = np.isfinite(axis.numbers[other])
+        x, y = axis.numbers[other[finite]], points.numbers[own[finite]]
     if not bool((x[1:] >= x[:-1]).all()):
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
     wanted = series.slice_between(x, query.first, query.last)
     return x[wanted], y[wanted]
-
-
-def _joined(steps: NDArray[np.int64], numbers: NDArray[np.float64], axis: XY) -> XY:
-    """Pair y with the x metric's value at the same step; steps without one are left out."""
-    axis_steps, axis_numbers = axis
-    if not len(axis_steps):
-        return np.empty(0), np.empty(0)
-    places = np.minimum(np.searchsorted(axis_steps, steps), len(axis_steps) - 1)
-    there = (axis_steps[places] == steps) & np.isfinite(axis_numbers[places])
-    return axis_numbers[places[there]], numbers[there]
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:

@@ -84,23 +84,16 @@ def read_points(
         chunks += db.execute(f"{query} ORDER BY pk", [*keys, *bounds]).fetchall()
     if not chunks:
         return Points.unpack(b"", b"")
-    points = _one_per_step(Points.unpack(*map(b"".join, zip(*chunks, strict=True))))
+    points = Points.unpack(*map(b"".join, zip(*chunks, strict=True)))
+    steps = points.steps
+    if not (steps[1:] > steps[:-1]).all():  # sort, and keep the last of equals
+        points = points[len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]]
     return points if whole else points[slice_between(points.steps, first, last)]
 
 
 def slice_between(x: NDArray[Any], first: float, last: float) -> slice:
     """Return the slice of ascending values between `first` and `last`."""
     return slice(int(np.searchsorted(x, first, "left")), int(np.searchsorted(x, last, "right")))
-
-
-def _one_per_step(points: Points) -> Points:
-    """Sort by step and keep the last of equals; a series in order costs one comparison each."""
-    steps = points.steps
-    if bool((steps[1:] > steps[:-1]).all()):
-        return points
-    order = np.argsort(steps, kind="stable")
-    ordered = steps[order]
-    return points[order[np.append(ordered[1:] != ordered[:-1], True)]]
 
 
 def read_all_points(db: Connection, metric: int) -> Points:

@@ -119,21 +119,20 @@ def render(title: str, data: str) -> str:
 def bundle(entry: str) -> str:
     """Return a module and all that it imports as one script, each after what it needs."""
     done: dict[str, str] = {}
-    _add_module(entry, done, ())
+
+    def add(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"modules import each other: {' -> '.join([*above, name])}"
+        source = _static(f"js/{name}")
+        for _, needed in _IMPORT.findall(source):
+            if f"{needed}.js" not in done:
+                add(f"{needed}.js", (*above, name))
+        exported = ", ".join(found["name"] for found in _EXPORT.finditer(source))
+        body = _EXPORT.sub(r"\g<kind> \g<name>", _IMPORT.sub(r"const \1 = module_\2;", source))
+        variable = f"module_{name.removesuffix('.js')}"
+        done[name] = f"const {variable} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();"
+
+    add(entry, ())
     return "\n".join(done.values())
-
-
-def _add_module(name: str, done: dict[str, str], above: tuple[str, ...]) -> None:
-    if name in done:
-        return
-    assert name not in above, f"modules import each other: {' -> '.join([*above, name])}"
-    source = _static(f"js/{name}")
-    for _, needed in _IMPORT.findall(source):
-        _add_module(f"{needed}.js", done, (*above, name))
-    exported = ", ".join(found["name"] for found in _EXPORT.finditer(source))
-    body = _EXPORT.sub(r"\g<kind> \g<name>", _IMPORT.sub(r"const \1 = module_\2;", source))
-    variable = f"module_{name.removesuffix('.js')}"
-    done[name] = f"const {variable} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();"
 
 
 def _static(name: str) -> str:
