@@ -59,11 +59,11 @@ class Hub:
         for reader in self._readers:
             if reader.run not in (None, run) or reader.dropped:
                 continue
+            merged = content
             if "metrics" in content and key in reader.news:
                 names = [*reader.news[key]["metrics"], *content["metrics"]]
-                reader.news[key] = {**content, "metrics": list(dict.fromkeys(names))}
-            else:
-                reader.news[key] = content
+                merged = {**content, "metrics": list(dict.fromkeys(names))}
+            reader.news[key] = merged
             if len(reader.news) > MOST_NEWS:
                 reader.dropped = True
                 reader.news.clear()

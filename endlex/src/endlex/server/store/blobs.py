@@ -68,12 +68,8 @@ class Blobs:
     ) -> bool:
         """Take a part's bytes from `offset` to its end; return whether it was new.
 
-        Args:
-            sha256: a checked digest.
-            length: of the body, where it was told.
-
-        Raises:
-            ApiError: 400, 409, 413, 429 or 507, as the protocol says. What came stays.
+        `sha256` is a checked digest, and `length` the body's where it was told. An `ApiError` is
+        400, 409, 413, 429 or 507, as the protocol says; what came stays.
         """
         if await self._pool(_touch, self.path(sha256)) is not None:
             return False
