@@ -147,8 +147,7 @@ def test_the_rooms_of_the_server_import_downwards() -> None:
         if name.startswith("endlex.server.") and room in rooms:
             above = {f"endlex.server.{other}" for other in rooms[: rooms.index(room)]}
             wrong = [i for i in imports(name) if ".".join(i.split(".")[:3]) in above]
-            # An export hands out the page that `web` makes.
-            assert not wrong or name == "endlex.server.api.export", f"{name} -> {wrong}"
+            assert not wrong, f"{name} -> {wrong}"
 
 
 def test_one_module_talks_to_endlex() -> None:

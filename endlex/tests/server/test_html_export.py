@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from endlex.server.web import pages
+from endlex.server.web import export, pages
 
 HOSTILE = "</script><script>alert(1)</script><!--"
 RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name": HOSTILE}]}
@@ -19,7 +19,7 @@ RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name":
 def page(name: str, *texts: dict[str, Any]) -> str:
     values = {"x": [0, 1], "y": [1.5, None], "count": 2}
     series = {"a": {"step": values}, HOSTILE: {"time": values}}
-    return pages.render(name, json.dumps({"run": RUN, "series": series, "texts": texts}))
+    return export.render(name, {"run": RUN, "series": series, "texts": texts})
 
 
 def test_the_data_inside_is_what_was_given() -> None:
@@ -34,7 +34,7 @@ def test_the_data_inside_is_what_was_given() -> None:
 
 
 def test_a_run_of_many_metrics_gets_fewer_points_of_each() -> None:
-    assert [pages.points_of_each(count) for count in (0, 1, 400, 5000)] == [
+    assert [export.points_of_each(count) for count in (0, 1, 400, 5000)] == [
         2000,
         2000,
         500,
@@ -51,7 +51,7 @@ def test_nothing_given_ends_an_element_or_asks_for_anything() -> None:
 
 
 def test_every_module_comes_once_after_what_it_imports() -> None:
-    script = pages.bundle(pages.ENTRY)
+    script = export.bundle(export.ENTRY)
     modules = re.findall(r"^const module_(\w+) = ", script, re.MULTILINE)
     assert len(modules) == len(set(modules)) > 15
     assert modules[-1] == "export_page"
@@ -67,7 +67,7 @@ def test_the_bundle_is_a_script(tmp_path: Any) -> None:
     if node is None:
         pytest.skip("no node on PATH; the browser tests run the bundle")
     file = tmp_path / "bundle.mjs"
-    file.write_text(pages.bundle(pages.ENTRY))
+    file.write_text(export.bundle(export.ENTRY))
     checked = subprocess.run([node, "--check", str(file)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
 
@@ -80,4 +80,4 @@ def test_modules_that_import_each_other_are_an_error(
         (tmp_path / f"js/{one}.js").write_text(f'import {{ x }} from "./{other}.js";\n')
     monkeypatch.setattr(pages, "STATIC", tmp_path)
     with pytest.raises(AssertionError, match=r"a\.js -> b\.js -> a\.js"):
-        pages.bundle("a.js")
+        export.bundle("a.js")

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server.api import auth, checkpoints, export, journal, runs
+from endlex.server.api import auth, checkpoints, journal, runs
 from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
 from endlex.server.api.security import Guard, is_loopback
@@ -37,6 +37,7 @@ from endlex.server.errors import ApiError, disk_full, is_disk_full
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server
 from endlex.server.store.retention import sweep
+from endlex.server.web import export
 from endlex.server.web.pages import install_pages
 
 logger = logging.getLogger("endlex")

@@ -109,10 +109,10 @@ def _gather(records: list[Any], batch: Batch) -> None:
         for name, points in zip(names, _iter_points(names, *block[1:]), strict=True):
             found.setdefault(name, []).append((block[0], points))
     for name, pieces in found.items():
-        positions, columns = zip(*pieces, strict=True)
+        places, columns = zip(*pieces, strict=True)
         batch.points[name] = columns[0]
         if len(columns) > 1:  # join them in the order of their lines
-            order = np.argsort(np.concatenate(positions), kind="stable")
+            order = np.argsort(np.concatenate(places), kind="stable")
             batch.points[name] = Points.joined(columns)[order]
 
 

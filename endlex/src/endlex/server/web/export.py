@@ -1,17 +1,25 @@
-"""The route that hands a run out as a file (`endlex.formats`).
+"""A run as a file: the formats of `endlex.formats`, or one HTML page that needs no network.
 
 Of two points at one step the later one is written. Steps are unique in a metric: those of the
 machine's own metrics, seconds since their session began, continue from session to session.
+
+The HTML file has the run's data, the scripts and styles, and the chart library. A browser loads no
+module from a file:// address, so each ES module becomes a function that returns what it exports,
+and all of them one script, in the order of their imports. The modules must therefore import by name
+and without renaming, from each other only, and export declarations. The file's own content security
+policy forbids every request.
 """
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from sqlite3 import Connection
+from string import Template
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -43,6 +51,17 @@ MIME = {
     "html": "text/html; charset=utf-8",
 }
 Format = Literal["csv", "json", "parquet", "html"]
+ENTRY = "export_page.js"
+POINTS = 2000
+"""Points per series; as many as a chart of the live page gets at first."""
+FEWEST_POINTS = 200
+MOST_POINTS = 200_000
+"""Points of all series together, at about 40 bytes each, in a run of many metrics."""
+
+_IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z_]+)\.js";$', re.MULTILINE)
+_EXPORT = re.compile(
+    r"^export (?P<kind>(?:async )?(?:function|class|const|let)) (?P<name>\w+)", re.MULTILINE
+)
 
 
 @router.get("/runs/{run}/export", dependencies=[Depends(require("read"))])
@@ -89,7 +108,7 @@ def _render_page(db: Connection, run: str, wanted: Sequence[str]) -> str:
     names = [
         metric["name"] for metric in whole["metrics"] if not wanted or metric["name"] in wanted
     ]
-    points = pages.points_of_each(len(names))
+    points = points_of_each(len(names))
     by_step, by_time = (
         read_chart(db, pk, ChartQuery(metric=names, x=x, points=points)) for x in ("step", "time")
     )
@@ -105,7 +124,54 @@ def _render_page(db: Connection, run: str, wanted: Sequence[str]) -> str:
         "alerts": list_alerts(db, run, open_only=True),
         "settings": {"panels": list_settings(db, whole["project"])["panels"]},
     }
-    return pages.render(whole["name"], bytes(json_response(data).body).decode())
+    return render(whole["name"], data)
+
+
+def points_of_each(metrics: int) -> int:
+    """Return how many points each series gets in a file with this number of them."""
+    return max(FEWEST_POINTS, min(POINTS, MOST_POINTS // max(1, metrics)))
+
+
+def render(title: str, data: dict[str, Any]) -> str:
+    """Return the file's content; `data` has the API's answers, as `local_source.js` gives them."""
+    template = Template((pages.TEMPLATES / "export.html").read_text(encoding="utf-8"))
+    script, style = pages.CHART_ASSETS
+    return template.substitute(
+        title=html.escape(title),
+        styles="\n".join(map(_static, [style, *(f"{name}.css" for name in pages.STYLES)])),
+        theme=_escape_script(_static("theme.js")),
+        chart_library=_escape_script(_static(script)),
+        data=bytes(json_response(data).body).decode().replace("<", r"\u003c"),
+        script=_escape_script(bundle(ENTRY)),
+    )
+
+
+def bundle(entry: str) -> str:
+    """Return a module and all that it imports as one script, each after what it needs."""
+    done: dict[str, str] = {}
+
+    def add(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"modules import each other: {' -> '.join([*above, name])}"
+        source = _static(f"js/{name}")
+        for _, needed in _IMPORT.findall(source):
+            if f"{needed}.js" not in done:
+                add(f"{needed}.js", (*above, name))
+        exported = ", ".join(found["name"] for found in _EXPORT.finditer(source))
+        body = _EXPORT.sub(r"\g<kind> \g<name>", _IMPORT.sub(r"const \1 = module_\2;", source))
+        variable = f"module_{name.removesuffix('.js')}"
+        done[name] = f"const {variable} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();"
+
+    add(entry, ())
+    return "\n".join(done.values())
+
+
+def _static(name: str) -> str:
+    return (pages.STATIC / name).read_text(encoding="utf-8")
+
+
+def _escape_script(content: str) -> str:
+    """Keep our own scripts' strings from ending the element that they stand in."""
+    return re.sub(r"<(?=/script|!--|script)", r"\\u003c", content, flags=re.IGNORECASE)
 
 
 def _export_points(db: Connection, metric: int) -> Points:
