@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from sqlite3 import Connection
-from typing import Annotated, TypeVar
+from typing import Annotated, Concatenate, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
@@ -22,6 +22,7 @@ from endlex.server.store.database import Database, Pool
 from endlex.server.watch.alerts import Watch
 from endlex.server.watch.notify import Notifier
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -45,13 +46,17 @@ class Server:
         self.checkpoints = Checkpoints(self.database, self.blobs, self.hub)
         self.notifier = Notifier(settings, self.database)
 
-    async def ask(self, question: Callable[[Connection], T]) -> T:
+    async def ask(
+        self, question: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Return the answer to a question about one state of the database, read in a thread."""
-        return await self.read(self.database.ask, question)
+        return await self.read(self.database.ask, lambda db: question(db, *args, **kwargs))
 
-    async def write(self, job: Callable[[Connection], T]) -> T:
+    async def write(
+        self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Run what changes the database, and return its result once that is on the disk."""
-        return await asyncio.wrap_future(self.database.write(job))
+        return await asyncio.wrap_future(self.database.write(lambda db: job(db, *args, **kwargs)))
 
     def close(self) -> None:
         """Finish what has begun and accept nothing more."""

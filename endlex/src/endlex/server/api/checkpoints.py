@@ -85,7 +85,7 @@ async def put_manifest(request: Request, server: Here, run: str, name: str) -> R
     verified = await server.file(server.checkpoints.put, run, name, content)
     if verified is not None:
         await asyncio.wait([asyncio.wrap_future(verified)], timeout=PATIENCE)
-    state = await server.ask(lambda c: server.checkpoints.describe(c, run, name, whole=False))
+    state = await server.ask(server.checkpoints.describe, run, name, whole=False)
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": state["state"]})
     return json_response(state, STATUS_OF_STATE[state["state"]])
 
@@ -97,7 +97,7 @@ async def checkpoints(server: Here, run: str) -> Response:
 
 @router.get("/runs/{run}/checkpoints/{name}", dependencies=FETCH)
 async def describe(server: Here, run: str, name: str) -> Response:
-    return json_response(await server.ask(lambda c: server.checkpoints.describe(c, run, name)))
+    return json_response(await server.ask(server.checkpoints.describe, run, name))
 
 
 @router.delete("/runs/{run}/checkpoints/{name}", dependencies=DESTROY)
@@ -108,7 +108,7 @@ async def delete(
     reason: Annotated[str, Query(max_length=MAX_NAME_CHARS)] = "deleted by hand",
 ) -> Response:
     check_name(reason, "reason")
-    await server.write(lambda c: retention.remove_checkpoint(c, run, name, reason))
+    await server.write(retention.remove_checkpoint, run, name, reason)
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": REMOVED})
     return json_response({"deleted": name})
 
@@ -117,7 +117,7 @@ async def delete(
     "/runs/{run}/checkpoints/{name}/files/{path:path}", methods=["GET", "HEAD"], dependencies=FETCH
 )
 async def download(request: Request, server: Here, run: str, name: str, path: str) -> Response:
-    file = await server.ask(lambda c: server.checkpoints.find_file(c, run, name, path))
+    file = await server.ask(server.checkpoints.find_file, run, name, path)
     file_name = quote(path.split("/")[-1])
     headers = {
         "ETag": f'"{file["sha256"]}"',

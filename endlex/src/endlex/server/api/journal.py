@@ -96,7 +96,7 @@ async def describe(
 
 @router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
 async def raw(server: Here, run: str, session: str) -> Response:
-    state = await server.ask(lambda c: sessions.require_session(c, run, session))
+    state = await server.ask(sessions.require_session, run, session)
     name = f'attachment; filename="{session}.jsonl"'
     headers = {"Content-Length": str(state.offset), "Content-Disposition": name}
     return StreamingResponse(_stream(server, state), 200, headers, "application/x-ndjson")
@@ -122,7 +122,7 @@ async def list_all(server: Here, run: str) -> Response:
 @router.post("/sessions/{session}/state", dependencies=[Depends(require("write"))])
 async def set_state(request: Request, server: Here, run: str, session: str) -> Response:
     report = await read_json(request, StateReport)
-    for kind, event in await server.write(lambda c: _set_state(c, run, session, report)):
+    for kind, event in await server.write(_set_state, run, session, report):
         server.hub.publish(kind, event)
     return json_response({"status": report.status})
 

@@ -71,11 +71,11 @@ async def export(
     format: Format = "csv",
     metric: Annotated[list[str], Query(max_length=500)] = [],  # noqa: B006
 ) -> Response:
-    found = await server.ask(lambda c: show_run(c, run))
+    found = await server.ask(show_run, run)
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", found["name"]).strip("-.")[:80]
     name = f"{safe or 'run'}-{run}.{format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    path = await server.ask(lambda c: _write(c, server.data.partial, run, format, metric))
+    path = await server.ask(_write, server.data.partial, run, format, metric)
     gone = BackgroundTask(path.unlink, missing_ok=True)
     return FileResponse(path, 200, headers, MIME[format], background=gone)
 
@@ -105,9 +105,7 @@ def _render_page(db: Connection, run: str, wanted: Sequence[str]) -> str:
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] again"
         raise ApiError(501, message)
     whole, pk = show_run(db, run), find_run(db, run)
-    names = [
-        metric["name"] for metric in whole["metrics"] if not wanted or metric["name"] in wanted
-    ]
+    names = [m["name"] for m in whole["metrics"] if not wanted or m["name"] in wanted]
     points = points_of_each(len(names))
     by_step, by_time = (
         read_chart(db, pk, ChartQuery(metric=names, x=x, points=points)) for x in ("step", "time")
@@ -174,24 +172,21 @@ def _escape_script(content: str) -> str:
     return re.sub(r"<(?=/script|!--|script)", r"\\u003c", content, flags=re.IGNORECASE)
 
 
-def _export_points(db: Connection, metric: int) -> Points:
-    """Return a metric's points by rising steps; a machine's are seconds since its first point."""
-    points = read_all_points(db, metric)
-    if not machine_sessions(db, metric):
-        return points
-    order = np.argsort(points.times, kind="stable")
-    times, index = points.times[order], np.arange(len(order))
-    seconds = np.rint(times - (points.times - points.steps).min()).astype(np.int64)
-    steps = np.maximum.accumulate(seconds - index) + index
-    return Points(steps, points.numbers[order], times)
-
-
 def _iter_series(db: Connection, run: int, wanted: Sequence[str]) -> Iterator[Series]:
+    """Yield points by rising steps; a machine's are seconds since its first point."""
     rows = db.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
     for name, pk in rows.fetchall():
-        if not wanted or name in wanted:
-            points = _export_points(db, pk)
-            yield name, points.steps.tolist(), points.times.tolist(), points.numbers.tolist()
+        if wanted and name not in wanted:
+            continue
+        points = read_all_points(db, pk)
+        if machine_sessions(db, pk):
+            start = (points.times - points.steps).min()
+            points = points[np.argsort(points.times, kind="stable")]
+            index = np.arange(len(points))
+            seconds = np.rint(points.times - start).astype(np.int64)
+            steps = np.maximum.accumulate(seconds - index) + index
+            points = Points(steps, points.numbers, points.times)
+        yield name, points.steps.tolist(), points.times.tolist(), points.numbers.tolist()
 
 
 def _iter_records(db: Connection, run: int, kind: Kind) -> Iterator[dict[str, Any]]:
