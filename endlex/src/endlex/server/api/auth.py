@@ -30,7 +30,7 @@ from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, 
 from endlex.server.api.bodies import json_response, read_body
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
-from endlex.server.store.database import Database, Pool, connect, dicts
+from endlex.server.store.database import Database, Pool, connect, dicts, insert, update
 
 router = APIRouter(prefix="/api/v1")
 T = TypeVar("T")
@@ -71,10 +71,8 @@ def create_token(
     for run in runs:
         check_run_id(run)
     with _database(data_dir) as db:
-        pk = db.execute(
-            "INSERT INTO token (name, hash, scopes, created) VALUES (?, ?, ?, ?)",
-            (name, hash_secret(token), kept, time.time()),
-        ).lastrowid
+        about = {"name": name, "scopes": kept, "created": time.time()}
+        pk = insert(db, "token", hash=hash_secret(token), **about)
         db.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
     return token
 
@@ -199,11 +197,11 @@ class Auth:
             raise self._refusal(request, token)
         secret = secrets.token_urlsafe(32)
         now = time.time()
-        row = (hash_secret(secret), found[0], now, now + LOGIN_SECONDS)
+        row = {"hash": hash_secret(secret), "token": found[0], "created": now}
 
         def job(db: Connection) -> None:
             db.execute("DELETE FROM login WHERE expires < ?", (now,))
-            db.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
+            insert(db, "login", expires=now + LOGIN_SECONDS, **row)
 
         await self._write(job)
         return secret
@@ -234,8 +232,7 @@ class Auth:
         now = time.time()
         if now - self._used.get(token, 0) > LAST_USED_EVERY:
             self._used[token] = now
-            query, values = "UPDATE token SET last_used=? WHERE pk=?", (now, token)
-            self._database.write(lambda db: db.execute(query, values).rowcount)
+            self._database.write(lambda db: update(db, "token", token, last_used=now))
 
 
 def _find(db: Connection, secret: str | None, cookie: str | None) -> tuple[bool, Granted | None]:

@@ -23,7 +23,7 @@ from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFi
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
 from endlex.server.store.blobs import Blobs
-from endlex.server.store.database import Database, dicts
+from endlex.server.store.database import Database, dicts, insert, update
 from endlex.server.store.retention import remove_replaced
 from endlex.server.store.runs import find_run
 
@@ -93,7 +93,7 @@ class Checkpoints:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
         found = dicts(
             db,
-            "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
+            "SELECT pk, state, error, bytes, manifest AS whole, aliases, metadata, removed, reason "
             "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
             (find_run(db, run), name),
         )
@@ -108,7 +108,7 @@ class Checkpoints:
         if not whole:
             return answer
         kept = {key: known[key] for key in ("aliases", "metadata")}
-        return {**orjson.loads(known["manifest"]), **kept, **answer}
+        return {**orjson.loads(known["whole"]), **kept, **answer}
 
     def find_file(self, db: Connection, run: str, name: str, path: str) -> ManifestFile:
         """Return a file of a published checkpoint, or raise an `ApiError` 404."""
@@ -210,35 +210,16 @@ def _accept(
             # Aliases and metadata are new, but not which older checkpoints it replaces.
             metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
             metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
-            db.execute(
-                "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
-                (
-                    orjson.dumps(manifest["aliases"]).decode(),
-                    orjson.dumps(metadata).decode(),
-                    row[0],
-                ),
-            )
+            update(db, "checkpoint", row[0], aliases=manifest["aliases"], metadata=metadata)
             return row[0], row[1]
-    values = {
-        "run": run_pk,
-        "name": name,
-        "step": manifest["step"],
-        "created": manifest["created"],
-        "state": state,
-        "error": error,
-        "bytes": sum(file["bytes"] for file in manifest["files"]),
-        "aliases": orjson.dumps(manifest["aliases"]).decode(),
-        "metadata": orjson.dumps(manifest["metadata"]).decode(),
-        "manifest": orjson.dumps(manifest).decode(),
-        "removed": None,
-        "reason": None,
+    values: dict[str, Any] = {
+        **{key: manifest[key] for key in ("name", "step", "created", "aliases", "metadata")},
+        **{"run": run_pk, "bytes": sum(file["bytes"] for file in manifest["files"])},
+        **{"state": state, "error": error, "manifest": manifest, "removed": None, "reason": None},
     }
-    changes = ", ".join(f"{column}=excluded.{column}" for column in values)
-    pk: int = db.execute(
-        f"INSERT INTO checkpoint ({', '.join(values)}) VALUES (:{', :'.join(values)}) "
-        f"ON CONFLICT (run, name) DO UPDATE SET {changes} RETURNING pk",
-        values,
-    ).fetchone()[0]
+    if row:
+        update(db, "checkpoint", row[0], **values)
+    pk = row[0] if row else insert(db, "checkpoint", **values)
     db.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
     db.executemany(
         "INSERT INTO checkpoint_part VALUES (?, ?, ?)",

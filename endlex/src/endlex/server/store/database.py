@@ -23,7 +23,7 @@ import orjson
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
-from endlex.server.store.search import fill_config
+from endlex.server.store.search import fill_config, marks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,11 +44,10 @@ UPGRADES = {
 }
 """What each version changed in tables that were there before; new ones are in `SCHEMA`."""
 
-DECODED: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("tags", "aliases", "metadata"), orjson.loads),
-    **dict.fromkeys(("archived", "open", "older_runs"), bool),
-}
-"""Columns that the database holds as JSON, or as 0 and 1."""
+JSON = frozenset({"tags", "aliases", "metadata", "config", "manifest", "content"})
+"""Columns that hold JSON."""
+FLAGS = frozenset({"archived", "open", "older_runs"})
+"""Columns that hold 0 or 1."""
 
 
 def connect(path: Path, *, read_only: bool = False) -> Connection:
@@ -111,8 +110,25 @@ def dicts(
     names = [column[0] for column in cursor.description]
     found = [dict(zip(names, row, strict=True)) for row in cursor]
     for row in found:
-        row.update({key: DECODED[key](row[key]) for key in DECODED.keys() & row.keys()})
+        row.update({key: orjson.loads(row[key]) for key in JSON & row.keys()})
+        row.update({key: bool(row[key]) for key in FLAGS & row.keys()})
     return found
+
+
+def insert(db: Connection, table: str, verb: str = "INSERT", /, **values: Any) -> int:
+    """Insert a row, encoded, and return its key."""
+    query = f"{verb} INTO {table} ({', '.join(values)}) VALUES ({marks(values)})"
+    return db.execute(query, _encoded(values)).lastrowid or 0
+
+
+def update(db: Connection, table: str, pk: int, /, **values: Any) -> None:
+    """Set columns of a row, encoded."""
+    query = f"UPDATE {table} SET {', '.join(f'{column}=?' for column in values)} WHERE pk=?"
+    db.execute(query, [*_encoded(values), pk])
+
+
+def _encoded(values: dict[str, Any]) -> list[Any]:
+    return [orjson.dumps(v).decode() if key in JSON else v for key, v in values.items()]
 
 
 class Pool(ThreadPoolExecutor):

@@ -28,7 +28,7 @@ from endlex.protocol import KEEP, REMOVED, REPLACES
 from endlex.server.errors import ApiError
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.charts import find_metric
-from endlex.server.store.database import Database, dicts
+from endlex.server.store.database import Database, dicts, update
 from endlex.server.store.runs import find_run
 from endlex.server.store.series import delete_series, read_points
 
@@ -146,10 +146,7 @@ def remove_checkpoints(db: Connection, checkpoints: list[int], reason: str) -> N
     for pk in checkpoints:
         db.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
         db.execute("DELETE FROM checkpoint WHERE pk=? AND state != 'published'", (pk,))
-        db.execute(
-            "UPDATE checkpoint SET state=?, removed=?, reason=? WHERE pk=?",
-            (REMOVED, now, reason, pk),
-        )
+        update(db, "checkpoint", pk, state=REMOVED, removed=now, reason=reason)
 
 
 def remove_checkpoint(db: Connection, run: str, name: str, reason: str) -> None:

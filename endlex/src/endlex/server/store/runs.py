@@ -20,7 +20,7 @@ from endlex.protocol import REMOVED, SYSTEM, check_name
 from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
 from endlex.server.store import search
-from endlex.server.store.database import dicts
+from endlex.server.store.database import dicts, insert, update
 from endlex.server.store.search import Condition, marks, read_values
 
 SHORT_CONFIG_KEYS = 200
@@ -192,7 +192,7 @@ class Changes(BaseModel, extra="forbid", strict=True):
             given["group_name"] = check_name(group, "group") if group else None
         if "deleted" in given:
             given["deleted"] = time.time() if self.deleted else None
-        return {**given, "tags": orjson.dumps(kept).decode()}
+        return {**given, "tags": kept}
 
 
 def change_runs(db: Connection, runs: Sequence[str], changes: Changes) -> dict[str, str]:
@@ -205,12 +205,9 @@ def change_runs(db: Connection, runs: Sequence[str], changes: Changes) -> dict[s
     statuses: dict[str, str] = {}
     for run in runs:
         pk = find_run(db, run)
-        (tags,) = db.execute("SELECT tags FROM run WHERE pk=?", (pk,)).fetchone()
-        values = changes.columns(orjson.loads(tags))
-        query = f"UPDATE run SET {', '.join(f'{column}=?' for column in values)} WHERE pk=?"
-        (statuses[run],) = db.execute(
-            f"{query} RETURNING status", [*values.values(), pk]
-        ).fetchone()
+        query = "SELECT status, tags FROM run WHERE pk=?"
+        statuses[run], tags = db.execute(query, (pk,)).fetchone()
+        update(db, "run", pk, **changes.columns(orjson.loads(tags)))
     return statuses
 
 
@@ -278,11 +275,11 @@ def save_setting(db: Connection, project: str, kind: str, name: str, content: An
         query = "DELETE FROM setting WHERE project=? AND kind=? AND name=?"
         db.execute(query, (project, kind, name))
         return
-    text = orjson.dumps(content).decode()
-    if len(text) > MAX_SETTING_BYTES:
-        raise ApiError(422, f"{name!r} has {len(text):,} characters; at most {MAX_SETTING_BYTES:,}")
+    size = len(orjson.dumps(content).decode())
+    if size > MAX_SETTING_BYTES:
+        raise ApiError(422, f"{name!r} has {size:,} characters; at most {MAX_SETTING_BYTES:,}")
     query = "SELECT count(*) FROM setting WHERE project=? AND kind=?"
     if db.execute(query, (project, kind)).fetchone()[0] >= MOST_SETTINGS:
         raise ApiError(422, f"there are {MOST_SETTINGS} of kind {kind} already: delete some")
-    values = (project, kind, name, text, time.time())
-    db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?, ?, ?, ?)", values)
+    about = {"project": project, "kind": kind, "name": name, "content": content}
+    insert(db, "setting", "INSERT OR REPLACE", changed=time.time(), **about)

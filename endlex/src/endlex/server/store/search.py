@@ -5,7 +5,7 @@ Configurations are stored key by key, so that runs can be searched and sorted by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from sqlite3 import Connection
 from typing import Any
 
@@ -40,7 +40,7 @@ FIGURES = {
 """Where the values of each kind of key are. What is not finite, or no number, is a text."""
 
 
-def marks(values: Sequence[Any]) -> str:
+def marks(values: Collection[Any]) -> str:
     """Return as many question marks as there are values, for `IN (...)`."""
     return ",".join("?" * len(values))
 

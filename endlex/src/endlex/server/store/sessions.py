@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, Va
 
 from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
+from endlex.server.store.database import insert, update
 from endlex.server.store.records import Batch
 from endlex.server.store.search import store_config
 
@@ -113,23 +114,16 @@ def begin_session(db: Connection, run: str, session: str, first: bytes) -> Sessi
     `first` is the journal's first line; one that is not its session's record is an `ApiError` 422.
     """
     record = _check_first(first, run, session)
-    now, tags = time.time(), orjson.dumps(record.tags).decode()
-    config = record.config or {}
-    about = (record.project, record.name, record.group, record.notes, tags, record.host)
-    db.execute(
-        "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
-        "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run, *about, record.time, now),
-    )
+    now, config = time.time(), record.config or {}
+    about = record.model_dump(include={"project", "name", "notes", "tags", "host"})
+    times = {"created": record.time, "updated": now}
+    insert(db, "run", "INSERT OR IGNORE", id=run, group_name=record.group, **about, **times)
     (run_pk,) = db.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if record.kind != SYSTEM:
         store_config(db, run_pk, config)
-    process = (record.kind, record.rank or 0, record.host, record.pid)
-    (pk,) = db.execute(
-        "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING pk",
-        (run_pk, session, *process, orjson.dumps(config).decode(), record.time, now),
-    ).fetchone()
+    about = record.model_dump(include={"kind", "host", "pid"})
+    about |= {"rank": record.rank or 0, "config": config}
+    pk = insert(db, "session", run=run_pk, id=session, started=record.time, last_seen=now, **about)
     return SessionState(pk, run_pk, record.kind, 0, "running")
 
 
@@ -159,8 +153,7 @@ def advance_session(db: Connection, state: SessionState, reached: int, batch: Ba
         if state.kind != SYSTEM:
             store_config(db, state.run, record["config"])
         (known,) = db.execute("SELECT config FROM session WHERE pk=?", (state.pk,)).fetchone()
-        merged = orjson.dumps(orjson.loads(known) | record["config"]).decode()
-        db.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
+        update(db, "session", state.pk, config=orjson.loads(known) | record["config"])
     # Bytes from a session that was taken for dead show that it is not.
     status = "running" if state.status in (CRASHED, LOST) else state.status
     if batch.finish:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 
 from endlex.protocol import CHECKPOINT, MAX_STEP, MEDIA, TABLE, TEXT
 from endlex.server.errors import ApiError
+from endlex.server.store.database import insert
 
 OWN_PREFIX = "run/"
 Kind = Literal["texts", "tables", "media"]
@@ -65,30 +66,34 @@ def list_records(db: Connection, kind: Kind, run: int, page: Page) -> list[Recor
 def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Record]]) -> None:
     """Keep a batch's texts, tables, media and checkpoints, and that parts of media are used."""
 
-    def insert(table: str, column: str, rows: list[tuple[Record, str]]) -> None:
-        db.executemany(
-            f"INSERT INTO {table} (run, name, step, time, {column}) VALUES (?, ?, ?, ?, ?)",
-            [(run, r["name"], r["step"], r["time"], content) for r, content in rows],
-        )
+    def chosen(record: Record, *keys: str) -> Record:
+        return {key: record.get(key) for key in keys}
 
-    def chosen(record: Record, *keys: str) -> str:
-        return orjson.dumps({key: record.get(key) for key in keys}).decode()
-
-    insert("text", "text", [(r, r["text"]) for r in records[TEXT]])
-    insert("data_table", "content", [(r, chosen(r, "columns", "rows")) for r in records[TABLE]])
-    insert("media", "content", [(r, chosen(r, *MEDIA_KEYS)) for r in records[MEDIA]])
+    for record in records[TEXT]:
+        insert(db, "text", run=run, **chosen(record, "name", "step", "time", "text"))
+    for kind, table, keys in (
+        (TABLE, "data_table", ("columns", "rows")),
+        (MEDIA, "media", MEDIA_KEYS),
+    ):
+        for record in records[kind]:
+            content = chosen(record, *keys)
+            insert(db, table, run=run, content=content, **chosen(record, "name", "step", "time"))
     db.executemany(
         "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
         [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
     for record in records[CHECKPOINT]:
-        size = sum(file["bytes"] for file in record["files"])
-        aliases = orjson.dumps(record.get("aliases") or []).decode()
-        metadata = orjson.dumps(record.get("metadata") or {}).decode()
-        db.execute(
-            "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
-            "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
-            (run, record["name"], record["step"], record["time"], size, aliases, metadata),
+        insert(
+            db,
+            "checkpoint",
+            "INSERT OR IGNORE",
+            run=run,
+            state="announced",
+            created=record["time"],
+            bytes=sum(file["bytes"] for file in record["files"]),
+            aliases=record.get("aliases") or [],
+            metadata=record.get("metadata") or {},
+            **chosen(record, "name", "step"),
         )
 
 

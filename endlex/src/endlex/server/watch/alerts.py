@@ -46,6 +46,7 @@ from endlex.protocol import ALERT, LEVELS, LOST, MAX_REASON_CHARS, SESSION, SYST
 from endlex.search import COMPARISONS, SearchError, Term, parse_search
 from endlex.server.events import Event
 from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import insert, update
 from endlex.server.store.records import Batch, Points
 from endlex.server.store.sessions import SessionState, update_run, was_resumed
 
@@ -194,7 +195,7 @@ class Watch:
             (now - LOST_SECONDS,),
         ).fetchall()
         for session, run, run_id, kind, heard, updated in rows:
-            db.execute("UPDATE session SET status=? WHERE pk=?", (LOST, session))
+            update(db, "session", session, status=LOST)
             status = update_run(db, run, updated)
             events.append(("run", {"run": run_id, "updated": updated, "status": status}))
             if kind == TRAINER and now - heard < QUIET_AFTER:
@@ -307,12 +308,9 @@ class Book:
         if (kind, metric) in self._unresolved:
             return
         self._unresolved.add((kind, metric))
-        pk = self.db.execute(
-            "INSERT INTO alert (run, kind, metric, message, opened) VALUES (?, ?, ?, ?, ?)",
-            (self.run, kind, metric, message, time.time()),
-        ).lastrowid
-        about = {"run": self._name, "kind": kind, "metric": metric, "message": message}
-        self.events.append(("alert", {"id": pk, **about}))
+        about = {"kind": kind, "metric": metric, "message": message}
+        pk = insert(self.db, "alert", run=self.run, opened=time.time(), **about)
+        self.events.append(("alert", {"id": pk, "run": self._name, **about}))
 
     def resolve(self, *kinds: str, metric: str | None = None) -> None:
         """Alerts of these kinds are over: those of a metric, or all."""

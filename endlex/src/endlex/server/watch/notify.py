@@ -31,7 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from endlex.protocol import CONSOLE, EXCEPTION, EndlexError
 from endlex.server.settings import Settings
-from endlex.server.store.database import Database, dicts
+from endlex.server.store.database import Database, dicts, update
 
 logger = logging.getLogger("endlex")
 
@@ -113,8 +113,7 @@ class Notifier:
         pending.due = time.monotonic() + FIRST_PAUSE * 2**pending.attempts
         pending.attempts += 1
         if not pending.left or pending.attempts >= ATTEMPTS:
-            query, values = "UPDATE alert SET sent=1 WHERE pk=?", (alert["id"],)
-            self._database.write(lambda db: db.execute(query, values).rowcount).result()
+            self._database.write(lambda db: update(db, "alert", alert["id"], sent=1)).result()
             del self._pending[alert["id"]]
 
 
