@@ -34,6 +34,7 @@ from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
 from endlex.server.api.security import Guard, is_loopback
 from endlex.server.errors import ApiError, disk_full, is_disk_full
+from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server
 from endlex.server.store.retention import sweep
@@ -105,9 +106,9 @@ def _describe(wrong: Any) -> str:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    server = await asyncio.to_thread(Server, app.state.data, app.state.settings)
+    hub = Hub(asyncio.get_running_loop())
+    server = await asyncio.to_thread(Server, app.state.data, app.state.settings, hub)
     app.state.server = server
-    server.hub.start(asyncio.get_running_loop())
     jobs = ((_watch, WATCH_SECONDS), (_clean, CLEAN_SECONDS))
     timers = [asyncio.create_task(_repeat(job, server, pause)) for job, pause in jobs]
     try:

@@ -32,26 +32,21 @@ class _Reader:
 class Hub:
     """Hands events from the threads that make them to the readers that wait."""
 
-    def __init__(self) -> None:
-        self._readers: set[_Reader] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Say on which loop the readers live."""
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is where the readers live."""
         self._loop = loop
+        self._readers: set[_Reader] = set()
 
     def stop(self) -> None:
         """End every reader's stream."""
-        self._loop = None
         for reader in self._readers:
             reader.dropped = True
             reader.wake.set()
 
     def publish(self, kind: str, content: dict[str, Any]) -> None:
         """Tell every reader, from any thread; `content` names its run under `run`."""
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._spread, kind, content)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._spread, kind, content)
 
     def _spread(self, kind: str, content: dict[str, Any]) -> None:
         run = content.get("run") or ""

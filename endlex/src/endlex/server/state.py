@@ -29,9 +29,9 @@ T = TypeVar("T")
 class Server:
     """The parts of a server on a data directory, which is made if missing; `close` ends them."""
 
-    def __init__(self, data: DataDir, settings: Settings) -> None:
+    def __init__(self, data: DataDir, settings: Settings, hub: Hub) -> None:
         data.create()
-        self.settings, self.data = settings, data
+        self.settings, self.data, self.hub = settings, data, hub
         self.read = Pool(4, "endlex-read")
         """Runs reads of the database."""
         self.file = Pool(4, "endlex-file")
@@ -40,7 +40,7 @@ class Server:
         """Decodes incoming batches."""
         self.quick = Pool(1, "endlex-quick")
         """Answers questions of a millisecond at most, which must not wait behind a long read."""
-        self.database, self.hub, self.watch = Database(data.database), Hub(), Watch(settings, data)
+        self.database, self.watch = Database(data.database), Watch(settings, data)
         self.auth = Auth(settings, self.database, self.quick)
         self.blobs = Blobs(settings, data, self.file)
         self.checkpoints = Checkpoints(self.database, self.blobs, self.hub)

@@ -162,11 +162,8 @@ def _prune(server: Server, asked: Pruning) -> dict[str, Any]:
             news = {"run": item["run"], "name": item["name"], "state": REMOVED}
             server.hub.publish("checkpoint", news)
     if asked.deleted:
-        for pk, run_id in retention.deleted_runs(server.database.reader(), time.time() + 1):
-            if asked.run in (None, run_id):
-                answer["removed"].append({"run": run_id, "name": None, "bytes": 0})
-                if not asked.dry_run:
-                    retention.purge_run(server.database, pk)
+        gone = retention.purge_runs(server.database, time.time() + 1, asked.run, asked.dry_run)
+        answer["removed"] += [{"run": run, "name": None, "bytes": 0} for run in gone]
     if not asked.dry_run:
         retention.collect_parts(server.database, server.blobs)
     return answer

@@ -138,14 +138,13 @@ def _set_state(db: Connection, run: str, session: str, report: StateReport) -> l
     )
     if keep or state.status == report.status:
         return []
-    status = sessions.update_run(db, state.run)
-    book = Book(db, state.run, run)
+    news, book = sessions.update_run(db, state.run), Book(db, state.run)
     if state.status == protocol.LOST:
         book.resolve("lost")
     if report.status == protocol.CRASHED:
         reason = report.reason and report.reason[: protocol.MAX_REASON_CHARS]
         book.tell_end(state, protocol.CRASHED, reason)
-    return [("run", {"run": run, "updated": time.time(), "status": status}), *book.events]
+    return [news, *book.events]
 
 
 @dataclass(frozen=True)
@@ -218,9 +217,8 @@ def _store(
         append_points(db, _update_metric(db, state.run, name, points), state.pk, points)
     store_records(db, state.run, batch.records)
     sessions.advance_session(db, state, reached, batch)
-    alerts = server.watch.observe(db, state, run, batch)
-    status = sessions.update_run(db, state.run)
-    return reached, [*_news(run, status, batch), *alerts]
+    alerts = server.watch.observe(db, state, batch)
+    return reached, [sessions.update_run(db, state.run), *_news(run, batch), *alerts]
 
 
 def _update_metric(db: Connection, run: int, name: str, points: Points) -> int:
@@ -241,8 +239,8 @@ def _update_metric(db: Connection, run: int, name: str, points: Points) -> int:
     return pk
 
 
-def _news(run: str, status: str, batch: Batch) -> list[Event]:
-    news: list[Event] = [("run", {"run": run, "updated": time.time(), "status": status})]
+def _news(run: str, batch: Batch) -> list[Event]:
+    news: list[Event] = []
     if batch.points:
         last = max(int(points.steps[-1]) for points in batch.points.values())
         news.append(("metrics", {"run": run, "metrics": list(batch.points), "last_step": last}))

@@ -93,22 +93,20 @@ class Checkpoints:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
         found = dicts(
             db,
-            "SELECT pk, state, error, bytes, manifest AS whole, aliases, metadata, removed, reason "
+            "SELECT pk, state, error, bytes, manifest AS text, aliases, metadata, removed, reason "
             "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
             (find_run(db, run), name),
         )
         if not found:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
         known = found[0]
-        answer = {key: known[key] for key in ("state", "bytes")}
-        answer |= {k: known[k] for k in ("removed", "reason", "error") if known[k] is not None}
+        told = ["state", "bytes", *(["aliases", "metadata"] if whole else [])]
+        told += [key for key in ("removed", "reason", "error") if known[key] is not None]
+        answer = {key: known[key] for key in told}
         if known["state"] == "verifying":
             done = self._progress.get(known["pk"], 0)
             answer |= {"done_bytes": done, "total_bytes": known["bytes"]}
-        if not whole:
-            return answer
-        kept = {key: known[key] for key in ("aliases", "metadata")}
-        return {**orjson.loads(known["whole"]), **kept, **answer}
+        return orjson.loads(known["text"]) | answer if whole else answer
 
     def find_file(self, db: Connection, run: str, name: str, path: str) -> ManifestFile:
         """Return a file of a published checkpoint, or raise an `ApiError` 404."""
@@ -147,13 +145,10 @@ class Checkpoints:
             return True
 
         def finish(db: Connection) -> list[str] | None:
-            changed = db.execute(
-                "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
-                "AND manifest=?",
-                (state, error, pk, text),
-            )
-            if changed.rowcount != 1:
+            query = "SELECT 1 FROM checkpoint WHERE pk=? AND state='verifying' AND manifest=?"
+            if db.execute(query, (pk, text)).fetchone() is None:
                 return None
+            update(db, "checkpoint", pk, state=state, error=error)
             return remove_replaced(db, pk) if state == "published" else []
 
         replaced = self._database.write(finish).result()

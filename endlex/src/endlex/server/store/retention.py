@@ -15,6 +15,7 @@ clock of its file, which is set whenever a client asks whether the part is here 
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from sqlite3 import Connection
@@ -36,7 +37,7 @@ UNDO_SECONDS = 7 * 86400.0
 """Seconds during which a deleted run can be brought back."""
 SLICE = 200
 """Rows of series or segments deleted per transaction, so that other writes get their turn."""
-OF_A_RUN = (
+RUN_TABLES = (
     *("metric", "text", "data_table", "media", "media_part", "alert"),
     *("session", "run_config", "checkpoint"),
 )
@@ -177,15 +178,19 @@ def remove_replaced(db: Connection, pk: int) -> list[str]:
     return [name for _, name in older]
 
 
-def deleted_runs(db: Connection, before: float) -> list[tuple[int, str]]:
-    """Return key and id of the runs that were deleted before a moment (Unix seconds)."""
-    return db.execute("SELECT pk, id FROM run WHERE deleted < ?", (before,)).fetchall()
+def purge_runs(
+    database: Database, before: float, only: str | None = None, dry: bool = False
+) -> list[str]:
+    """Remove all of the runs that were deleted before a moment (Unix seconds); return their ids.
 
-
-def purge_run(database: Database, run: int) -> None:
-    """Remove all of a deleted run, a slice at a time; stops if it is brought back. In a thread."""
-    while not database.write(lambda db: _purge_slice(db, run)).result():
-        pass
+    A run goes a slice at a time, and no further if it is brought back. Call it in a thread.
+    """
+    query = "SELECT pk, id FROM run WHERE deleted < ? AND id = coalesce(?, id)"
+    runs = database.reader().execute(query, (before, only)).fetchall()
+    for pk, _ in () if dry else runs:
+        while not database.write(partial(_purge_slice, run=pk)).result():
+            pass
+    return [run for _, run in runs]
 
 
 def _purge_slice(db: Connection, run: int) -> bool:
@@ -207,11 +212,11 @@ def _purge_slice(db: Connection, run: int) -> bool:
     ).rowcount
     if series or segments:
         return False
-    db.execute(
-        "DELETE FROM checkpoint_part WHERE checkpoint IN (SELECT pk FROM checkpoint WHERE run=?)",
-        (run,),
+    parts = (
+        "DELETE FROM checkpoint_part WHERE checkpoint IN (SELECT pk FROM checkpoint WHERE run=?)"
     )
-    for table in OF_A_RUN:
+    db.execute(parts, (run,))
+    for table in RUN_TABLES:
         db.execute(f"DELETE FROM {table} WHERE run=?", (run,))
     db.execute("DELETE FROM run WHERE pk=?", (run,))
     return True
@@ -229,6 +234,5 @@ def collect_parts(database: Database, blobs: Blobs) -> int:
 
 def sweep(database: Database, blobs: Blobs) -> None:
     """Purge what was deleted a week ago, then collect parts; every hour, in a thread."""
-    for pk, _ in deleted_runs(database.reader(), time.time() - UNDO_SECONDS):
-        purge_run(database, pk)
+    purge_runs(database, time.time() - UNDO_SECONDS)
     collect_parts(database, blobs)

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, Va
 
 from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
+from endlex.server.events import Event
 from endlex.server.store.database import insert, update
 from endlex.server.store.records import Batch
 from endlex.server.store.search import store_config
@@ -175,14 +176,14 @@ def was_resumed(db: Connection, state: SessionState) -> bool:
     return db.execute(query, (state.pk,)).fetchone() is not None
 
 
-def update_run(db: Connection, run: int, now: float | None = None) -> str:
-    """Set a run's status to that of its newest trainer session, of the lowest rank; return it."""
-    status: str = db.execute(
+def update_run(db: Connection, run: int, now: float | None = None) -> Event:
+    """Set a run's status to that of its newest trainer session, of the lowest rank; return news."""
+    name, status, updated = db.execute(
         "UPDATE run SET updated=?, status=(SELECT status FROM session WHERE session.run=run.pk "
-        "ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1) WHERE pk=? RETURNING status",
+        "ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1) WHERE pk=? RETURNING id, status, updated",
         (time.time() if now is None else now, SYSTEM, run),
-    ).fetchone()[0]
-    return status
+    ).fetchone()
+    return "run", {"run": name, "updated": updated, "status": status}
 
 
 SHORT_SEGMENT = 64 * 1024

@@ -130,15 +130,13 @@ class Watch:
         """Forget trends before the next batch, in any thread: one was undone and comes again."""
         self._is_doubted = True
 
-    def observe(
-        self, db: Connection, state: SessionState, run_id: str, batch: Batch
-    ) -> list[Event]:
+    def observe(self, db: Connection, state: SessionState, batch: Batch) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
         if self._is_doubted:
             self._is_doubted = False
             self._trends.clear()
             self._since.clear()
-        book = Book(db, state.run, run_id)
+        book = Book(db, state.run)
         self._judge_rules(book, batch)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
@@ -164,21 +162,21 @@ class Watch:
     def sweep(self, db: Connection) -> list[Event]:
         """Look for problems that no data shows: silence, and the server's own disk filling up."""
         now = time.time()
-        book = Book(db, None, None)
+        book = Book(db, None)
         free = shutil.disk_usage(self._data.root).free
         said = f"the server's own disk has {free / 2**30:.2f} GiB left"
         book.judge("disk", "", said, begins=free < 2 * self._reserve, ends=free > 3 * self._reserve)
         events = book.events + self._lost(db, now)
         rows = db.execute(
-            "SELECT run.pk, run.id, max(session.last_seen) FROM run JOIN session "
+            "SELECT run.pk, max(session.last_seen) FROM run JOIN session "
             "ON session.run = run.pk WHERE run.status='running' AND run.archived=0 "
             "AND run.deleted IS NULL AND session.kind=? GROUP BY run.pk",
             (TRAINER,),
         ).fetchall()
-        for run, run_id, seen in rows:
+        for run, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = Book(db, run, run_id)
+                book = Book(db, run)
                 book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
                 events += book.events
         return events
@@ -189,17 +187,16 @@ class Watch:
             return []
         events: list[Event] = []
         rows = db.execute(
-            "SELECT session.pk, run.pk, run.id, session.kind, coalesce(heard, last_seen), updated "
+            "SELECT session.pk, run.pk, session.kind, coalesce(heard, last_seen), updated "
             "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' "
             "AND coalesce(heard, last_seen) < ?",
             (now - LOST_SECONDS,),
         ).fetchall()
-        for session, run, run_id, kind, heard, updated in rows:
+        for session, run, kind, heard, updated in rows:
             update(db, "session", session, status=LOST)
-            status = update_run(db, run, updated)
-            events.append(("run", {"run": run_id, "updated": updated, "status": status}))
+            events.append(update_run(db, run, updated))
             if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = Book(db, run, run_id)
+                book = Book(db, run)
                 book.resolve("stall")
                 silent = f"{(now - heard) / 60:.0f} minutes"
                 book.tell("lost", "", f"nothing was heard of the training box for {silent}")
@@ -290,8 +287,8 @@ def _watch_disk(book: Book, name: str, last: float) -> None:
 class Book:
     """The unresolved alerts of one run, or of the server, as one transaction changes them."""
 
-    def __init__(self, db: Connection, run: int | None, name: str | None) -> None:
-        self.db, self.run, self._name = db, run, name
+    def __init__(self, db: Connection, run: int | None) -> None:
+        self.db, self.run = db, run
         query = "SELECT kind, metric FROM alert WHERE run IS ? AND resolved IS NULL"
         self._unresolved: set[tuple[str, str]] = set(db.execute(query, (run,)))
         self.events: list[Event] = []
@@ -310,7 +307,8 @@ class Book:
         self._unresolved.add((kind, metric))
         about = {"kind": kind, "metric": metric, "message": message}
         pk = insert(self.db, "alert", run=self.run, opened=time.time(), **about)
-        self.events.append(("alert", {"id": pk, "run": self._name, **about}))
+        found = self.db.execute("SELECT id FROM run WHERE pk=?", (self.run,)).fetchone()
+        self.events.append(("alert", {"id": pk, "run": found and found[0], **about}))
 
     def resolve(self, *kinds: str, metric: str | None = None) -> None:
         """Alerts of these kinds are over: those of a metric, or all."""
