@@ -53,13 +53,8 @@ def create_token(
 ) -> str:
     """Make a token and return it; this is the only time that it is seen.
 
-    Args:
-        data_dir: made if missing; its server may be running.
-        name: for people, such as the box that it is for.
-        runs: ids of runs that become its own, as if it had created them.
-
-    Raises:
-        EndlexError: the name, a scope or an id is not one.
+    The data directory is made if missing; its server may be running. `runs` are ids of runs that
+    become the token's own. A name, scope or id that is none is an `EndlexError`.
     """
     check_name(name, "token name")
     unknown = [scope for scope in scopes if scope not in SCOPES]
@@ -68,34 +63,30 @@ def create_token(
         raise UsageError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
     token = PREFIX + secrets.token_urlsafe(32)
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
-    for run in runs:
-        check_run_id(run)
+    rows = [check_run_id(run) for run in {*runs}]
     with _database(data_dir) as db:
         about = {"name": name, "scopes": kept, "created": time.time()}
         pk = insert(db, "token", hash=hash_secret(token), **about)
-        db.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
+        db.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, run) for run in rows])
     return token
 
 
 def grant_runs(data_dir: Path, token: str, runs: list[str]) -> None:
-    """Make runs a token's own, by the token's id or name and the runs' ids.
-
-    A token that is not in use, or an id that is none, is an `EndlexError`.
-    """
+    """Make runs a token's own, by ids or the token's name; what is none is an `EndlexError`."""
     with _database(data_dir) as db:
         pairs = [(pk, check_run_id(run)) for pk in _in_use(db, token) for run in runs]
         db.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
 
 
 def revoke_token(data_dir: Path, token: str) -> int:
-    """Revoke tokens by id or by name, end their logins, and return how many they were.
+    """Revoke tokens by id or by name, which ends their logins, and return how many they were.
 
     It is an `EndlexError` that none of that id or name still counts.
     """
     with _database(data_dir) as db:
         keys = _in_use(db, token)
-        now = time.time()
-        db.executemany("UPDATE token SET revoked=? WHERE pk=?", [(now, pk) for pk in keys])
+        for pk in keys:
+            update(db, "token", pk, revoked=time.time())
     return len(keys)
 
 
@@ -153,20 +144,21 @@ class Auth:
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
         """Let a request pass that has one of `scopes`, for the run that its path names.
 
-        With `creates` the request may create that run, which is then the token's own.
-
-        Raises:
-            ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
-                that is not its own, 429.
+        With `creates` the request may create that run, which is then the token's own. An `ApiError`
+        is 401 without a token that counts, 403 with one of other scopes or runs, or 429.
         """
-        secret, cookie = _bearer(request), request.cookies.get(COOKIE)
+        kind, _, sent = request.headers.get("authorization", "").partition(" ")
+        secret = sent.strip() if kind.lower() == "bearer" else ""
+        cookie = request.cookies.get(COOKIE)
         any_made, found = await self._ask(_find, secret, cookie)
         if not self._settings.public and not any_made:
             return
         if found is None:
             raise self._refusal(request, secret)
         token, granted = found
-        self._note_use(token)
+        if time.time() - self._used.get(token, 0) > LAST_USED_EVERY:
+            now = self._used[token] = time.time()
+            self._database.write(lambda db: update(db, "token", token, last_used=now))
         usable = granted.intersection(scopes)
         if not usable:
             has = ", ".join(scope for scope in SCOPES if scope in granted)
@@ -211,7 +203,7 @@ class Auth:
         query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
         await self._write(lambda db: db.execute(query, values).rowcount)
 
-    def _refusal(self, request: Request, secret: str | None) -> ApiError:
+    def _refusal(self, request: Request, secret: str) -> ApiError:
         headers = {"WWW-Authenticate": "Bearer"}
         if not secret:
             return ApiError(401, "a token is needed: set ENDLEX_TOKEN, or log in", headers)
@@ -228,14 +220,8 @@ class Auth:
         message = "the token is not known, or revoked: make one with `endlex token create`"
         return ApiError(401, message, headers)
 
-    def _note_use(self, token: int) -> None:
-        now = time.time()
-        if now - self._used.get(token, 0) > LAST_USED_EVERY:
-            self._used[token] = now
-            self._database.write(lambda db: update(db, "token", token, last_used=now))
 
-
-def _find(db: Connection, secret: str | None, cookie: str | None) -> tuple[bool, Granted | None]:
+def _find(db: Connection, secret: str, cookie: str | None) -> tuple[bool, Granted | None]:
     """Return whether any token was ever made, and the one that a request carries.
 
     Only hashes of random secrets are compared, so the time that this takes reveals nothing.
@@ -244,7 +230,7 @@ def _find(db: Connection, secret: str | None, cookie: str | None) -> tuple[bool,
     row = db.execute(
         "SELECT pk, scopes FROM token WHERE revoked IS NULL AND (hash=? OR "
         "pk=(SELECT token FROM login WHERE hash=? AND expires > ?))",
-        (hash_secret(secret or ""), hash_secret("" if secret else cookie or ""), time.time()),
+        (hash_secret(secret), hash_secret("" if secret else cookie or ""), time.time()),
     ).fetchone()
     return any_made, (row[0], frozenset(row[1].split(","))) if row else None
 
@@ -270,11 +256,6 @@ def _claim(db: Connection, token: int, run: str) -> bool:
         return False
     db.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
     return True
-
-
-def _bearer(request: Request) -> str | None:
-    kind, _, secret = request.headers.get("authorization", "").partition(" ")
-    return secret.strip() if kind.lower() == "bearer" and secret.strip() else None
 
 
 def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaitable[None]]:

@@ -48,11 +48,10 @@ def append_points(db: Connection, metric: int, session: int, points: Points) -> 
     for start in range(0, len(points), CHUNK_POINTS):
         piece = points[start : start + CHUNK_POINTS]
         bounds = (len(piece), int(piece.steps.min()), int(piece.steps.max()))
-        db.execute(
-            "INSERT OR REPLACE INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (first + chunks, *bounds, *piece.pack()),
-        )
-        store_peaks(db, first + chunks, piece)
+        query = "INSERT OR REPLACE INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)"
+        db.execute(query, (first + chunks, *bounds, *piece.pack()))
+        query = "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        db.execute(query, (first + chunks, *_summary(piece)))
         chunks, tail = chunks + 1, len(piece)
     db.execute(
         "UPDATE series SET chunks=?, tail=?, count=count+? WHERE pk=?", (chunks, tail, total, pk)
@@ -138,26 +137,20 @@ def delete_series(db: Connection, series: int) -> None:
 
 BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2
-
-
 Shape = tuple[NDArray[Any], NDArray[np.float64], int]
 """Ascending x and y of points that show a curve's shape, and how many points the curve has."""
 
 
-def store_peaks(db: Connection, chunk: int, points: Points) -> None:
-    """Store the summary of a chunk, in place of what there was."""
+def _summary(points: Points) -> tuple[Any, ...]:
+    """Return what the table `peak` has of a chunk, besides its key."""
     steps, times = points.steps, points.times
     ordered = bool((steps[1:] > steps[:-1]).all() and (times[1:] >= times[:-1]).all())
-    usable = ordered and np.isfinite(points.numbers).all()
     content = b""
-    if usable:
+    if ordered and np.isfinite(points.numbers).all():
         chosen = np.unique(extremes(points.numbers, points.numbers, BLOCK))
         content = b"".join(points[chosen].pack())
     ends = (int(steps[0]), int(steps[-1]), float(times[0]), float(times[-1]))
-    db.execute(
-        "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (chunk, len(steps), *ends, int(ordered), content),
-    )
+    return len(steps), *ends, int(ordered), content
 
 
 def extremes(low: NDArray[np.float64], high: NDArray[np.float64], width: int) -> NDArray[np.intp]:
