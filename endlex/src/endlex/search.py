@@ -180,25 +180,18 @@ def names_in(query: Query) -> list[Key]:
 
 
 def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[str]) -> None:
-    """Make sure that what is searched or sorted by is there.
-
-    Raises:
-        SearchError: no run has a metric or key of that name; the message has the nearest ones.
-    """
-    known = {"config": list(config), "last": list(metrics)}
-    known["any"] = [*known["last"], *known["config"]]
+    """Raise a `SearchError`, with the nearest names, where no run has a metric or key."""
+    metrics, config = list(metrics), list(config)
+    known = {"config": config, "any": [*metrics, *config]}
     for key in keys:
-        there = known.get(key.kind, known["last"])
-        if key.kind != "field" and not any(key.name.matches(name) for name in there):
-            raise SearchError(f"no run has {str(key)!r}{did_you_mean(str(key.name), there)}")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the names that are near, else nothing."""
-    by_case = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), by_case, 3, 0.6)
-    near = near or [one for one in by_case if name.lower() in one.split("/")[-1]][:3]
-    return f"; did you mean {' or '.join(by_case[one] for one in near)}?" if near else ""
+        there = known.get(key.kind, metrics)
+        if key.kind == "field" or any(key.name.matches(name) for name in there):
+            continue
+        name, by_case = str(key.name).lower(), {one.lower(): one for one in there}
+        near = difflib.get_close_matches(name, by_case, 3, 0.6)
+        near = near or [one for one in by_case if name in one.split("/")[-1]][:3]
+        said = f"; did you mean {' or '.join(by_case[one] for one in near)}?" if near else ""
+        raise SearchError(f"no run has {str(key)!r}{said}")
 
 
 def matches(query: Query, run: Mapping[str, Any]) -> bool:
@@ -207,16 +200,13 @@ def matches(query: Query, run: Mapping[str, Any]) -> bool:
 
 
 def _holds(term: Term, run: Mapping[str, Any]) -> bool:
-    if term.key is None:
-        return any(_in_field(term.text, field, run, anywhere=True) for field in ANYWHERE)
-    if term.key.kind == "field":
-        return _in_field(term.text, str(term.key.name), run) != (term.operator == "!=")
-    return any(compare(value, term) for value in values_of(term.key, run))
-
-
-def _in_field(text: Text, field: str, run: Mapping[str, Any], anywhere: bool = False) -> bool:
-    value = run.get(KEYS_OF_RUN.get(field, field))
-    return any(text.matches(v, anywhere) for v in (value if isinstance(value, list) else [value]))
+    if term.key is not None and term.key.kind != "field":
+        return any(compare(value, term) for value in values_of(term.key, run))
+    fields = ANYWHERE if term.key is None else (str(term.key.name),)
+    values = [run.get(KEYS_OF_RUN.get(field, field)) for field in fields]
+    texts = [text for v in values for text in (v if isinstance(v, list) else [v])]
+    found = any(term.text.matches(text, anywhere=term.key is None) for text in texts)
+    return found != (term.operator == "!=")
 
 
 def compare(value: Any, term: Term) -> bool:

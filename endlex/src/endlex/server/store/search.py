@@ -141,19 +141,21 @@ def read_values(db: Connection, runs: list[int], keys: dict[str, Key]) -> dict[i
 def count_names(db: Connection, where: Condition) -> dict[str, Any]:
     """Return the metrics of the runs found, with the number of runs that have each, and the keys
     of their configurations, with the number of runs and of different values; and every project."""
-    chosen = f"run IN (SELECT pk FROM run WHERE {where[0]})"
-    metrics = db.execute(
-        f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name", where[1]
-    ).fetchall()
-    config = db.execute(
+    condition, values = where
+    chosen = f"run IN (SELECT pk FROM run WHERE {condition})"
+    metrics = f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name"
+    config = (
         "SELECT key, count(*), count(DISTINCT coalesce(number, text)) FROM run_config "
-        f"WHERE {chosen} GROUP BY key ORDER BY key",
-        where[1],
-    ).fetchall()
-    projects = db.execute(
+        f"WHERE {chosen} GROUP BY key ORDER BY key"
+    )
+    projects = (
         "SELECT project, count(*) FROM run WHERE deleted IS NULL GROUP BY project ORDER BY project"
-    ).fetchall()
-    return {"metrics": metrics, "config": config, "projects": projects}
+    )
+    return {
+        "metrics": db.execute(metrics, values).fetchall(),
+        "config": db.execute(config, values).fetchall(),
+        "projects": db.execute(projects).fetchall(),
+    }
 
 
 MAX_KEYS = 2000

@@ -69,25 +69,21 @@ def read_points(
 ) -> Points:
     """Return a metric's points from step `first` to `last`, sorted by step, each step once.
 
-    Args:
-        times: without them `Points.times` is empty, and a third less is read.
-        session: return only what this one logged.
+    Without `times` the points have none, and a third less is read; `session` reads only its own.
     """
     columns = "steps, numbers, times" if times else "steps, numbers"
     query = f"SELECT {columns} FROM chunk WHERE pk >= ? AND pk < ?"
-    whole, bounds = (first, last) == (-np.inf, np.inf), list[float]()
-    if not whole:
-        query, bounds = f"{query} AND max_step >= ? AND min_step <= ?", [first, last]
     chunks: list[tuple[bytes, ...]] = []
     for keys in chunk_keys(db, metric, session):
-        chunks += db.execute(f"{query} ORDER BY pk", [*keys, *bounds]).fetchall()
+        wanted = f"{query} AND max_step >= ? AND min_step <= ? ORDER BY pk"
+        chunks += db.execute(wanted, (*keys, first, last)).fetchall()
     if not chunks:
         return Points.unpack(b"", b"")
     points = Points.unpack(*map(b"".join, zip(*chunks, strict=True)))
     steps = points.steps
     if not (steps[1:] > steps[:-1]).all():  # sort, and keep the last of equals
         points = points[len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]]
-    return points if whole else points[slice_between(points.steps, first, last)]
+    return points[slice_between(points.steps, first, last)]
 
 
 def slice_between(x: NDArray[Any], first: float, last: float) -> slice:
@@ -176,10 +172,8 @@ def read_sampled(
 ) -> Shape | None:
     """Return a range of a metric drawn from summaries, or None where all points must be read.
 
-    Args:
-        series_ranges: those of `chunk_keys`.
-        first, last: the range of x (time or step); both ends are in it.
-        points: how many the chart will have; there must be several candidates for each.
+    `series_ranges` are those of `chunk_keys`; `first` and `last` (times or steps) are both in the
+    range. There must be several candidates for each of the chart's `points`.
     """
     rows: list[tuple[Any, ...]] = []
     for keys in series_ranges:
