@@ -138,13 +138,13 @@ def _set_state(db: Connection, run: str, session: str, report: StateReport) -> l
     )
     if keep or state.status == report.status:
         return []
-    news, book = sessions.update_run(db, state.run), Book(db, state.run)
+    book = Book(db, state.run, [sessions.update_run(db, state.run)])
     if state.status == protocol.LOST:
         book.resolve("lost")
     if report.status == protocol.CRASHED:
         reason = report.reason and report.reason[: protocol.MAX_REASON_CHARS]
         book.tell_end(state, protocol.CRASHED, reason)
-    return [news, *book.events]
+    return book.events
 
 
 @dataclass(frozen=True)

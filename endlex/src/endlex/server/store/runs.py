@@ -78,7 +78,7 @@ def list_runs(db: Connection, query: RunQuery) -> dict[str, Any]:
     """Return the runs that match and how many they are; a wrong search is an `EndlexError`."""
     where, values = _where(db, query)
     total = db.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
-    order, order_values = _order(db, query.sort)
+    order, order_values = search.sort_order(db, query.sort)
     listed = f"SELECT {RUN_COLUMNS} FROM run WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?"
     runs = dicts(db, listed, [*values, *order_values, query.limit, query.offset])
     keys = [run["number"] for run in runs]
@@ -107,17 +107,6 @@ def _where(db: Connection, query: RunQuery) -> Condition:
             conditions.append((f"run.{column} = ?", [value]))
     values = [value for _, given in conditions for value in given]
     return " AND ".join(text for text, _ in conditions), values
-
-
-def _order(db: Connection, sort: str) -> Condition:
-    """Return an ORDER BY expression and its values; runs without the key come last."""
-    name = sort.removeprefix("-")
-    key = parse_key(name, True)
-    if name not in search.COLUMNS:
-        search.require_names(db, [key])
-    expression, values = search.sort_expression(key, name)
-    direction = "DESC" if sort.startswith("-") else "ASC"
-    return f"{expression} {direction} NULLS LAST, run.pk DESC", values
 
 
 def _summaries(db: Connection, keys: list[int]) -> dict[int, dict[str, Any]]:

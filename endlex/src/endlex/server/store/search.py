@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from endlex.protocol import SYSTEM
-from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, names_in
+from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, names_in, parse_key
 
 Condition = tuple[str, list[Any]]
 
@@ -111,16 +111,24 @@ def _test(term: Term) -> Condition:
     return condition, [term.text.like(), term.number]
 
 
-def sort_expression(key: Key, name: str) -> Condition:
-    """Return what to order by: a column of the run, a metric's figure, or a configuration key."""
-    if name in COLUMNS:
-        return f"{COLUMNS[name]} COLLATE PEOPLE", []
-    figures = ", ".join(
-        f"(SELECT {'coalesce(number, text)' if kind == 'config' else 'number'} "
-        f"FROM ({FIGURES[kind]}) AS figure WHERE figure.run = run.pk AND figure.name = ?)"
-        for kind in _kinds(key)
-    )
-    return f"coalesce({figures}, NULL) COLLATE PEOPLE", [str(key.name)] * len(_kinds(key))
+def sort_order(db: Connection, sort: str) -> Condition:
+    """Return an ORDER BY expression and its values; runs without the key come last.
+
+    A name that no run has is a `SearchError`.
+    """
+    name = sort.removeprefix("-")
+    direction = "DESC" if sort.startswith("-") else "ASC"
+    expression, values = COLUMNS.get(name, ""), list[Any]()
+    if not expression:
+        key = parse_key(name, True)
+        require_names(db, [key])
+        figures = ", ".join(
+            f"(SELECT {'coalesce(number, text)' if kind == 'config' else 'number'} "
+            f"FROM ({FIGURES[kind]}) AS figure WHERE figure.run = run.pk AND figure.name = ?)"
+            for kind in _kinds(key)
+        )
+        expression, values = f"coalesce({figures}, NULL)", [str(key.name)] * len(_kinds(key))
+    return f"{expression} COLLATE PEOPLE {direction} NULLS LAST, run.pk DESC", values
 
 
 def read_values(db: Connection, runs: list[int], keys: dict[str, Key]) -> dict[int, dict[str, Any]]:

@@ -136,7 +136,7 @@ class Watch:
             self._is_doubted = False
             self._trends.clear()
             self._since.clear()
-        book = Book(db, state.run)
+        book = Book(db, state.run, [])
         self._judge_rules(book, batch)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
@@ -161,12 +161,13 @@ class Watch:
 
     def sweep(self, db: Connection) -> list[Event]:
         """Look for problems that no data shows: silence, and the server's own disk filling up."""
-        now = time.time()
-        book = Book(db, None)
+        now, events = time.time(), list[Event]()
         free = shutil.disk_usage(self._data.root).free
         said = f"the server's own disk has {free / 2**30:.2f} GiB left"
-        book.judge("disk", "", said, begins=free < 2 * self._reserve, ends=free > 3 * self._reserve)
-        events = book.events + self._lost(db, now)
+        full, fine = free < 2 * self._reserve, free > 3 * self._reserve
+        Book(db, None, events).judge("disk", "", said, begins=full, ends=fine)
+        if now - self._started >= LOST_SECONDS:
+            _mark_lost(db, now, events)
         rows = db.execute(
             "SELECT run.pk, max(session.last_seen) FROM run JOIN session "
             "ON session.run = run.pk WHERE run.status='running' AND run.archived=0 "
@@ -176,31 +177,8 @@ class Watch:
         for run, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = Book(db, run)
-                book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
-                events += book.events
-        return events
-
-    def _lost(self, db: Connection, now: float) -> list[Event]:
-        """Mark running sessions as lost that sent nothing although the server was up."""
-        if now - self._started < LOST_SECONDS:
-            return []
-        events: list[Event] = []
-        rows = db.execute(
-            "SELECT session.pk, run.pk, session.kind, coalesce(heard, last_seen), updated "
-            "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' "
-            "AND coalesce(heard, last_seen) < ?",
-            (now - LOST_SECONDS,),
-        ).fetchall()
-        for session, run, kind, heard, updated in rows:
-            update(db, "session", session, status=LOST)
-            events.append(update_run(db, run, updated))
-            if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = Book(db, run)
-                book.resolve("stall")
-                silent = f"{(now - heard) / 60:.0f} minutes"
-                book.tell("lost", "", f"nothing was heard of the training box for {silent}")
-                events += book.events
+                said = f"nothing was logged for {silent / 60:.0f} minutes"
+                Book(db, run, events).tell("stall", "", said)
         return events
 
     def _judge_rules(self, book: Book, batch: Batch) -> None:
@@ -265,6 +243,22 @@ class Watch:
             book.judge("rising", name, said, begins=risen, ends=not rises[-1])
 
 
+def _mark_lost(db: Connection, now: float, events: list[Event]) -> None:
+    """Mark running sessions as lost that sent nothing although the server was up."""
+    rows = db.execute(
+        "SELECT session.pk, run.pk, session.kind, coalesce(heard, last_seen) AS last, updated "
+        "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' AND last < ?",
+        (now - LOST_SECONDS,),
+    ).fetchall()
+    for session, run, kind, heard, updated in rows:
+        update(db, "session", session, status=LOST)
+        events.append(update_run(db, run, updated))
+        if kind == TRAINER and now - heard < QUIET_AFTER:
+            book, silent = Book(db, run, events), f"{(now - heard) / 60:.0f} minutes"
+            book.resolve("stall")
+            book.tell("lost", "", f"nothing was heard of the training box for {silent}")
+
+
 def is_more_better(name: str) -> bool:
     """Tell by the words of a metric's name whether more is better; of a loss it never is."""
     text = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -285,13 +279,12 @@ def _watch_disk(book: Book, name: str, last: float) -> None:
 
 
 class Book:
-    """The unresolved alerts of one run, or of the server, as one transaction changes them."""
+    """The unresolved alerts of one run, or of the server; each change is added to `events`."""
 
-    def __init__(self, db: Connection, run: int | None) -> None:
-        self.db, self.run = db, run
+    def __init__(self, db: Connection, run: int | None, events: list[Event]) -> None:
+        self.db, self.run, self.events = db, run, events
         query = "SELECT kind, metric FROM alert WHERE run IS ? AND resolved IS NULL"
         self._unresolved: set[tuple[str, str]] = set(db.execute(query, (run,)))
-        self.events: list[Event] = []
 
     def judge(self, kind: str, metric: str, message: str, *, begins: bool, ends: bool) -> None:
         """Open an alert where it begins, unless it is open; resolve it where it ends."""
