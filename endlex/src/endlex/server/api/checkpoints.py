@@ -66,7 +66,7 @@ async def missing(request: Request, server: Here) -> Response:
 async def put_part(request: Request, server: Here, sha256: str, offset: int = 0) -> Response:
     check_sha256(sha256)
     declared = request.headers.get("content-length", "")
-    length = int(declared) if declared.isdecimal() else None
+    length = int(declared) if declared.isdecimal() else 0
     body = iter_body(request)
     try:
         new = await server.blobs.receive(sha256, offset, length, body)
@@ -118,29 +118,24 @@ async def delete(
 )
 async def download(request: Request, server: Here, run: str, name: str, path: str) -> Response:
     file = await server.ask(server.checkpoints.find_file, run, name, path)
-    file_name = quote(path.split("/")[-1])
-    headers = {
-        "ETag": f'"{file["sha256"]}"',
-        "Content-Disposition": f"attachment; filename*=UTF-8''{file_name}",
-    }
+    disposition = f"attachment; filename*=UTF-8''{quote(path.split('/')[-1])}"
+    headers = {"ETag": f'"{file["sha256"]}"', "Content-Disposition": disposition}
     return file_response(request, server, file["parts"], BYTES, headers)
 
 
 @router.get("/runs/{run}/media/{item}", dependencies=[Depends(require("read"))])
 async def media_content(request: Request, server: Here, run: str, item: int) -> Response:
-    found = await server.ask(lambda c: find_media(c, find_run(c, run), item))
-    wanted = [part["sha256"] for part in found["parts"]]
-    lacking, _ = await server.file(server.blobs.find_missing, wanted)
+    found = await server.ask(lambda db: find_media(db, find_run(db, run), item))
+    parts, mime = found["parts"], found["mime"]
+    lacking, _ = await server.file(server.blobs.find_missing, [part["sha256"] for part in parts])
     if lacking:
         raise ApiError(404, "the file is still on its way from the training box")
-    shown = found["mime"].startswith(SHOWN)
+    shown = mime.startswith(SHOWN)
     headers = {
         "Cache-Control": "private, max-age=31536000, immutable",
         "Content-Disposition": "inline" if shown else "attachment",
     }
-    return file_response(
-        request, server, found["parts"], found["mime"] if shown else BYTES, headers
-    )
+    return file_response(request, server, parts, mime if shown else BYTES, headers)
 
 
 @router.post("/prune", dependencies=DESTROY)
@@ -184,8 +179,8 @@ def file_response(
     if tag and tag in asked.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     size = sum(part["bytes"] for part in parts)
-    whole = asked.get("if-range", tag) != tag
-    wanted = None if whole else parse_range(asked.get("range"), size)
+    is_whole = asked.get("if-range", tag) != tag
+    wanted = None if is_whole else parse_range(asked.get("range"), size)
     start, end = wanted or (0, size)
     headers |= {"Accept-Ranges": "bytes", "Content-Length": str(end - start)}
     if wanted:

@@ -8,6 +8,7 @@ rebinding), and one that changes something must not come from another origin.
 from __future__ import annotations
 
 import ipaddress
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,20 +33,9 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address, without a port, is this machine's own."""
-    if host.lower() == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def host_name(value: str) -> str:
-    """Return a Host header's value without its port and brackets."""
-    try:
-        return urlsplit(f"//{value}").hostname or ""
-    except ValueError:
-        return ""
+    return host.lower() == "localhost"
 
 
 class Guard:
@@ -78,8 +68,10 @@ class Guard:
         await app(scope, receive, send_with_headers)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
-        host = headers.get("host", "")
-        if not self._settings.public and not is_loopback(host_name(host)):
+        host, name = headers.get("host", ""), ""
+        with suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname or ""  # without the port and brackets
+        if not self._settings.public and not is_loopback(name):
             return (
                 f"host {host[:80]!r} is not a name of this machine: serve others with "
                 "`endlex serve --public` and tokens"
@@ -88,12 +80,9 @@ class Guard:
             return None
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             return "a page of another site may not write here"
-        origin = headers.get("origin")
-        if origin is None:
-            return None
-        hosts = {host.lower()}
+        origin, hosts = headers.get("origin"), {host.lower()}
         if self._settings.trusted_proxy:
             hosts.add(headers.get("x-forwarded-host", host).lower())
-        if origin == "null" or urlsplit(origin).netloc.lower() not in hosts:
-            return f"origin {origin[:80]!r} may not write here: open the page at {host[:80]!r}"
-        return None
+        if origin is None or (origin != "null" and urlsplit(origin).netloc.lower() in hosts):
+            return None
+        return f"origin {origin[:80]!r} may not write here: open the page at {host[:80]!r}"

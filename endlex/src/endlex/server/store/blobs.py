@@ -64,11 +64,11 @@ class Blobs:
         return missing, partial
 
     async def receive(
-        self, sha256: str, offset: int, length: int | None, body: AsyncIterator[bytes]
+        self, sha256: str, offset: int, length: int, body: AsyncIterator[bytes]
     ) -> bool:
         """Take a part's bytes from `offset` to its end; return whether it was new.
 
-        `sha256` is a checked digest, and `length` the body's where it was told. An `ApiError` is
+        `sha256` is a checked digest, and `length` the body's, or 0 if unknown. An `ApiError` is
         400, 409, 413, 429 or 507, as the protocol says; what came stays.
         """
         if await self._pool(_touch, self.path(sha256)) is not None:
@@ -78,11 +78,11 @@ class Blobs:
             raise ApiError(429, message, {"Retry-After": "1"})
         self._uploads.add(sha256)
         try:
-            held = await self._pool(self._prepare, sha256, length or 0)
+            held = await self._pool(self._prepare, sha256, length)
             if offset != held:
                 message = f"{held} bytes of part {sha256} are here: send from there"
                 raise ApiError(409, message, offset=held)
-            await self._append(self._partial(sha256), held, length or 0, body)
+            await self._append(self._partial(sha256), held, length, body)
             await self._pool(self._publish, sha256)
         finally:
             self._uploads.remove(sha256)
