@@ -198,11 +198,6 @@ class Auth:
         await self._write(job)
         return secret
 
-    async def logout(self, cookie: str) -> None:
-        """End a browser's login."""
-        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
-        await self._write(lambda db: db.execute(query, values).rowcount)
-
     def _refusal(self, request: Request, secret: str) -> ApiError:
         headers = {"WWW-Authenticate": "Bearer"}
         if not secret:
@@ -269,24 +264,24 @@ def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaita
 
 @router.post("/login")
 async def login(request: Request) -> Response:
-    auth, root = request.app.state.server.auth, request.app.state.settings.root_path
     form = parse_qs((await read_body(request, MOST_FORM_BYTES)).decode("utf-8", "replace"))
-    secret = await auth.login(request, form.get("token", [""])[0].strip())
+    secret = await request.app.state.server.auth.login(request, form.get("token", [""])[0].strip())
     answer = json_response({"logged_in": True})
     secure = request.url.scheme == "https"
-    answer.set_cookie(COOKIE, secret, LOGIN_SECONDS, secure=secure, **_cookie(root))
+    answer.set_cookie(COOKIE, secret, LOGIN_SECONDS, secure=secure, **_cookie(request))
     return answer
 
 
 @router.post("/logout")
 async def logout(request: Request) -> Response:
-    auth, root = request.app.state.server.auth, request.app.state.settings.root_path
     if cookie := request.cookies.get(COOKIE):
-        await auth.logout(cookie)
+        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
+        await request.app.state.server.write(lambda db: db.execute(query, values).rowcount)
     answer = json_response({"logged_in": False})
-    answer.delete_cookie(COOKIE, **_cookie(root))
+    answer.delete_cookie(COOKIE, **_cookie(request))
     return answer
 
 
-def _cookie(root: str) -> dict[str, Any]:
-    return {"path": root or "/", "httponly": True, "samesite": "strict"}
+def _cookie(request: Request) -> dict[str, Any]:
+    path = request.app.state.settings.root_path or "/"
+    return {"path": path, "httponly": True, "samesite": "strict"}

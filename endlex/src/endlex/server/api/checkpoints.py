@@ -45,16 +45,6 @@ class AskedParts(BaseModel):
     parts: Annotated[list[Sha256], Field(max_length=MAX_PARTS_ASKED)]
 
 
-class Pruning(retention.Rules, frozen=True):
-    """What to remove, of which runs."""
-
-    run: str | None = None
-    project: str | None = None
-    deleted: bool = False
-    """Whether to remove deleted runs for good, too."""
-    dry_run: bool = False
-
-
 @router.post("/parts/missing", dependencies=SEND)
 async def missing(request: Request, server: Here) -> Response:
     asked = await read_json(request, AskedParts)
@@ -139,29 +129,23 @@ async def media_content(request: Request, server: Here, run: str, item: int) -> 
 
 
 @router.post("/prune", dependencies=DESTROY)
-async def post_prune(request: Request, server: Here) -> Response:
-    asked = await read_json(request, Pruning)
-    if not str(asked) and not asked.deleted:
+async def prune(request: Request, server: Here) -> Response:
+    asked = await read_json(request, retention.Pruning)
+    if not asked.rules and not asked.deleted:
         raise ApiError(422, "no rule says what to keep: give keep_last, keep_best or keep_every")
-    return json_response(await server.file(_prune, server, asked))
-
-
-def _prune(server: Server, asked: Pruning) -> dict[str, Any]:
-    """Remove what the rules do not keep, and deleted runs if asked; both, or look only."""
     answer: dict[str, Any] = {"removed": [], "kept": [], "freed_bytes": 0}
-    if str(asked):
-        answer = server.database.write(
-            lambda c: retention.prune(c, asked, asked.run, asked.project, asked.dry_run)
-        ).result()
+    if asked.rules:
+        answer = await server.write(retention.prune, asked)
         for item in () if asked.dry_run else answer["removed"]:
             news = {"run": item["run"], "name": item["name"], "state": REMOVED}
             server.hub.publish("checkpoint", news)
     if asked.deleted:
-        gone = retention.purge_runs(server.database, time.time() + 1, asked.run, asked.dry_run)
+        about = (time.time() + 1, asked.run, asked.dry_run)
+        gone = await server.file(retention.purge_runs, server.database, *about)
         answer["removed"] += [{"run": run, "name": None, "bytes": 0} for run in gone]
     if not asked.dry_run:
-        retention.collect_parts(server.database, server.blobs)
-    return answer
+        await server.file(retention.collect_parts, server.database, server.blobs)
+    return json_response(answer)
 
 
 SINGLE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")

@@ -46,8 +46,8 @@ RUN_TABLES = (
 Count = Annotated[int, Field(ge=1)]
 
 
-class Rules(BaseModel, frozen=True, strict=True):
-    """What to keep of each run's checkpoints; None is no rule."""
+class Pruning(BaseModel, frozen=True, strict=True):
+    """What to keep of each run's checkpoints, where None is no rule, and what else to remove."""
 
     keep_last: Count | None = None
     keep_best: str | None = None
@@ -55,46 +55,51 @@ class Rules(BaseModel, frozen=True, strict=True):
     mode: Literal["min", "max"] = "min"
     keep_every: Count | None = None
     """Steps."""
+    run: str | None = None
+    project: str | None = None
+    deleted: bool = False
+    """Whether to remove deleted runs for good, too."""
+    dry_run: bool = False
 
-    def __str__(self) -> str:
+    @property
+    def rules(self) -> str:
+        """The rules in words; empty if there are none."""
         best = self.keep_best and f"{self.keep_best} ({self.mode})"
         given = {"last": self.keep_last, "best": best, "every": self.keep_every}
         return ", ".join(f"keep-{rule} {value}" for rule, value in given.items() if value)
 
 
-def prune(
-    db: Connection, rules: Rules, run: str | None, project: str | None, dry: bool
-) -> dict[str, Any]:
+def prune(db: Connection, asked: Pruning) -> dict[str, Any]:
     """Remove what the rules do not keep of one run, of a project's runs, or of every run.
 
-    If `dry`, nothing changes, and the answer is what would be removed and kept, and the bytes of
-    parts that nothing would use. An unknown run is an `ApiError` 404.
+    In a dry run nothing changes, and the answer is what would be removed and kept, and the bytes
+    of parts that nothing would use. An unknown run is an `ApiError` 404.
     """
-    if run is not None:
-        find_run(db, run)
+    if asked.run is not None:
+        find_run(db, asked.run)
     published = dicts(
         db,
         "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
         "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
         "WHERE state='published' AND coalesce(run.id = :run, project = :project, 1) "
         "ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
-        {"run": run, "project": project},
+        {"run": asked.run, "project": asked.project},
     )
     kept: set[int] = set()
     for number, saved in groupby(published, itemgetter("number")):
-        kept |= _kept(db, number, list(saved), rules)
+        kept |= _kept(db, number, list(saved), asked)
     removed = [checkpoint["pk"] for checkpoint in published if checkpoint["pk"] not in kept]
     answer: dict[str, Any] = {"removed": [], "kept": []}
     answer["freed_bytes"] = freed_bytes(db, removed)
     for checkpoint in published:
         shown = {key: checkpoint[key] for key in ("run", "name", "step", "bytes")}
         answer["kept" if checkpoint["pk"] in kept else "removed"].append(shown)
-    if not dry:
-        remove_checkpoints(db, removed, f"pruned by {rules}")
+    if not asked.dry_run:
+        remove_checkpoints(db, removed, f"pruned by {asked.rules}")
     return answer
 
 
-def _kept(db: Connection, run: int, saved: list[dict[str, Any]], rules: Rules) -> set[int]:
+def _kept(db: Connection, run: int, saved: list[dict[str, Any]], rules: Pruning) -> set[int]:
     kept = {c["pk"] for c in saved if KEEP in c["aliases"]}
     saved = [c for c in saved if c["pk"] not in kept]
     if rules.keep_last:
