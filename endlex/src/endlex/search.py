@@ -32,9 +32,8 @@ ANYWHERE = ("name", "project", "notes", "group", "host", "tag", "id")
 MOST_TERMS = 50
 KEYS_OF_RUN = {"tag": "tags", "id": "run"}
 CONFIG = "config."
-COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
-    **{"<": lt, "<=": le, ">": gt, ">=": ge, "=": eq, "!=": ne}
-}
+COMPARISONS: dict[str, Callable[[Any, Any], Any]]
+COMPARISONS = {"<": lt, "<=": le, ">": gt, ">=": ge, "=": eq, "!=": ne}
 
 WORD = r'(?:[^\s"<>=!]|"[^"]*"?|!(?!=))+'
 TERM = re.compile(

@@ -30,10 +30,9 @@ class _Reader:
 
 
 class Hub:
-    """Hands events from the threads that make them to the readers that wait."""
+    """Hands events from the threads that make them to the readers that wait on a loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """`loop` is where the readers live."""
         self._loop = loop
         self._readers: set[_Reader] = set()
 

@@ -236,10 +236,8 @@ def _owns(db: Connection, token: int, run: str) -> bool | None:
         "SELECT token FROM token_run JOIN token ON pk = token WHERE run=? AND revoked IS NULL",
         (run,),
     ).fetchall()
-    row = db.execute(
-        "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?",
-        (run, token),
-    ).fetchone()
+    query = "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?"
+    row = db.execute(query, (run, token)).fetchone()
     if (token,) in claims or (row and row[0]):
         return True
     return False if row or claims else None

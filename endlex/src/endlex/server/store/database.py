@@ -64,9 +64,8 @@ def connect(path: Path, *, read_only: bool = False) -> Connection:
         path.chmod(0o600)
     except PermissionError:  # exFAT and the like have no owners
         warn_once(f"{path} cannot be made private: its file system has no permissions")
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.execute("PRAGMA journal_size_limit=67108864")
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "journal_size_limit=67108864"):
+        db.execute(f"PRAGMA {pragma}")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
         db.close()

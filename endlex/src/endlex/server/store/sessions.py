@@ -133,10 +133,8 @@ def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
         # By orjson, as all other records: whole numbers beyond 64 bits become floats.
         record = SessionRecord.model_validate(orjson.loads(line))
     except ValueError as error:
-        said = str(error)
-        if isinstance(error, ValidationError):
-            wrong = error.errors()[0]
-            said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        wrong = error.errors()[0] if isinstance(error, ValidationError) else None
+        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" if wrong else str(error)
         what = f"the first line of session {session} is not its session record"
         raise ApiError(422, f"{what}: {said}") from error
     if record.protocol != PROTOCOL:

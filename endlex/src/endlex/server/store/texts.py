@@ -27,7 +27,11 @@ KINDS: dict[Kind, tuple[str, str]] = {
     "media": ("media", "json_set(content, '$.id', pk)"),
 }
 """The table of each kind, and the JSON object that a record is besides name, step and time."""
-MEDIA_KEYS = ("kind", "mime", "bytes", "caption", "parts")
+CONTENTS = {
+    TABLE: ("data_table", ("columns", "rows")),
+    MEDIA: ("media", ("kind", "mime", "bytes", "caption", "parts")),
+}
+"""The table and the keys of records whose content is stored as JSON."""
 
 
 class Page(BaseModel, frozen=True):
@@ -71,10 +75,7 @@ def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Recor
 
     for record in records[TEXT]:
         insert(db, "text", run=run, **chosen(record, "name", "step", "time", "text"))
-    for kind, table, keys in (
-        (TABLE, "data_table", ("columns", "rows")),
-        (MEDIA, "media", MEDIA_KEYS),
-    ):
+    for kind, (table, keys) in CONTENTS.items():
         for record in records[kind]:
             content = chosen(record, *keys)
             insert(db, table, run=run, content=content, **chosen(record, "name", "step", "time"))
@@ -83,18 +84,11 @@ def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Recor
         [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
     for record in records[CHECKPOINT]:
-        insert(
-            db,
-            "checkpoint",
-            "INSERT OR IGNORE",
-            run=run,
-            state="announced",
-            created=record["time"],
-            bytes=sum(file["bytes"] for file in record["files"]),
-            aliases=record.get("aliases") or [],
-            metadata=record.get("metadata") or {},
-            **chosen(record, "name", "step"),
-        )
+        about = chosen(record, "name", "step") | {"run": run, "created": record["time"]}
+        about["bytes"] = sum(file["bytes"] for file in record["files"])
+        about["aliases"] = record.get("aliases") or []
+        about["metadata"] = record.get("metadata") or {}
+        insert(db, "checkpoint", "INSERT OR IGNORE", state="announced", **about)
 
 
 def find_media(db: Connection, run: int, pk: int) -> Record:

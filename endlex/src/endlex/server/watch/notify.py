@@ -171,17 +171,17 @@ def send(target: str, alert: dict[str, Any]) -> None:
 
 def _send_mail(address: str, title: str, text: str) -> None:
     parts = urlsplit(address)
-    query = parse_qs(parts.query)
+    query, user = parse_qs(parts.query), unquote(parts.username or "")
     message = EmailMessage()
     message["Subject"] = " ".join(title.split())
     message["To"] = ", ".join(query["to"])
-    message["From"] = query.get("from", [unquote(parts.username or "") or query["to"][0]])[0]
+    message["From"] = query.get("from", [user or query["to"][0]])[0]
     message.set_content(text)
     kind = smtplib.SMTP_SSL if parts.scheme == "smtps" else smtplib.SMTP
     assert parts.hostname is not None
     with kind(parts.hostname, parts.port or 0, timeout=TIMEOUT_SECONDS) as server:
-        if parts.username:
+        if user:
             if parts.scheme == "smtp":
                 server.starttls()
-            server.login(unquote(parts.username), unquote(parts.password or ""))
+            server.login(user, unquote(parts.password or ""))
         server.send_message(message)
