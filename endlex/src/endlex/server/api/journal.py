@@ -164,7 +164,13 @@ class Prepared:
 
 def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if deflated:
-        body = _inflate(body)
+        decoder = zlib.decompressobj()
+        try:
+            body = decoder.decompress(body, MAX_BATCH_BYTES + 1)
+        except zlib.error as error:
+            raise ApiError(400, f"the body is not zlib data: {error}") from error
+        if len(body) <= MAX_BATCH_BYTES and not decoder.eof:
+            raise ApiError(400, "the body's zlib data is cut off: send it again")
     if len(body) > MAX_BATCH_BYTES:
         raise ApiError(413, f"a batch has at most {MAX_BATCH_BYTES:,} bytes: send less at once")
     if zlib.crc32(body) != crc:
@@ -172,17 +178,6 @@ def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if body and not body.endswith(b"\n"):
         raise ApiError(400, "the body does not end with a line end: send whole lines")
     return Prepared.of(offset, body)
-
-
-def _inflate(body: bytes) -> bytes:
-    decoder = zlib.decompressobj()
-    try:
-        plain = decoder.decompress(body, MAX_BATCH_BYTES + 1)
-    except zlib.error as error:
-        raise ApiError(400, f"the body is not zlib data: {error}") from error
-    if len(plain) <= MAX_BATCH_BYTES and not decoder.eof:
-        raise ApiError(400, "the body's zlib data is cut off: send it again")
-    return plain
 
 
 def _store(

@@ -43,6 +43,14 @@ RUN_TABLES = (
 )
 """Tables with a column `run`."""
 
+FREED_BYTES = """
+SELECT coalesce(sum(bytes), 0) FROM (
+    WITH gone AS (SELECT value FROM json_each(:gone))
+    SELECT DISTINCT sha256, bytes FROM checkpoint_part WHERE checkpoint IN gone AND sha256 NOT IN (
+        SELECT sha256 FROM media_part
+        UNION SELECT sha256 FROM checkpoint_part WHERE checkpoint NOT IN gone))
+"""
+"""Asks for the bytes of parts that nothing uses when some checkpoints are gone."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -89,8 +97,8 @@ def prune(db: Connection, asked: Pruning) -> dict[str, Any]:
     for number, saved in groupby(published, itemgetter("number")):
         kept |= _kept(db, number, list(saved), asked)
     removed = [checkpoint["pk"] for checkpoint in published if checkpoint["pk"] not in kept]
-    answer: dict[str, Any] = {"removed": [], "kept": []}
-    answer["freed_bytes"] = freed_bytes(db, removed)
+    (freed,) = db.execute(FREED_BYTES, {"gone": orjson.dumps(removed).decode()}).fetchone()
+    answer: dict[str, Any] = {"removed": [], "kept": [], "freed_bytes": freed}
     for checkpoint in published:
         shown = {key: checkpoint[key] for key in ("run", "name", "step", "bytes")}
         answer["kept" if checkpoint["pk"] in kept else "removed"].append(shown)
@@ -128,19 +136,6 @@ def _scores(db: Connection, run: int, saved: list[dict[str, Any]], metric: str) 
         if isinstance(value, int | float) and np.isfinite(value):
             scores[checkpoint["pk"]] = float(value)
     return scores
-
-
-def freed_bytes(db: Connection, checkpoints: list[int]) -> int:
-    """Return the bytes of parts that nothing uses when these checkpoints are gone."""
-    gone = orjson.dumps(checkpoints).decode()
-    row = db.execute(
-        "SELECT coalesce(sum(bytes), 0) FROM (SELECT DISTINCT sha256, bytes FROM checkpoint_part "
-        "WHERE checkpoint IN (SELECT value FROM json_each(:gone)) AND sha256 NOT IN "
-        "(SELECT sha256 FROM media_part UNION SELECT sha256 FROM checkpoint_part "
-        "WHERE checkpoint NOT IN (SELECT value FROM json_each(:gone))))",
-        {"gone": gone},
-    ).fetchone()
-    return int(row[0])
 
 
 def remove_checkpoints(db: Connection, checkpoints: list[int], reason: str) -> None:

@@ -195,32 +195,25 @@ def read_sampled(
         return None
     whole = (first <= low) & (high <= last)
     whole[inside[[0, -1]]] = False  # the first and last point are in no summary
-    drawn = [_draw(db, rows[at], by_time, first, last, whole[at]) for at in inside]
-    shape = Points.joined([piece for piece, _ in drawn])
-    count = sum(count for _, count in drawn)
-    return shape.times if by_time else shape.steps, shape.numbers, count
 
+    def draw(at: int) -> tuple[Points, int]:
+        """Return points that show a chunk in the range, and how many they stand for."""
+        chunk, count, *_, content = rows[at]
+        if content and whole[at]:
+            third = len(content) // 3
+            return Points.unpack(*(content[third * i : third * (i + 1)] for i in range(3))), count
+        query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
+        points = Points.unpack(*db.execute(query, (chunk,)).fetchone())
+        x = points.times if by_time else points.steps
+        points = points[(first <= x) & (x <= last)]
+        if not len(points):
+            return points, 0
+        finite = np.isfinite(points.numbers)
+        numbers, at_finite = points.numbers[finite], np.flatnonzero(finite)
+        ends, inner = np.array([0, len(points) - 1]), at_finite[extremes(numbers, numbers, BLOCK)]
+        shown = np.unique(np.concatenate([ends, np.flatnonzero(~finite), inner]))
+        return points[shown], len(points)
 
-def _draw(
-    db: Connection,
-    row: tuple[Any, ...],
-    by_time: bool,
-    first: float,
-    last: float,
-    whole: bool,
-) -> tuple[Points, int]:
-    """Return points that show a chunk in the range, and how many they stand for."""
-    chunk, count, *_, content = row
-    if content and whole:
-        third = len(content) // 3
-        return Points.unpack(*(content[third * i : third * (i + 1)] for i in range(3))), count
-    query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
-    points = Points.unpack(*db.execute(query, (chunk,)).fetchone())
-    x = points.times if by_time else points.steps
-    points = points[(first <= x) & (x <= last)]
-    if not len(points):
-        return points, 0
-    finite = np.isfinite(points.numbers)
-    numbers, at, other = points.numbers[finite], np.flatnonzero(finite), np.flatnonzero(~finite)
-    ends, inner = np.array([0, len(points) - 1]), at[extremes(numbers, numbers, BLOCK)]
-    return points[np.unique(np.concatenate([ends, other, inner]))], len(points)
+    drawn, counted = zip(*map(draw, inside.tolist()), strict=True)
+    shape = Points.joined(drawn)
+    return shape.times if by_time else shape.steps, shape.numbers, sum(counted)
