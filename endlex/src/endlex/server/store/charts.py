@@ -100,7 +100,7 @@ def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: Points
 
     A point for which the x metric has no value at the same step is left out.
     """
-    if metric is None:
+    if metric is None or (axis is not None and not len(axis)):
         return np.empty(0), np.empty(0)
     if query.x == STEP:
         points = read_points(db, metric, query.first, query.last, times=False)
@@ -110,9 +110,9 @@ def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: Points
         x, y = points.times, points.numbers
     else:
         points = read_points(db, metric, times=False)
-        _, own, other = np.intersect1d(points.steps, axis.steps, True, return_indices=True)
-        finite = np.isfinite(axis.numbers[other])
-        x, y = axis.numbers[other[finite]], points.numbers[own[finite]]
+        at = np.minimum(np.searchsorted(axis.steps, points.steps), len(axis) - 1)
+        same = (axis.steps[at] == points.steps) & np.isfinite(axis.numbers[at])
+        x, y = axis.numbers[at[same]], points.numbers[same]
     if not bool((x[1:] >= x[:-1]).all()):
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]

@@ -82,13 +82,20 @@ def _term(term: Term) -> Condition:
         values = [term.text.like()]
     else:
         test, given = _test(term)
-        figures = ", ".join(
-            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure "
-            f"WHERE figure.run = run.pk AND figure.name {LIKE})"
-            for kind in _kinds(term.key)
+        is_pattern = len(term.key.name.parts) > 1
+        name = term.key.name.like() if is_pattern else str(term.key.name)
+        named = LIKE if is_pattern else "= ? COLLATE NOCASE"  # which is faster
+        wanted = f"figure.run = run.pk AND figure.name {named}"
+        *earlier, last = _kinds(term.key)
+        tests = [
+            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure WHERE {wanted})"
+            for kind in earlier
+        ]
+        tests.append(
+            f"EXISTS (SELECT 1 FROM ({FIGURES[last]}) AS figure WHERE {wanted} AND {test})"
         )
-        condition = f"coalesce({figures}, 0)"
-        values = [*given, term.key.name.like()] * len(_kinds(term.key))
+        condition = f"coalesce({', '.join(tests)})" if earlier else tests[0]
+        values = [*([*given, name] * len(earlier)), name, *given]
     return f"NOT {condition}" if term.negated else condition, values
 
 
