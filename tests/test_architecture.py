@@ -224,7 +224,7 @@ BUDGETS = {
     "report": (900, 1340),
     "commands": (1700, 2192),
     "": (17_000, 23_020),
-    "../../endlex/src/endlex": (12_000, 13_541),
+    "../../endlex/src/endlex": (12_000, 13_127),
     "serving/page/*": (900, 943),
     "../../endlex/src/endlex/server/web/static/js/*.js": (4500, 4500),
 }
