@@ -53,7 +53,7 @@ def test_a_wheel_has_the_export_built(wheels: tuple[Path, Path], tmp_path: Path)
     for wheel in wheels:
         zipfile.ZipFile(wheel).extractall(tmp_path)
     shutil.rmtree(tmp_path / "endlex/server/web/static")  # what is built needs no source
-    code = "from endlex.server.web import pages; print(pages.render('T$1', '{\"run\": \"$2\"}'))"
+    code = "from endlex.server.web.export import render; print(render('T$1', {'run': '$2'}))"
     written = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "utf-8"},
@@ -62,9 +62,9 @@ def test_a_wheel_has_the_export_built(wheels: tuple[Path, Path], tmp_path: Path)
         timeout=60,
         check=True,
     )
-    from endlex.server.web import pages
+    from endlex.server.web.export import render
 
-    assert written.stdout.decode() == pages.render("T$1", '{"run": "$2"}') + "\n"
+    assert written.stdout.decode() == render("T$1", {"run": "$2"}) + "\n"
 
 
 def test_the_client_alone_is_small_and_says_where_the_server_is(

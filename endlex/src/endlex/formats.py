@@ -35,15 +35,10 @@ def write_run(
     texts: Iterable[Mapping[str, Any]],
     tables: Iterable[Mapping[str, Any]],
 ) -> None:
-    """Write a run as csv, json or parquet.
+    """Write a run, as `GET /runs/{run}` answers, as csv, json or parquet.
 
-    Args:
-        run: as `GET /runs/{run}` answers.
-        texts, tables: latest steps first; only JSON has them.
-
-    Raises:
-        EndlexError: pyarrow is not installed, which Parquet needs.
-        OSError: the file cannot be written.
+    Texts and tables are given by latest steps first; only JSON has them. Where pyarrow is not
+    installed, which Parquet needs, that is an `EndlexError`.
     """
     if kind == "parquet":
         _write_parquet(file, run, series)
@@ -71,10 +66,9 @@ def _iter_json(
     head["sessions"] = [{key: one[key] for key in SESSION_KEYS} for one in run["sessions"]]
     head["checkpoints"] = [{key: one[key] for key in CHECKPOINT_KEYS} for one in checkpoints]
     yield _dumps(head)[:-1]
-    yield ', "texts": '
-    yield from _iter_array([text] for text in texts)
-    yield ', "tables": '
-    yield from _iter_array([table] for table in tables)
+    for key, records in (("texts", texts), ("tables", tables)):
+        yield f', "{key}": '
+        yield from _iter_array([record] for record in records)
     yield ', "series": {'
     for number, (name, *columns) in enumerate(series):
         yield (", " if number else "") + _dumps(name)

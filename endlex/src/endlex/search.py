@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Literal
@@ -32,8 +32,13 @@ ANYWHERE = ("name", "project", "notes", "group", "host", "tag", "id")
 MOST_TERMS = 50
 KEYS_OF_RUN = {"tag": "tags", "id": "run"}
 CONFIG = "config."
+COMPARISONS: dict[str, Callable[[Any, Any], Any]]
+COMPARISONS = {"<": lt, "<=": le, ">": gt, ">=": ge, "=": eq, "!=": ne}
 
-TOKEN = re.compile(r'(?P<operator><=|>=|!=|[<>=])|(?P<word>(?:[^\s"<>=!]|"[^"]*"?|!(?!=))+)|\S')
+WORD = r'(?:[^\s"<>=!]|"[^"]*"?|!(?!=))+'
+TERM = re.compile(
+    rf"(?P<word>{WORD})(?:\s*(?P<operator>[<>]=?|!?=)\s*(?P<value>{WORD})?)?|[<>]=?|!?="
+)
 
 Kind = Literal["field", "last", "min", "max", "config", "any"]
 
@@ -50,11 +55,6 @@ class Text:
 
     def __str__(self) -> str:
         return "*".join(self.parts)
-
-    @property
-    def is_pattern(self) -> bool:
-        """Whether the text has a `*`."""
-        return len(self.parts) > 1
 
     def like(self, anywhere: bool = False) -> str:
         r"""Return it as a pattern for SQL: `LIKE ? ESCAPE '\'`."""
@@ -114,48 +114,44 @@ def parse_search(text: str) -> Query:
     Raises:
         SearchError: an operator lacks a side, a text is compared by size, or there are too many.
     """
-    tokens = list(TOKEN.finditer(text))
+    terms = list(TERM.finditer(text))
     groups: list[tuple[Term, ...]] = []
-    position, joined = 0, False
-    while position < len(tokens):
-        if tokens[position].group() == "OR" and groups and position + 1 < len(tokens):
-            position, joined = position + 1, True
+    joined = False
+    for found in terms:
+        if found.group() == "OR" and groups and found is not terms[-1]:
+            joined = True
             continue
-        term, position = _parse_term(tokens, position)
-        if joined:
-            groups[-1] += (term,)
-        else:
-            groups.append((term,))
+        earlier = groups.pop() if joined else ()
+        groups.append((*earlier, _parse_term(found)))
         joined = False
     if sum(map(len, groups)) > MOST_TERMS:
         raise SearchError(f"the search has more than {MOST_TERMS} words")
     return tuple(groups)
 
 
-def _parse_term(tokens: list[re.Match[str]], position: int) -> tuple[Term, int]:
-    word = tokens[position].group("word")
+def _parse_term(found: re.Match[str]) -> Term:
+    word, operator, value = found.group("word", "operator", "value")
     if word is None:
-        raise SearchError(
-            f"{tokens[position].group()!r} has no name before it: compare like val/bpb < 0.9"
-        )
+        raise SearchError(f"{found.group()!r} has no name before it: compare like val/bpb < 0.9")
     negated = len(word) > 1 and word.startswith("-")
     word = word[1:] if negated else word
-    literal = word.startswith('"')
-    plain = word.replace('"', "")
-    if position + 1 < len(tokens) and (operator := tokens[position + 1].group("operator")):
-        value = tokens[position + 2].group("word") if position + 2 < len(tokens) else None
+    plain, literal = word.replace('"', ""), word.startswith('"')
+    if operator:
         if value is None:
             raise SearchError(f"{plain!r} {operator} lacks a value: compare like val/bpb < 0.9")
-        return _compare(negated, parse_key(plain, literal), operator, value), position + 3
-    field, colon, value = word.partition(":")
-    if colon and value and field.lower() in FIELDS:
-        given = _text(value.replace('"', ""), value.startswith('"'))
-        return Term(negated, Key("field", Text((field.lower(),))), "=", given), position + 1
-    return Term(negated, None, "=", _text(plain, literal)), position + 1
+        return _compare(negated, parse_key(plain, literal), operator, _unquote(value))
+    field, _, wanted = word.partition(":")
+    if wanted and field.lower() in FIELDS:
+        return Term(negated, Key("field", Text((field.lower(),))), "=", _unquote(wanted))
+    return Term(negated, None, "=", _text(plain, literal))
 
 
 def _text(text: str, literal: bool) -> Text:
     return Text((text,) if literal else tuple(text.split("*")))
+
+
+def _unquote(word: str) -> Text:
+    return _text(word.replace('"', ""), word.startswith('"'))
 
 
 def _number(text: str) -> float | None:
@@ -166,12 +162,9 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None  # those are words in JSON
 
 
-def _compare(negated: bool, key: Key, operator: str, value: str) -> Term:
-    text = _text(value.replace('"', ""), value.startswith('"'))
+def _compare(negated: bool, key: Key, operator: str, text: Text) -> Term:
     number = _number(str(text))
-    if operator in ("=", "!="):
-        return Term(negated, key, operator, text, number)
-    if number is None or key.kind == "field":
+    if operator not in ("=", "!=") and (number is None or key.kind == "field"):
         raise SearchError(
             f"{str(key)!r} {operator} {str(text)!r}: only numbers of metrics and of the "
             "configuration are larger or smaller; compare like val/bpb < 0.9"
@@ -179,34 +172,25 @@ def _compare(negated: bool, key: Key, operator: str, value: str) -> Term:
     return Term(negated, key, operator, text, number)
 
 
-def names_in(query: Query) -> Iterator[Key]:
-    """Yield the metrics and configuration keys that a search names."""
-    for group in query:
-        for term in group:
-            if term.key is not None and term.key.kind != "field":
-                yield term.key
+def names_in(query: Query) -> list[Key]:
+    """Return the metrics and configuration keys that a search names."""
+    keys = [term.key for group in query for term in group if term.key is not None]
+    return [key for key in keys if key.kind != "field"]
 
 
 def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[str]) -> None:
-    """Make sure that what is searched or sorted by is there.
-
-    Raises:
-        SearchError: no run has a metric or key of that name; the message has the nearest ones.
-    """
-    known = {"config": list(config), "last": list(metrics)}
-    known["any"] = [*known["last"], *known["config"]]
+    """Raise a `SearchError`, with the nearest names, where no run has a metric or key."""
+    metrics, config = list(metrics), list(config)
+    known = {"config": config, "any": [*metrics, *config]}
     for key in keys:
-        there = known.get(key.kind, known["last"])
-        if key.kind != "field" and not any(key.name.matches(name) for name in there):
-            raise SearchError(f"no run has {str(key)!r}{did_you_mean(str(key.name), there)}")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the names that are near, else nothing."""
-    by_case = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), by_case, 3, 0.6)
-    near = near or [one for one in by_case if name.lower() in one.split("/")[-1]][:3]
-    return f"; did you mean {' or '.join(by_case[one] for one in near)}?" if near else ""
+        there = known.get(key.kind, metrics)
+        if key.kind == "field" or any(key.name.matches(name) for name in there):
+            continue
+        name, by_case = str(key.name).lower(), {one.lower(): one for one in there}
+        near = difflib.get_close_matches(name, by_case, 3, 0.6)
+        near = near or [one for one in by_case if name in one.split("/")[-1]][:3]
+        said = f"; did you mean {' or '.join(by_case[one] for one in near)}?" if near else ""
+        raise SearchError(f"no run has {str(key)!r}{said}")
 
 
 def matches(query: Query, run: Mapping[str, Any]) -> bool:
@@ -215,40 +199,24 @@ def matches(query: Query, run: Mapping[str, Any]) -> bool:
 
 
 def _holds(term: Term, run: Mapping[str, Any]) -> bool:
-    if term.key is None:
-        return any(_in_field(term.text, field, run, anywhere=True) for field in ANYWHERE)
-    if term.key.kind == "field":
-        return _in_field(term.text, str(term.key.name), run) != (term.operator == "!=")
-    return any(compare(value, term) for value in values_of(term.key, run))
-
-
-def _in_field(text: Text, field: str, run: Mapping[str, Any], anywhere: bool = False) -> bool:
-    value = run.get(KEYS_OF_RUN.get(field, field))
-    return any(text.matches(v, anywhere) for v in (value if isinstance(value, list) else [value]))
-
-
-COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "<": lt,
-    "<=": le,
-    ">": gt,
-    ">=": ge,
-    "=": eq,
-    "!=": ne,
-}
+    if term.key is not None and term.key.kind != "field":
+        return any(compare(value, term) for value in values_of(term.key, run))
+    fields = ANYWHERE if term.key is None else (str(term.key.name),)
+    values = [run.get(KEYS_OF_RUN.get(field, field)) for field in fields]
+    texts = [text for v in values for text in (v if isinstance(v, list) else [v])]
+    found = any(term.text.matches(text, anywhere=term.key is None) for text in texts)
+    return found != (term.operator == "!=")
 
 
 def compare(value: Any, term: Term) -> bool:
     """Whether a metric's or the configuration's value is as a term says."""
-    if isinstance(value, bool) or value is None:
-        value = str(value)  # true = True = TRUE, and None
-    elif isinstance(value, str) and term.number is not None:
-        number = _number(value)
-        value = value if number is None else number
-    if isinstance(value, int | float) and term.number is not None:
-        return bool(COMPARISONS[term.operator](value, term.number))
+    number = _number(value) if isinstance(value, str) else value
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if is_number and term.number is not None:
+        return bool(COMPARISONS[term.operator](number, term.number))
     if term.operator not in ("=", "!="):
         return False
-    return term.text.matches(value) != (term.operator == "!=")
+    return term.text.matches(str(value)) != (term.operator == "!=")  # true = True, and None
 
 
 def values_of(key: Key, run: Mapping[str, Any]) -> list[Any]:

@@ -26,7 +26,7 @@ async def receive(
         if fault is not None:
             raise fault
 
-    new: bool = await run.client.app.state.server.blobs.receive(sha256, 0, None, body())
+    new: bool = await run.client.app.state.server.blobs.receive(sha256, 0, 0, body())
     return new
 
 
@@ -61,7 +61,7 @@ def test_two_uploads_of_one_part_do_not_mix(run: Any) -> None:
             await go_on.wait()
             yield content[2**20 :]
 
-        first = asyncio.create_task(server.blobs.receive(sha256, 0, None, slow()))
+        first = asyncio.create_task(server.blobs.receive(sha256, 0, 0, slow()))
         await asyncio.wait_for(begun.wait(), 10)
         with pytest.raises(ApiError) as refused:
             await receive(run, sha256, [content])

@@ -85,8 +85,9 @@ def test_jobs_that_wait_at_the_end_are_done(tmp_path: Path) -> None:
     assert all(future.done() for future in futures)
     with pytest.raises(EndlexError, match="shutting down"):
         database.write(add("late"))
-    with Database(tmp_path / "x.sqlite3").snapshot() as connection:
-        assert connection.execute("SELECT count(*) FROM token").fetchone()[0] == 100
+    count = "SELECT count(*) FROM token"
+    found = Database(tmp_path / "x.sqlite3").ask(lambda c: c.execute(count).fetchone()[0])
+    assert found == 100
 
 
 def test_readers_cannot_write(database: Database) -> None:

@@ -40,8 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_burst_is_one_message_for_each_kind() -> None:
     async def scenario() -> None:
-        hub = Hub()
-        hub.start(asyncio.get_running_loop())
+        hub = Hub(asyncio.get_running_loop())
 
         def burst() -> None:
             for step in range(1000):
@@ -58,8 +57,7 @@ def test_a_burst_is_one_message_for_each_kind() -> None:
 
 def test_news_come_from_other_threads_and_in_order_of_merging() -> None:
     async def scenario() -> None:
-        hub = Hub()
-        hub.start(asyncio.get_running_loop())
+        hub = Hub(asyncio.get_running_loop())
         reader, waiting = await begin_to_read(hub, None)
         await asyncio.to_thread(hub.publish, "run", {"run": "a", "status": "running"})
         assert await asyncio.wait_for(waiting, 5) == ("run", {"run": "a", "status": "running"})
@@ -72,8 +70,7 @@ def test_news_come_from_other_threads_and_in_order_of_merging() -> None:
 
 def test_a_reader_that_stands_still_is_dropped_not_buffered() -> None:
     async def scenario() -> None:
-        hub = Hub()
-        hub.start(asyncio.get_running_loop())
+        hub = Hub(asyncio.get_running_loop())
         reader, waiting = await begin_to_read(hub, None)
         hub.publish("run", {"run": "first"})
         await asyncio.wait_for(waiting, 5)

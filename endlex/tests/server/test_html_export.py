@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from endlex.server.web import export_shell, pages
+from endlex.server.web import export, export_shell, pages
 
 HOSTILE = "</script><script>alert(1)</script><!--"
 RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name": HOSTILE}]}
@@ -20,7 +20,7 @@ RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name":
 def page(name: str, *texts: dict[str, Any]) -> str:
     values = {"x": [0, 1], "y": [1.5, None], "count": 2}
     series = {"a": {"step": values}, HOSTILE: {"time": values}}
-    return pages.render(name, json.dumps({"run": RUN, "series": series, "texts": texts}))
+    return export.render(name, {"run": RUN, "series": series, "texts": texts})
 
 
 def test_the_data_inside_is_what_was_given() -> None:
@@ -35,7 +35,7 @@ def test_the_data_inside_is_what_was_given() -> None:
 
 
 def test_a_run_of_many_metrics_gets_fewer_points_of_each() -> None:
-    assert [pages.points_of_each(count) for count in (0, 1, 400, 5000)] == [
+    assert [export.points_of_each(count) for count in (0, 1, 400, 5000)] == [
         2000,
         2000,
         500,
@@ -88,7 +88,7 @@ def test_an_edited_source_is_in_the_next_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkout keeps no built page that could grow old; a wheel's is in ../test_packaging.py."""
-    assert not pages.BUILT_SHELL.exists()
+    assert not export.BUILT_SHELL.exists()
     static = shutil.copytree(pages.STATIC, tmp_path / "static")
     monkeypatch.setattr(export_shell, "STATIC", static)
     page("before")

@@ -81,7 +81,16 @@ def test_a_name_that_no_run_has_is_told_with_the_nearest(three: Any) -> None:
 
 
 def test_columns_are_figures_of_metrics_and_keys_of_the_configuration(three: Any) -> None:
-    columns = ["val/bpb", "max:val/bpb", "lr", "config.lr", "optim.kind", "top", "nothing"]
+    columns = [
+        "val/bpb",
+        "max:val/bpb",
+        "lr",
+        "config.lr",
+        "optim.kind",
+        "top",
+        "nothing",
+        "status",
+    ]
     found = three.get("/api/v1/runs", params={"column": columns, "sort": "name"}).json()
     assert "summary" not in found["runs"][0]
     alpha = {"val/bpb": 1.0, "max:val/bpb": 1.0, "lr": 0, "config.lr": 10}

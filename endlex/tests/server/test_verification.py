@@ -35,6 +35,20 @@ def test_a_part_that_decayed_on_the_server_is_asked_for_again(run: Any, data_dir
     run.publish("c", FILES)
 
 
+def test_a_damaged_part_that_a_file_has_twice_is_asked_for_again(run: Any, data_dir: Path) -> None:
+    piece = os.urandom(PART)
+    run.send_parts({"f": piece * 2})
+    victim = run.sha256_of(piece)
+    (data_dir / "parts" / victim[:2] / victim).write_bytes(bytes(PART))
+    run.client.put(f"{URL}/c", json=run.manifest_of("c", {"f": piece * 2}))
+    deadline = time.monotonic() + 10
+    while (state := run.client.get(f"{URL}/c").json()["state"]) == "verifying":
+        assert time.monotonic() < deadline, "it is verified for ever"
+        time.sleep(0.01)
+    assert state == "incomplete"
+    run.publish("c", {"f": piece * 2})
+
+
 def test_an_interrupted_verification_goes_on_after_a_restart(
     start: Callable[..., Any], make_box: Callable[..., Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The application: puts routes, errors and timers together, and starts and stops them.
+"""The application: puts guards, routes, errors and timers together, and starts and stops them.
 
     from endlex.server.app import build_app, serve
     serve(data_dir, Settings(port=8817))          # what `endlex serve` does
@@ -9,34 +9,39 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import shutil
 import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import ValidationError
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server.api import checkpoints, export, journal, login, runs
+from endlex.server.api import auth, checkpoints, journal, runs
 from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
-from endlex.server.api.security import Guard, is_loopback
 from endlex.server.errors import ApiError, disk_full, is_disk_full
+from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server
 from endlex.server.store.retention import sweep
+from endlex.server.web import export
 from endlex.server.web.pages import install_pages
 
 logger = logging.getLogger("endlex")
@@ -52,6 +57,18 @@ SWITCH_SECONDS = 0.001
 several threads work."""
 SHUTDOWN_SECONDS = 10
 MOST_CONNECTIONS = 1000
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI:
@@ -68,31 +85,93 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     for kind in ANSWERED:
         app.add_exception_handler(kind, _answer)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (journal, runs, checkpoints, export, login):
+    for module in (journal, runs, checkpoints, export, auth):
         app.include_router(module.router)
     install_pages(app, settings.root_path)
     return app
 
 
+class Guard:
+    """ASGI middleware that refuses what is misaddressed or foreign, and adds security headers.
+
+    On loopback without tokens anything that runs on the machine may read and write. What must not
+    get there are pages of other sites in the owner's browser: a request must name a loopback host
+    (DNS rebinding), and one that changes something must not come from another origin.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        root = self._settings.root_path
+        if root and (scope["path"] == root or scope["path"].startswith(f"{root}/")):
+            scope = {**scope, "path": scope["path"].removeprefix(root) or "/"}
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                is_data = scope["path"].startswith("/api/")  # the rest has entity tags, or is short
+                headers.setdefault("Cache-Control", "no-store" if is_data else "no-cache")
+            await send(message)
+
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        app = self._app
+        if refusal is not None:
+            app = json_response({"error": refusal}, 403, {"Connection": "close"})
+        await app(scope, receive, send_with_headers)
+
+    def _refusal(self, method: str, headers: Headers) -> str | None:
+        host, name = headers.get("host", ""), ""
+        with suppress(ValueError):
+            name = urlsplit(f"//{host}").hostname or ""  # without the port and brackets
+        if not self._settings.public and not is_loopback(name):
+            return (
+                f"host {host[:80]!r} is not a name of this machine: serve others with "
+                "`endlex serve --public` and tokens"
+            )
+        if method in SAFE_METHODS:
+            return None
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return "a page of another site may not write here"
+        origin, hosts = headers.get("origin"), {host.lower()}
+        if self._settings.trusted_proxy:
+            hosts.add(headers.get("x-forwarded-host", host).lower())
+        if origin is None or (origin != "null" and urlsplit(origin).netloc.lower() in hosts):
+            return None
+        return f"origin {origin[:80]!r} may not write here: open the page at {host[:80]!r}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, without a port, is this machine's own."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
+
+
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, STORAGE) and is_disk_full(error):
         error = disk_full()
-    if isinstance(error, ApiError):
-        return json_response(error.body, error.status, error.headers)
     if isinstance(error, WRONG):
         error = EndlexError("; ".join(map(_describe, error.errors())))
     if isinstance(error, EndlexError):
-        return json_response({"error": str(error)}, 422)
+        error = ApiError(422, str(error))
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path[:200]!r}: {error.detail}"
-        return json_response({"error": message}, error.status_code, dict(error.headers or {}))
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=400)  # nobody is there to read it
+        error = ApiError(error.status_code, message, dict(error.headers or {}))
     if isinstance(error, STORAGE):
         logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
         message = "the server cannot use its disk or database; its log says more: try again later"
-        return json_response({"error": message}, 503, {"Retry-After": "10"})
-    return json_response({"error": "the server failed at this; its log says more"}, 500)
+        error = ApiError(503, message, {"Retry-After": "10"})
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # nobody is there to read it
+    if not isinstance(error, ApiError):
+        error = ApiError(500, "the server failed at this; its log says more")
+    return json_response(error.body, error.status, error.headers)
 
 
 def _describe(wrong: Any) -> str:
@@ -104,9 +183,9 @@ def _describe(wrong: Any) -> str:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    server = await asyncio.to_thread(Server, app.state.data, app.state.settings)
+    hub = Hub(asyncio.get_running_loop())
+    server = await asyncio.to_thread(Server, app.state.data, app.state.settings, hub)
     app.state.server = server
-    server.hub.start(asyncio.get_running_loop())
     jobs = ((_watch, WATCH_SECONDS), (_clean, CLEAN_SECONDS))
     timers = [asyncio.create_task(_repeat(job, server, pause)) for job, pause in jobs]
     try:
@@ -137,7 +216,7 @@ async def _watch(server: Server) -> None:
 
 async def _clean(server: Server) -> None:
     """Remove what nothing uses any more."""
-    await server.workers.file(sweep, server.database, server.blobs)
+    await server.file(sweep, server.database, server.blobs)
 
 
 async def _health(request: Request) -> Response:
@@ -153,7 +232,16 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
             directory cannot be made.
     """
     data_dir = Path(data_dir)
-    _require_closed_or_tokens(data_dir, settings)
+    if not settings.public and not is_loopback(settings.host):
+        raise EndlexError(
+            f"host {settings.host!r} lets other machines in: add --public, and make a token "
+            "with `endlex token create`"
+        )
+    if settings.public and all(token["revoked"] is not None for token in list_tokens(data_dir)):
+        raise EndlexError(
+            "a public server needs a token: make one with "
+            "`endlex token create --scope write,checkpoint --name BOX`"
+        )
     DataDir(data_dir).create()
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
@@ -178,19 +266,6 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
     print(f"endlex: serving {data_dir} on {kind}://{shown}:{port}", flush=True)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
-    if not settings.public and not is_loopback(settings.host):
-        raise EndlexError(
-            f"host {settings.host!r} lets other machines in: add --public, and make a token "
-            "with `endlex token create`"
-        )
-    if settings.public and all(token["revoked"] is not None for token in list_tokens(data_dir)):
-        raise EndlexError(
-            "a public server needs a token: make one with "
-            "`endlex token create --scope write,checkpoint --name BOX`"
-        )
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -30,28 +30,22 @@ class _Reader:
 
 
 class Hub:
-    """Hands events from the threads that make them to the readers that wait."""
+    """Hands events from the threads that make them to the readers that wait on a loop."""
 
-    def __init__(self) -> None:
-        self._readers: set[_Reader] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Say on which loop the readers live."""
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._readers: set[_Reader] = set()
 
     def stop(self) -> None:
         """End every reader's stream."""
-        self._loop = None
         for reader in self._readers:
             reader.dropped = True
             reader.wake.set()
 
     def publish(self, kind: str, content: dict[str, Any]) -> None:
         """Tell every reader, from any thread; `content` names its run under `run`."""
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._spread, kind, content)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._spread, kind, content)
 
     def _spread(self, kind: str, content: dict[str, Any]) -> None:
         run = content.get("run") or ""
@@ -59,11 +53,11 @@ class Hub:
         for reader in self._readers:
             if reader.run not in (None, run) or reader.dropped:
                 continue
+            merged = content
             if "metrics" in content and key in reader.news:
                 names = [*reader.news[key]["metrics"], *content["metrics"]]
-                reader.news[key] = {**content, "metrics": list(dict.fromkeys(names))}
-            else:
-                reader.news[key] = content
+                merged = {**content, "metrics": list(dict.fromkeys(names))}
+            reader.news[key] = merged
             if len(reader.news) > MOST_NEWS:
                 reader.dropped = True
                 reader.news.clear()

@@ -46,11 +46,9 @@ class Settings:
     """Disk space that uploads leave free; None is 1 GiB or 2 % of the disk, whichever is less."""
 
     def __post_init__(self) -> None:
-        root = self.root_path
+        root, rule = self.root_path, "must begin with a slash and end without one: /endlex"
         if root and not ROOT_PATH.fullmatch(root):
-            raise EndlexError(
-                f"root path {root!r} must begin with a slash and end without one: /endlex"
-            )
+            raise EndlexError(f"root path {root!r} {rule}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise EndlexError("a certificate and its key come together: --tls-cert and --tls-key")
         for path in filter(None, (self.tls_cert, self.tls_key)):

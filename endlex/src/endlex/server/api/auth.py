@@ -14,23 +14,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import sqlite3
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any, TypeVar
+from urllib.parse import parse_qs
 
-from fastapi import Request
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from endlex.protocol import SCOPES, EndlexError, Scope, UsageError, check_name, check_run_id
+from endlex.server.api.bodies import json_response, read_body
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
-from endlex.server.store.database import Database, connect
-from endlex.server.store.queries import dicts
-from endlex.server.workers import Workers
+from endlex.server.store.database import Database, Pool, connect, dicts, insert, update
 
+router = APIRouter(prefix="/api/v1")
 T = TypeVar("T")
 Granted = tuple[int, frozenset[str]]
 """A token's key and its scopes."""
@@ -43,6 +45,7 @@ LAST_USED_EVERY = 60.0
 FAILURES = 10
 FAILURE_SECONDS = 300.0
 ADDRESSES_KEPT = 10_000
+MOST_FORM_BYTES = 8192
 
 
 def create_token(
@@ -50,13 +53,8 @@ def create_token(
 ) -> str:
     """Make a token and return it; this is the only time that it is seen.
 
-    Args:
-        data_dir: made if missing; its server may be running.
-        name: for people, such as the box that it is for.
-        runs: ids of runs that become its own, as if it had created them.
-
-    Raises:
-        EndlexError: the name, a scope or an id is not one.
+    The data directory is made if missing; its server may be running. `runs` are ids of runs that
+    become the token's own. A name, scope or id that is none is an `EndlexError`.
     """
     check_name(name, "token name")
     unknown = [scope for scope in scopes if scope not in SCOPES]
@@ -65,43 +63,37 @@ def create_token(
         raise UsageError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
     token = PREFIX + secrets.token_urlsafe(32)
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
-    for run in runs:
-        check_run_id(run)
-    with _database(data_dir) as connection:
-        pk = connection.execute(
-            "INSERT INTO token (name, hash, scopes, created) VALUES (?, ?, ?, ?)",
-            (name, hash_secret(token), kept, time.time()),
-        ).lastrowid
-        connection.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
+    rows = [check_run_id(run) for run in {*runs}]
+    with _database(data_dir) as db:
+        about = {"name": name, "scopes": kept, "created": time.time()}
+        pk = insert(db, "token", hash=hash_secret(token), **about)
+        db.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, run) for run in rows])
     return token
 
 
 def grant_runs(data_dir: Path, token: str, runs: list[str]) -> None:
-    """Make runs a token's own, by the token's id or name and the runs' ids.
-
-    A token that is not in use, or an id that is none, is an `EndlexError`.
-    """
-    with _database(data_dir) as connection:
-        pairs = [(pk, check_run_id(run)) for pk in _in_use(connection, token) for run in runs]
-        connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
+    """Make runs a token's own, by ids or the token's name; what is none is an `EndlexError`."""
+    with _database(data_dir) as db:
+        pairs = [(pk, check_run_id(run)) for pk in _in_use(db, token) for run in runs]
+        db.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
 
 
 def revoke_token(data_dir: Path, token: str) -> int:
-    """Revoke tokens by id or by name, end their logins, and return how many they were.
+    """Revoke tokens by id or by name, which ends their logins, and return how many they were.
 
     It is an `EndlexError` that none of that id or name still counts.
     """
-    with _database(data_dir) as connection:
-        keys = _in_use(connection, token)
-        now = time.time()
-        connection.executemany("UPDATE token SET revoked=? WHERE pk=?", [(now, pk) for pk in keys])
+    with _database(data_dir) as db:
+        keys = _in_use(db, token)
+        for pk in keys:
+            update(db, "token", pk, revoked=time.time())
     return len(keys)
 
 
-def _in_use(connection: sqlite3.Connection, token: str) -> list[int]:
+def _in_use(db: Connection, token: str) -> list[int]:
     column = "pk" if token.isdecimal() else "name"
     query = f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL"
-    keys = [pk for (pk,) in connection.execute(query, (token,))]
+    keys = [pk for (pk,) in db.execute(query, (token,))]
     if not keys:
         raise EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
     return keys
@@ -113,9 +105,9 @@ def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
     `older_runs` says whether one also owns the runs made before runs had owners; `runs` are the
     others that it owns.
     """
-    with _database(data_dir) as connection:
+    with _database(data_dir) as db:
         tokens = dicts(
-            connection,
+            db,
             "SELECT pk AS id, name, scopes, created, last_used, revoked, runs_before != 0 AS "
             "older_runs, (SELECT group_concat(run) FROM token_run WHERE token=pk) AS runs "
             "FROM token ORDER BY pk",
@@ -127,12 +119,12 @@ def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _database(data_dir: Path) -> Iterator[sqlite3.Connection]:
+def _database(data_dir: Path) -> Iterator[Connection]:
     """Open the database of a data directory for a moment, beside a server or without one."""
     data = DataDir(Path(data_dir))
     data.create()
-    with closing(connect(data.database)) as connection:
-        yield connection
+    with closing(connect(data.database)) as db:
+        yield db
 
 
 def hash_secret(secret: str) -> str:
@@ -143,8 +135,8 @@ def hash_secret(secret: str) -> str:
 class Auth:
     """Decides which requests may pass; one per server."""
 
-    def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
-        self._settings, self._database, self._workers = settings, database, workers
+    def __init__(self, settings: Settings, database: Database, pool: Pool) -> None:
+        self._settings, self._database, self._pool = settings, database, pool
         self._used: dict[int, float] = {}
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
         """When each address sent its latest wrong tokens, the latest address last."""
@@ -152,32 +144,31 @@ class Auth:
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
         """Let a request pass that has one of `scopes`, for the run that its path names.
 
-        With `creates` the request may create that run, which is then the token's own.
-
-        Raises:
-            ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
-                that is not its own, 429.
+        With `creates` the request may create that run, which is then the token's own. An `ApiError`
+        is 401 without a token that counts, 403 with one of other scopes or runs, or 429.
         """
-        secret, cookie = _bearer(request), request.cookies.get(COOKIE)
+        kind, _, sent = request.headers.get("authorization", "").partition(" ")
+        secret = sent.strip() if kind.lower() == "bearer" else ""
+        cookie = request.cookies.get(COOKIE)
         any_made, found = await self._ask(_find, secret, cookie)
         if not self._settings.public and not any_made:
             return
         if found is None:
             raise self._refusal(request, secret)
         token, granted = found
-        self._note_use(token)
+        if time.time() - self._used.get(token, 0) > LAST_USED_EVERY:
+            now = self._used[token] = time.time()
+            self._database.write(lambda db: update(db, "token", token, last_used=now))
         usable = granted.intersection(scopes)
         if not usable:
             has = ", ".join(scope for scope in SCOPES if scope in granted)
             raise ApiError(403, f"this token has no scope {' or '.join(scopes)}: it has {has}")
         run = request.path_params.get("run")
-        if run is not None and usable <= BOX_SCOPES and "manage" not in granted:
-            await self._check_run(token, run, creates)
-
-    async def _check_run(self, token: int, run: str, creates: bool) -> None:
+        if run is None or "manage" in granted or not usable <= BOX_SCOPES:
+            return
         own = await self._ask(_owns, token, run)
         if own is None and creates:
-            own = await asyncio.wrap_future(self._database.write(lambda c: _claim(c, token, run)))
+            own = await self._write(lambda db: _claim(db, token, run))
         if own is False:
             raise ApiError(
                 403,
@@ -186,7 +177,10 @@ class Auth:
             )
 
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
-        return await self._workers.quick(lambda: question(self._database.reader(), *args))
+        return await self._pool(lambda: question(self._database.reader(), *args))
+
+    async def _write(self, job: Callable[[Connection], T]) -> T:
+        return await asyncio.wrap_future(self._database.write(job))
 
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token; a wrong one is an `ApiError`."""
@@ -195,16 +189,16 @@ class Auth:
             raise self._refusal(request, token)
         secret = secrets.token_urlsafe(32)
         now = time.time()
-        row = (hash_secret(secret), found[0], now, now + LOGIN_SECONDS)
+        row = {"hash": hash_secret(secret), "token": found[0], "created": now}
 
-        def job(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM login WHERE expires < ?", (now,))
-            connection.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
+        def job(db: Connection) -> None:
+            db.execute("DELETE FROM login WHERE expires < ?", (now,))
+            insert(db, "login", expires=now + LOGIN_SECONDS, **row)
 
-        await asyncio.wrap_future(self._database.write(job))
+        await self._write(job)
         return secret
 
-    def _refusal(self, request: Request, secret: str | None) -> ApiError:
+    def _refusal(self, request: Request, secret: str) -> ApiError:
         headers = {"WWW-Authenticate": "Bearer"}
         if not secret:
             return ApiError(401, "a token is needed: set ENDLEX_TOKEN, or log in", headers)
@@ -221,59 +215,40 @@ class Auth:
         message = "the token is not known, or revoked: make one with `endlex token create`"
         return ApiError(401, message, headers)
 
-    def _note_use(self, token: int) -> None:
-        now = time.time()
-        if now - self._used.get(token, 0) > LAST_USED_EVERY:
-            self._used[token] = now
-            query, values = "UPDATE token SET last_used=? WHERE pk=?", (now, token)
-            self._database.write(lambda c: c.execute(query, values).rowcount)
 
-
-def _find(
-    connection: sqlite3.Connection, secret: str | None, cookie: str | None
-) -> tuple[bool, Granted | None]:
+def _find(db: Connection, secret: str, cookie: str | None) -> tuple[bool, Granted | None]:
     """Return whether any token was ever made, and the one that a request carries.
 
     Only hashes of random secrets are compared, so the time that this takes reveals nothing.
     """
-    any_made = connection.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
-    if secret:
-        query, values = "hash=?", list[str | float]([hash_secret(secret)])
-    else:
-        query = "pk = (SELECT token FROM login WHERE hash=? AND expires > ?)"
-        values = [hash_secret(cookie or ""), time.time()]
-    row = connection.execute(
-        f"SELECT pk, scopes FROM token WHERE revoked IS NULL AND {query}", values
+    any_made = db.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
+    row = db.execute(
+        "SELECT pk, scopes FROM token WHERE revoked IS NULL AND (hash=? OR "
+        "pk=(SELECT token FROM login WHERE hash=? AND expires > ?))",
+        (hash_secret(secret), hash_secret("" if secret else cookie or ""), time.time()),
     ).fetchone()
     return any_made, (row[0], frozenset(row[1].split(","))) if row else None
 
 
-def _owns(connection: sqlite3.Connection, token: int, run: str) -> bool | None:
+def _owns(db: Connection, token: int, run: str) -> bool | None:
     """Whether a run is a token's own; None if there is no such run, and it is nobody's."""
-    claims = connection.execute(
+    claims = db.execute(
         "SELECT token FROM token_run JOIN token ON pk = token WHERE run=? AND revoked IS NULL",
         (run,),
     ).fetchall()
-    row = connection.execute(
-        "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?",
-        (run, token),
-    ).fetchone()
+    query = "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?"
+    row = db.execute(query, (run, token)).fetchone()
     if (token,) in claims or (row and row[0]):
         return True
     return False if row or claims else None
 
 
-def _claim(connection: sqlite3.Connection, token: int, run: str) -> bool:
+def _claim(db: Connection, token: int, run: str) -> bool:
     """Make a run that a token is about to create its own; False if it is another's."""
-    if _owns(connection, token, run) is False:
+    if _owns(db, token, run) is False:
         return False
-    connection.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
+    db.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
     return True
-
-
-def _bearer(request: Request) -> str | None:
-    kind, _, secret = request.headers.get("authorization", "").partition(" ")
-    return secret.strip() if kind.lower() == "bearer" and secret.strip() else None
 
 
 def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaitable[None]]:
@@ -283,3 +258,28 @@ def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaita
         await request.app.state.server.auth.check(request, scopes, creates)
 
     return check
+
+
+@router.post("/login")
+async def login(request: Request) -> Response:
+    form = parse_qs((await read_body(request, MOST_FORM_BYTES)).decode("utf-8", "replace"))
+    secret = await request.app.state.server.auth.login(request, form.get("token", [""])[0].strip())
+    answer = json_response({"logged_in": True})
+    secure = request.url.scheme == "https"
+    answer.set_cookie(COOKIE, secret, LOGIN_SECONDS, secure=secure, **_cookie(request))
+    return answer
+
+
+@router.post("/logout")
+async def logout(request: Request) -> Response:
+    if cookie := request.cookies.get(COOKIE):
+        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
+        await request.app.state.server.write(lambda db: db.execute(query, values).rowcount)
+    answer = json_response({"logged_in": False})
+    answer.delete_cookie(COOKIE, **_cookie(request))
+    return answer
+
+
+def _cookie(request: Request) -> dict[str, Any]:
+    path = request.app.state.settings.root_path or "/"
+    return {"path": path, "httponly": True, "samesite": "strict"}

@@ -69,9 +69,9 @@ async def drain(body: AsyncIterator[bytes]) -> None:
             return
 
 
-async def read_json(request: Request, kind: type[T], limit: int = MOST_JSON_BYTES) -> T:
+async def read_json(request: Request, kind: type[T]) -> T:
     """Return the body's JSON as a type that pydantic knows, or raise its `ValidationError`."""
-    return TypeAdapter(kind).validate_json(await read_body(request, limit))
+    return TypeAdapter(kind).validate_json(await read_body(request, MOST_JSON_BYTES))
 
 
 def json_response(

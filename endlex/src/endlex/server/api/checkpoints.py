@@ -21,7 +21,7 @@ from endlex.server.errors import ApiError
 from endlex.server.state import Here, Server
 from endlex.server.store import retention
 from endlex.server.store.checkpoints import STATUS_OF_STATE
-from endlex.server.store.queries import find_run, list_checkpoints
+from endlex.server.store.runs import find_run, list_checkpoints
 from endlex.server.store.texts import find_media
 
 router = APIRouter(prefix="/api/v1")
@@ -45,20 +45,10 @@ class AskedParts(BaseModel):
     parts: Annotated[list[Sha256], Field(max_length=MAX_PARTS_ASKED)]
 
 
-class Pruning(retention.Rules, frozen=True):
-    """What to remove, of which runs."""
-
-    run: str | None = None
-    project: str | None = None
-    deleted: bool = False
-    """Whether to remove deleted runs for good, too."""
-    dry_run: bool = False
-
-
 @router.post("/parts/missing", dependencies=SEND)
 async def missing(request: Request, server: Here) -> Response:
     asked = await read_json(request, AskedParts)
-    lacking, partial = await server.workers.file(server.blobs.find_missing, asked.parts)
+    lacking, partial = await server.file(server.blobs.find_missing, asked.parts)
     return json_response({"missing": lacking, "partial": partial})
 
 
@@ -66,7 +56,7 @@ async def missing(request: Request, server: Here) -> Response:
 async def put_part(request: Request, server: Here, sha256: str, offset: int = 0) -> Response:
     check_sha256(sha256)
     declared = request.headers.get("content-length", "")
-    length = int(declared) if declared.isdecimal() else None
+    length = int(declared) if declared.isdecimal() else 0
     body = iter_body(request)
     try:
         new = await server.blobs.receive(sha256, offset, length, body)
@@ -79,13 +69,13 @@ async def put_part(request: Request, server: Here, sha256: str, offset: int = 0)
 async def put_manifest(request: Request, server: Here, run: str, name: str) -> Response:
     body = await read_body(request, MOST_MANIFEST_BYTES)
     try:
-        content = await server.workers.file(orjson.loads, body)
+        content = await server.file(orjson.loads, body)
     except ValueError as error:
         raise ApiError(400, f"the manifest is not JSON: {error}") from error
-    verified = await server.workers.file(server.checkpoints.put, run, name, content)
+    verified = await server.file(server.checkpoints.put, run, name, content)
     if verified is not None:
         await asyncio.wait([asyncio.wrap_future(verified)], timeout=PATIENCE)
-    state = await server.workers.read(server.checkpoints.describe, run, name, whole=False)
+    state = await server.ask(server.checkpoints.describe, run, name, whole=False)
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": state["state"]})
     return json_response(state, STATUS_OF_STATE[state["state"]])
 
@@ -97,7 +87,7 @@ async def checkpoints(server: Here, run: str) -> Response:
 
 @router.get("/runs/{run}/checkpoints/{name}", dependencies=FETCH)
 async def describe(server: Here, run: str, name: str) -> Response:
-    return json_response(await server.workers.read(server.checkpoints.describe, run, name))
+    return json_response(await server.ask(server.checkpoints.describe, run, name))
 
 
 @router.delete("/runs/{run}/checkpoints/{name}", dependencies=DESTROY)
@@ -108,7 +98,7 @@ async def delete(
     reason: Annotated[str, Query(max_length=MAX_NAME_CHARS)] = "deleted by hand",
 ) -> Response:
     check_name(reason, "reason")
-    await server.write(lambda c: retention.remove_checkpoint(c, run, name, reason))
+    await server.write(retention.remove_checkpoint, run, name, reason)
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": REMOVED})
     return json_response({"deleted": name})
 
@@ -117,59 +107,45 @@ async def delete(
     "/runs/{run}/checkpoints/{name}/files/{path:path}", methods=["GET", "HEAD"], dependencies=FETCH
 )
 async def download(request: Request, server: Here, run: str, name: str, path: str) -> Response:
-    file = await server.workers.read(server.checkpoints.find_file, run, name, path)
-    file_name = quote(path.split("/")[-1])
-    headers = {
-        "ETag": f'"{file["sha256"]}"',
-        "Content-Disposition": f"attachment; filename*=UTF-8''{file_name}",
-    }
+    file = await server.ask(server.checkpoints.find_file, run, name, path)
+    disposition = f"attachment; filename*=UTF-8''{quote(path.split('/')[-1])}"
+    headers = {"ETag": f'"{file["sha256"]}"', "Content-Disposition": disposition}
     return file_response(request, server, file["parts"], BYTES, headers)
 
 
 @router.get("/runs/{run}/media/{item}", dependencies=[Depends(require("read"))])
 async def media_content(request: Request, server: Here, run: str, item: int) -> Response:
-    found = await server.ask(lambda c: find_media(c, find_run(c, run), item))
-    wanted = [part["sha256"] for part in found["parts"]]
-    lacking, _ = await server.workers.file(server.blobs.find_missing, wanted)
+    found = await server.ask(lambda db: find_media(db, find_run(db, run), item))
+    parts, mime = found["parts"], found["mime"]
+    lacking, _ = await server.file(server.blobs.find_missing, [part["sha256"] for part in parts])
     if lacking:
         raise ApiError(404, "the file is still on its way from the training box")
-    shown = found["mime"].startswith(SHOWN)
+    shown = mime.startswith(SHOWN)
     headers = {
         "Cache-Control": "private, max-age=31536000, immutable",
         "Content-Disposition": "inline" if shown else "attachment",
     }
-    return file_response(
-        request, server, found["parts"], found["mime"] if shown else BYTES, headers
-    )
+    return file_response(request, server, parts, mime if shown else BYTES, headers)
 
 
 @router.post("/prune", dependencies=DESTROY)
-async def post_prune(request: Request, server: Here) -> Response:
-    asked = await read_json(request, Pruning)
-    if asked.empty and not asked.deleted:
+async def prune(request: Request, server: Here) -> Response:
+    asked = await read_json(request, retention.Pruning)
+    if not asked.rules and not asked.deleted:
         raise ApiError(422, "no rule says what to keep: give keep_last, keep_best or keep_every")
-    return json_response(await server.workers.file(_prune, server, asked))
-
-
-def _prune(server: Server, asked: Pruning) -> dict[str, Any]:
-    """Remove what the rules do not keep, and deleted runs if asked; both, or look only."""
     answer: dict[str, Any] = {"removed": [], "kept": [], "freed_bytes": 0}
-    if not asked.empty:
-        answer = server.database.write(
-            lambda c: retention.prune(c, asked, asked.run, asked.project, asked.dry_run)
-        ).result()
+    if asked.rules:
+        answer = await server.write(retention.prune, asked)
         for item in () if asked.dry_run else answer["removed"]:
             news = {"run": item["run"], "name": item["name"], "state": REMOVED}
             server.hub.publish("checkpoint", news)
     if asked.deleted:
-        for pk, run_id in retention.deleted_runs(server.database.reader(), time.time() + 1):
-            if asked.run in (None, run_id):
-                answer["removed"].append({"run": run_id, "name": None, "bytes": 0})
-                if not asked.dry_run:
-                    retention.purge_run(server.database, pk)
+        about = (time.time() + 1, asked.run, asked.dry_run)
+        gone = await server.file(retention.purge_runs, server.database, *about)
+        answer["removed"] += [{"run": run, "name": None, "bytes": 0} for run in gone]
     if not asked.dry_run:
-        retention.collect_parts(server.database, server.blobs)
-    return answer
+        await server.file(retention.collect_parts, server.database, server.blobs)
+    return json_response(answer)
 
 
 SINGLE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -187,8 +163,8 @@ def file_response(
     if tag and tag in asked.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     size = sum(part["bytes"] for part in parts)
-    whole = asked.get("if-range", tag) != tag
-    wanted = None if whole else parse_range(asked.get("range"), size)
+    is_whole = asked.get("if-range", tag) != tag
+    wanted = None if is_whole else parse_range(asked.get("range"), size)
     start, end = wanted or (0, size)
     headers |= {"Accept-Ranges": "bytes", "Content-Length": str(end - start)}
     if wanted:
@@ -228,5 +204,5 @@ async def _stream(
         start, end = max(place, first), min(place + part["bytes"], last)
         for at in range(start, end, PIECE):
             size = min(PIECE, end - at)
-            yield await server.workers.file(server.blobs.read, part["sha256"], at - place, size)
+            yield await server.file(server.blobs.read, part["sha256"], at - place, size)
         place += part["bytes"]

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import math
 import shutil
-import sqlite3
 import time
 import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
@@ -31,8 +30,8 @@ from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Here, Server
 from endlex.server.store import sessions
-from endlex.server.store.queries import find_run, list_sessions
 from endlex.server.store.records import Batch, Points, parse_batch
+from endlex.server.store.runs import find_run, list_sessions
 from endlex.server.store.series import append_points
 from endlex.server.store.sessions import SessionState
 from endlex.server.store.texts import store_records
@@ -70,7 +69,7 @@ async def append(
     async with request.app.state.batches:
         body = await read_body(request, MAX_BATCH_BYTES)
         deflated = encoding == "deflate"
-        prepared = await server.workers.batch(_prepare, offset, int(crc, 16), body, deflated)
+        prepared = await server.batch(_prepare, offset, int(crc, 16), body, deflated)
         try:
             reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
         except Exception as error:
@@ -92,12 +91,12 @@ async def describe(
         digest = sessions.hash_journal(reader, state.pk, min(upto, state.offset))
         return {"offset": state.offset, "sha256": digest}
 
-    return json_response(await server.workers.read(hashed))
+    return json_response(await server.read(hashed))
 
 
 @router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
 async def raw(server: Here, run: str, session: str) -> Response:
-    state = await server.ask(lambda c: sessions.require_session(c, run, session))
+    state = await server.ask(sessions.require_session, run, session)
     name = f'attachment; filename="{session}.jsonl"'
     headers = {"Content-Length": str(state.offset), "Content-Disposition": name}
     return StreamingResponse(_stream(server, state), 200, headers, "application/x-ndjson")
@@ -110,7 +109,7 @@ async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
 
     start = 0
     while start < state.offset:
-        content = await server.workers.read(segment, start)
+        content = await server.read(segment, start)
         yield content
         start += len(content)
 
@@ -123,32 +122,29 @@ async def list_all(server: Here, run: str) -> Response:
 @router.post("/sessions/{session}/state", dependencies=[Depends(require("write"))])
 async def set_state(request: Request, server: Here, run: str, session: str) -> Response:
     report = await read_json(request, StateReport)
-    for kind, event in await server.write(lambda c: _set_state(c, run, session, report)):
+    for kind, event in await server.write(_set_state, run, session, report):
         server.hub.publish(kind, event)
     return json_response({"status": report.status})
 
 
-def _set_state(
-    connection: sqlite3.Connection, run: str, session: str, report: StateReport
-) -> list[Event]:
-    state = sessions.require_session(connection, run, session)
+def _set_state(db: Connection, run: str, session: str, report: StateReport) -> list[Event]:
+    state = sessions.require_session(db, run, session)
     # A heartbeat does not take back an end that the journal or the shipper told.
     open_ended = ("running", protocol.CRASHED, protocol.LOST)
     keep = report.status in open_ended and state.status not in open_ended
-    connection.execute(
+    db.execute(
         "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes), heard=? WHERE pk=?",
         (state.status if keep else report.status, report.unsent_bytes, time.time(), state.pk),
     )
     if keep or state.status == report.status:
         return []
-    status = sessions.update_run(connection, state.run)
-    book = Book(connection, state.run, run)
+    book = Book(db, state.run, [sessions.update_run(db, state.run)])
     if state.status == protocol.LOST:
         book.resolve("lost")
     if report.status == protocol.CRASHED:
         reason = report.reason and report.reason[: protocol.MAX_REASON_CHARS]
         book.tell_end(state, protocol.CRASHED, reason)
-    return [("run", {"run": run, "updated": time.time(), "status": status}), *book.events]
+    return book.events
 
 
 @dataclass(frozen=True)
@@ -161,54 +157,46 @@ class Prepared:
     """`body`, compressed."""
     batch: Batch
 
+    @classmethod
+    def of(cls, offset: int, body: bytes) -> Prepared:
+        return cls(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
+
 
 def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if deflated:
-        body = _inflate(body)
+        decoder = zlib.decompressobj()
+        try:
+            body = decoder.decompress(body, MAX_BATCH_BYTES + 1)
+        except zlib.error as error:
+            raise ApiError(400, f"the body is not zlib data: {error}") from error
+        if len(body) <= MAX_BATCH_BYTES and not decoder.eof:
+            raise ApiError(400, "the body's zlib data is cut off: send it again")
     if len(body) > MAX_BATCH_BYTES:
         raise ApiError(413, f"a batch has at most {MAX_BATCH_BYTES:,} bytes: send less at once")
     if zlib.crc32(body) != crc:
         raise ApiError(400, f"the body's CRC-32 is {zlib.crc32(body):08x}, not {crc:08x}: resend")
     if body and not body.endswith(b"\n"):
         raise ApiError(400, "the body does not end with a line end: send whole lines")
-    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
-
-
-def _after(prepared: Prepared, offset: int) -> Prepared:
-    """Return what is beyond `offset`: the bytes below it were acknowledged before."""
-    known = offset - prepared.offset
-    if known == 0:
-        return prepared
-    body = prepared.body[known:]
-    if body and prepared.body[known - 1 : known] != b"\n":
-        raise ApiError(
-            422,
-            f"byte {offset} is in the middle of a line, though the server ended one there: the "
-            "journal was changed after it was sent; start a new session",
-        )
-    return Prepared(offset, body, zlib.compress(body, sessions.LEVEL), parse_batch(body))
-
-
-def _inflate(body: bytes) -> bytes:
-    decoder = zlib.decompressobj()
-    try:
-        plain = decoder.decompress(body, MAX_BATCH_BYTES + 1)
-    except zlib.error as error:
-        raise ApiError(400, f"the body is not zlib data: {error}") from error
-    if len(plain) <= MAX_BATCH_BYTES and not decoder.eof:
-        raise ApiError(400, "the body's zlib data is cut off: send it again")
-    return plain
+    return Prepared.of(offset, body)
 
 
 def _store(
-    server: Server, connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
+    server: Server, db: Connection, run: str, session: str, prepared: Prepared
 ) -> tuple[int, list[Event]]:
     """Store what is new in a batch; return the offset up to which the session is here, and news."""
-    state = sessions.find_session(connection, run, session)
+    state = sessions.find_session(db, run, session)
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"
         raise ApiError(409, message, offset=state.offset)
-    prepared = _after(prepared, state.offset)
+    if known := state.offset - prepared.offset:  # bytes below were acknowledged before
+        body = prepared.body[known:]
+        if body and prepared.body[known - 1 : known] != b"\n":
+            raise ApiError(
+                422,
+                f"byte {state.offset} is in the middle of a line, though the server ended one "
+                "there: the journal was changed after it was sent; start a new session",
+            )
+        prepared = Prepared.of(state.offset, body)
     if not prepared.body:
         return state.offset, []
     # Telemetry may use most of what uploads must leave: it is small, and worth more.
@@ -217,39 +205,24 @@ def _store(
         raise disk_full()
     if state.pk == 0:
         first = prepared.body[: prepared.body.index(b"\n")]
-        state = sessions.begin_session(connection, run, session, first)
+        state = sessions.begin_session(db, run, session, first)
     batch, reached = prepared.batch, state.offset + len(prepared.body)
-    sessions.append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
-    _store_batch(connection, state, batch)
-    sessions.advance_session(connection, state, reached, batch)
-    alerts = server.watch.observe(connection, state, run, batch)
-    status = sessions.update_run(connection, state.run)
-    return reached, [*_news(run, status, batch), *alerts]
-
-
-def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Batch) -> None:
+    sessions.append_segment(db, state.pk, state.offset, prepared.body, prepared.data)
     for name, points in batch.points.items():
-        metric = _update_metric(connection, state.run, name, points)
-        append_points(connection, metric, state.pk, points)
-    store_records(connection, state.run, batch.records)
-    for record in batch.records[CHECKPOINT]:
-        size = sum(file["bytes"] for file in record["files"])
-        aliases = orjson.dumps(record.get("aliases") or []).decode()
-        metadata = orjson.dumps(record.get("metadata") or {}).decode()
-        connection.execute(
-            "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
-            "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
-            (state.run, record["name"], record["step"], record["time"], size, aliases, metadata),
-        )
+        append_points(db, _update_metric(db, state.run, name, points), state.pk, points)
+    store_records(db, state.run, batch.records)
+    sessions.advance_session(db, state, reached, batch)
+    alerts = server.watch.observe(db, state, batch)
+    return reached, [sessions.update_run(db, state.run), *_news(run, batch), *alerts]
 
 
-def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: Points) -> int:
+def _update_metric(db: Connection, run: int, name: str, points: Points) -> int:
     """Count new points into the metric's summary and return its key."""
     last, step = float(points.numbers[-1]), int(points.steps[-1])
     finite = points.numbers[np.isfinite(points.numbers)]
     bounds = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
     text = None if math.isfinite(last) else protocol.encode_number(last)
-    pk: int = connection.execute(
+    pk: int = db.execute(
         "INSERT INTO metric (run, name, count, last, last_text, last_step, min, max) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
         "count=count+excluded.count, last=excluded.last, last_text=excluded.last_text, "
@@ -261,8 +234,8 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
     return pk
 
 
-def _news(run: str, status: str, batch: Batch) -> list[Event]:
-    news: list[Event] = [("run", {"run": run, "updated": time.time(), "status": status})]
+def _news(run: str, batch: Batch) -> list[Event]:
+    news: list[Event] = []
     if batch.points:
         last = max(int(points.steps[-1]) for points in batch.points.values())
         news.append(("metrics", {"run": run, "metrics": list(batch.points), "last_step": last}))

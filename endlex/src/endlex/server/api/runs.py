@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from sqlite3 import Connection
 from typing import Annotated, Any
 
 import orjson
@@ -15,17 +15,11 @@ from sse_starlette.sse import EventSourceResponse
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response, read_json
 from endlex.server.errors import ApiError
-from endlex.server.events import MOST_READERS, Hub
+from endlex.server.events import MOST_READERS
 from endlex.server.state import Here, Server
-from endlex.server.store.annotations import (
-    Changes,
-    change_runs,
-    dismiss_alert,
-    list_settings,
-    save_setting,
-)
+from endlex.server.store import runs
 from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.queries import RunQuery, find_run, list_alerts, list_runs, show_run
+from endlex.server.store.runs import Changes, RunQuery, find_run
 from endlex.server.store.texts import KINDS, Kind, Page, list_records
 
 router = APIRouter(prefix="/api/v1")
@@ -47,8 +41,8 @@ class BulkChange(BaseModel):
 
 
 @router.get("/runs", dependencies=READ)
-async def runs(server: Here, query: Annotated[RunQuery, Query()]) -> Response:
-    return json_response(await server.ask(lambda c: list_runs(c, query)))
+async def list_runs(server: Here, query: Annotated[RunQuery, Query()]) -> Response:
+    return json_response(await server.ask(runs.list_runs, query))
 
 
 @router.patch("/runs", dependencies=ANNOTATE)
@@ -59,13 +53,13 @@ async def change_many(request: Request, server: Here) -> Response:
 
 @router.get("/runs/{run}", dependencies=[Depends(require("read", "checkpoint"))])
 async def run_whole(server: Here, run: str) -> Response:
-    return json_response(await server.ask(lambda c: show_run(c, run)))
+    return json_response(await server.ask(runs.show_run, run))
 
 
 @router.patch("/runs/{run}", dependencies=ANNOTATE)
 async def change(request: Request, server: Here, run: str) -> Response:
     await _change(request, server, [run], await read_json(request, Changes))
-    return json_response(await server.ask(lambda c: show_run(c, run)))
+    return json_response(await server.ask(runs.show_run, run))
 
 
 async def _change(
@@ -73,7 +67,7 @@ async def _change(
 ) -> list[str]:
     if "deleted" in changes.model_fields_set:
         await require("manage")(request)
-    statuses = await server.write(lambda c: change_runs(c, chosen, changes))
+    statuses = await server.write(runs.change_runs, chosen, changes)
     for run, status in statuses.items():
         server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
     return list(statuses)
@@ -81,7 +75,7 @@ async def _change(
 
 @router.get("/settings", dependencies=READ)
 async def settings(server: Here, project: Project = "") -> Response:
-    return json_response(await server.ask(lambda c: list_settings(c, project)))
+    return json_response(await server.ask(runs.list_settings, project))
 
 
 @router.put("/settings", dependencies=ANNOTATE)
@@ -89,28 +83,27 @@ async def save(
     request: Request, server: Here, kind: str, name: str, project: Project = ""
 ) -> Response:
     content = await read_json(request, dict[str, Any])
-    await server.write(lambda c: save_setting(c, project, kind, name, content))
+    await server.write(runs.save_setting, project, kind, name, content)
     return json_response({"kind": kind, "name": name})
 
 
 @router.delete("/settings", dependencies=ANNOTATE)
 async def forget(server: Here, kind: str, name: str, project: Project = "") -> Response:
-    await server.write(lambda c: save_setting(c, project, kind, name, None))
+    await server.write(runs.save_setting, project, kind, name, None)
     return json_response({"kind": kind, "name": name})
 
 
 @router.get("/runs/{run}/series", dependencies=READ)
 async def series(server: Here, run: str, query: Annotated[ChartQuery, Query()]) -> Response:
-    def read() -> Response:
+    def read(db: Connection) -> Response:
         began = time.perf_counter()
-        with server.database.snapshot() as connection:
-            found = read_chart(connection, find_run(connection, run), query)
+        found = read_chart(db, find_run(db, run), query)
         answer = json_response({"run": run, "x": query.x, "series": found})
         milliseconds = (time.perf_counter() - began) * 1000
         answer.headers["Server-Timing"] = f"series;dur={milliseconds:.3f}"
         return answer
 
-    return await server.workers.read(read)
+    return await server.ask(read)
 
 
 def _add_records(kind: Kind) -> None:
@@ -128,12 +121,12 @@ for _kind in KINDS:
 async def alerts(
     server: Here, run: str | None = None, only_open: Annotated[bool, Query(alias="open")] = False
 ) -> Response:
-    return json_response({"alerts": await server.ask(lambda c: list_alerts(c, run, only_open))})
+    return json_response({"alerts": await server.ask(runs.list_alerts, run, only_open)})
 
 
 @router.post("/alerts/{alert}/dismiss", dependencies=ANNOTATE)
 async def dismiss(server: Here, alert: int) -> Response:
-    run = await server.write(lambda c: dismiss_alert(c, alert))
+    run = await server.write(runs.dismiss_alert, alert)
     server.hub.publish("alert", {"run": run, "id": alert, "dismissed": True})
     return json_response({"id": alert, "dismissed": True})
 
@@ -142,11 +135,8 @@ async def dismiss(server: Here, alert: int) -> Response:
 async def events(server: Here, run: str | None = None) -> Response:
     if len(server.hub) >= MOST_READERS:
         raise ApiError(503, "too many readers of events: close some pages", {"Retry-After": "30"})
-    return EventSourceResponse(
-        _encoded(server.hub, run), ping=PING_SECONDS, send_timeout=SLOW_READER_SECONDS
+    encoded = (
+        {"event": kind, "data": orjson.dumps(content).decode()}
+        async for kind, content in server.hub.read(run)
     )
-
-
-async def _encoded(hub: Hub, run: str | None) -> AsyncIterator[dict[str, str]]:
-    async for kind, content in hub.read(run):
-        yield {"event": kind, "data": orjson.dumps(content).decode()}
+    return EventSourceResponse(encoded, ping=PING_SECONDS, send_timeout=SLOW_READER_SECONDS)

@@ -24,7 +24,7 @@ from endlex.client.process import fsync
 from endlex.protocol import MAX_PART_BYTES
 from endlex.server.errors import ApiError, disk_full
 from endlex.server.settings import DataDir, Settings
-from endlex.server.workers import Workers
+from endlex.server.store.database import Pool
 
 PIECE = 2**20
 KEPT_SECONDS = 86400.0
@@ -34,8 +34,8 @@ KEPT_SECONDS = 86400.0
 class Blobs:
     """The parts of one data directory."""
 
-    def __init__(self, settings: Settings, data: DataDir, workers: Workers) -> None:
-        self._data, self._workers = data, workers
+    def __init__(self, settings: Settings, data: DataDir, pool: Pool) -> None:
+        self._data, self._pool = data, pool
         self._reserve = settings.reserve(data.root)
         self._uploads: set[str] = set()
         self.lock = threading.Lock()
@@ -64,30 +64,26 @@ class Blobs:
         return missing, partial
 
     async def receive(
-        self, sha256: str, offset: int, length: int | None, body: AsyncIterator[bytes]
+        self, sha256: str, offset: int, length: int, body: AsyncIterator[bytes]
     ) -> bool:
         """Take a part's bytes from `offset` to its end; return whether it was new.
 
-        Args:
-            sha256: a checked digest.
-            length: of the body, where it was told.
-
-        Raises:
-            ApiError: 400, 409, 413, 429 or 507, as the protocol says. What came stays.
+        `sha256` is a checked digest, and `length` the body's, or 0 if unknown. An `ApiError` is
+        400, 409, 413, 429 or 507, as the protocol says; what came stays.
         """
-        if await self._workers.file(_touch, self.path(sha256)) is not None:
+        if await self._pool(_touch, self.path(sha256)) is not None:
             return False
         if sha256 in self._uploads:  # one that stands still is given up by `bodies.iter_body`
             message = f"part {sha256} is being sent by another connection: ask again"
             raise ApiError(429, message, {"Retry-After": "1"})
         self._uploads.add(sha256)
         try:
-            held = await self._workers.file(self._prepare, sha256, length or 0)
+            held = await self._pool(self._prepare, sha256, length)
             if offset != held:
                 message = f"{held} bytes of part {sha256} are here: send from there"
                 raise ApiError(409, message, offset=held)
-            await self._append(self._partial(sha256), held, length or 0, body)
-            await self._workers.file(self._publish, sha256)
+            await self._append(self._partial(sha256), held, length, body)
+            await self._pool(self._publish, sha256)
         finally:
             self._uploads.remove(sha256)
         return True
@@ -105,10 +101,10 @@ class Blobs:
                 waiting += chunk
                 if len(waiting) >= PIECE:
                     piece, waiting = waiting, bytearray()
-                    await self._workers.file(_append_to, path, piece)
+                    await self._pool(_append_to, path, piece)
         finally:  # what came of a broken body stays, too
             if waiting:
-                await self._workers.file(_append_to, path, waiting)
+                await self._pool(_append_to, path, waiting)
 
     def _prepare(self, sha256: str, length: int) -> int:
         """Return how many bytes have come; there must be room for the rest."""
@@ -156,6 +152,14 @@ class Blobs:
         """Yield a part's content in pieces; a `FileNotFoundError` if it is not here."""
         with self.path(sha256).open("rb") as file:
             yield from iter(lambda: file.read(PIECE), b"")
+
+    def drop_decayed(self, sha256: str) -> bool:
+        """Delete a part if its bytes have changed on this disk; return whether they had."""
+        with self.lock, self.path(sha256).open("rb") as stored:
+            decayed = hashlib.file_digest(stored, "sha256").hexdigest() != sha256
+            if decayed:
+                self.path(sha256).unlink()
+        return decayed
 
     def collect(self, is_used: Callable[[str], bool]) -> int:
         """Delete the parts that are a day old and unused, and partial ones; return the bytes."""

@@ -9,8 +9,8 @@ lock. `log` keeps more of the small x, where a logarithmic axis has its room.
 from __future__ import annotations
 
 import math
-import sqlite3
 from itertools import pairwise
+from sqlite3 import Connection
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
 from endlex.server.store import series
+from endlex.server.store.records import Points
 from endlex.server.store.series import read_points, read_sampled
 
 STEP = "step"
@@ -48,35 +49,36 @@ class ChartQuery(BaseModel, frozen=True, populate_by_name=True):
     log: bool = False
 
 
-def find_metric(connection: sqlite3.Connection, run: int, name: str) -> int | None:
+def find_metric(db: Connection, run: int, name: str) -> int | None:
     """Return a metric's key, or None where the run has none of the name."""
-    row = connection.execute("SELECT pk FROM metric WHERE run=? AND name=?", (run, name)).fetchone()
+    row = db.execute("SELECT pk FROM metric WHERE run=? AND name=?", (run, name)).fetchone()
     return row[0] if row else None
 
 
-def read_chart(connection: sqlite3.Connection, run: int, query: ChartQuery) -> dict[str, Any]:
+def read_chart(db: Connection, run: int, query: ChartQuery) -> dict[str, Any]:
     """Return for each metric its x and y, downsampled, and what in it is not finite.
 
     They are arrays, of which `json_response` makes lists with null for what is not finite.
     """
     axis = None
     if query.x not in (STEP, TIME):
-        axis = _by_step(connection, find_metric(connection, run, query.x))
+        metric = find_metric(db, run, query.x)
+        axis = Points.unpack(b"", b"") if metric is None else read_points(db, metric, times=False)
     return {
-        name: _read_one(connection, find_metric(connection, run, name), query, axis)
+        name: _read_one(db, find_metric(db, run, name), query, axis)
         for name in dict.fromkeys(query.metric)
     }
 
 
 def _read_one(
-    connection: sqlite3.Connection, metric: int | None, query: ChartQuery, axis: XY | None
+    db: Connection, metric: int | None, query: ChartQuery, axis: Points | None
 ) -> dict[str, Any]:
     drawn = None
     if metric is not None and axis is None and not query.log:
-        keys, by_time = series.chunk_keys(connection, metric), query.x == TIME
-        drawn = read_sampled(connection, keys, by_time, query.first, query.last, query.points)
+        keys, by_time = series.chunk_keys(db, metric), query.x == TIME
+        drawn = read_sampled(db, keys, by_time, query.first, query.last, query.points)
     if drawn is None:
-        x, y = _read_xy(connection, metric, query, axis)
+        x, y = _read_xy(db, metric, query, axis)
         count = len(y)
     else:
         x, y, count = drawn
@@ -93,41 +95,29 @@ def _read_one(
     }
 
 
-def _by_step(
-    connection: sqlite3.Connection, metric: int | None, first: float = -np.inf, last: float = np.inf
-) -> XY:
-    if metric is None:
+def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: Points | None) -> XY:
+    """Return every point of a metric in the wanted range, sorted by x.
+
+    A point for which the x metric has no value at the same step is left out.
+    """
+    if metric is None or (axis is not None and not len(axis)):
         return np.empty(0), np.empty(0)
-    points = read_points(connection, metric, first, last, times=False)
-    return points.steps, points.numbers
-
-
-def _read_xy(
-    connection: sqlite3.Connection, metric: int | None, query: ChartQuery, axis: XY | None
-) -> XY:
-    """Return every point of a metric in the wanted range, sorted by x."""
-    if query.x == STEP or metric is None:
-        return _by_step(connection, metric, query.first, query.last)
-    if axis is not None:
-        x, y = _joined(*_by_step(connection, metric), axis)
-    else:
-        points = series.read_all_points(connection, metric)
+    if query.x == STEP:
+        points = read_points(db, metric, query.first, query.last, times=False)
+        return points.steps, points.numbers
+    if axis is None:
+        points = series.read_all_points(db, metric)
         x, y = points.times, points.numbers
+    else:
+        points = read_points(db, metric, times=False)
+        at = np.minimum(np.searchsorted(axis.steps, points.steps), len(axis) - 1)
+        same = (axis.steps[at] == points.steps) & np.isfinite(axis.numbers[at])
+        x, y = axis.numbers[at[same]], points.numbers[same]
     if not bool((x[1:] >= x[:-1]).all()):
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
     wanted = series.slice_between(x, query.first, query.last)
     return x[wanted], y[wanted]
-
-
-def _joined(steps: NDArray[np.int64], numbers: NDArray[np.float64], axis: XY) -> XY:
-    """Pair y with the x metric's value at the same step; steps without one are left out."""
-    axis_steps, axis_numbers = axis
-    if not len(axis_steps):
-        return np.empty(0), np.empty(0)
-    places = np.minimum(np.searchsorted(axis_steps, steps), len(axis_steps) - 1)
-    there = (axis_steps[places] == steps) & np.isfinite(axis_numbers[places])
-    return axis_numbers[places[there]], numbers[there]
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:

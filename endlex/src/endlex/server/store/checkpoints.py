@@ -14,6 +14,7 @@ import logging
 import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from sqlite3 import Connection
 from typing import Any
 
 import orjson
@@ -22,17 +23,13 @@ from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFi
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
 from endlex.server.store.blobs import Blobs
-from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts, find_run
+from endlex.server.store.database import Database, dicts, insert, update
 from endlex.server.store.retention import remove_replaced
+from endlex.server.store.runs import find_run
 
 logger = logging.getLogger("endlex")
 
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
-
-
-class _Stopped(Exception):
-    """The server is ending."""
 
 
 class Checkpoints:
@@ -57,7 +54,6 @@ class Checkpoints:
         self._pool.shutdown(cancel_futures=True)
 
     def _enqueue(self, pk: int) -> Future[None]:
-        """Have a checkpoint verified; the future resolves when that is done."""
         with self._lock:
             if self._stopping:
                 return Future()
@@ -76,15 +72,14 @@ class Checkpoints:
             raise ApiError(422, str(error), state="failed") from error
         if manifest["name"] != name:
             raise ApiError(422, f"the manifest is of {manifest['name']!r}, not of {name!r}")
-        sizes = {p["sha256"]: p["bytes"] for file in manifest["files"] for p in file["parts"]}
+        sizes = _part_sizes(manifest)
         with self._blobs.lock:  # no part may go between this look and the commit
             held = {sha256: self._blobs.size(sha256) for sha256 in sizes}
             missing = [sha256 for sha256, size in held.items() if size is None]
-            wrong = next((s for s in sizes if held[s] not in (None, sizes[s])), None)
-            fault = wrong and (
-                f"part {wrong} has {held[wrong]:,} bytes, and the manifest says {sizes[wrong]:,}"
-            )
-            state = "failed" if fault else "incomplete" if missing else "verifying"
+            state, fault = "incomplete" if missing else "verifying", None
+            if wrong := [one for one, size in sizes.items() if held[one] not in (None, size)]:
+                one, state = wrong[0], "failed"
+                fault = f"part {one} has {held[one]:,} bytes, and the manifest says {sizes[one]:,}"
             job = functools.partial(_accept, run=run, manifest=manifest, state=state, error=fault)
             pk, state = self._database.write(job).result()
         if state == "incomplete":
@@ -92,31 +87,30 @@ class Checkpoints:
             raise ApiError(409, message, state="incomplete", missing=missing)
         return self._enqueue(pk) if state == "verifying" else None
 
-    def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
+    def describe(
+        self, db: Connection, run: str, name: str, *, whole: bool = True
+    ) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
-        with self._database.snapshot() as connection:
-            found = dicts(
-                connection,
-                "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
-                "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
-                (find_run(connection, run), name),
-            )
+        found = dicts(
+            db,
+            "SELECT pk, state, error, bytes, manifest AS text, aliases, metadata, removed, reason "
+            "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
+            (find_run(db, run), name),
+        )
         if not found:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
         known = found[0]
-        answer = {key: known[key] for key in ("state", "bytes")}
-        answer |= {k: known[k] for k in ("removed", "reason", "error") if known[k] is not None}
+        told = ["state", "bytes", *(["aliases", "metadata"] if whole else [])]
+        told += [key for key in ("removed", "reason", "error") if known[key] is not None]
+        answer = {key: known[key] for key in told}
         if known["state"] == "verifying":
             done = self._progress.get(known["pk"], 0)
             answer |= {"done_bytes": done, "total_bytes": known["bytes"]}
-        if not whole:
-            return answer
-        kept = {key: known[key] for key in ("aliases", "metadata")}
-        return {**orjson.loads(known["manifest"]), **kept, **answer}
+        return orjson.loads(known["text"]) | answer if whole else answer
 
-    def find_file(self, run: str, name: str, path: str) -> ManifestFile:
+    def find_file(self, db: Connection, run: str, name: str, path: str) -> ManifestFile:
         """Return a file of a published checkpoint, or raise an `ApiError` 404."""
-        manifest = self.describe(run, name)
+        manifest = self.describe(db, run, name)
         if manifest["state"] != "published":
             raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")
         files: dict[str, ManifestFile] = {file["path"]: file for file in manifest["files"]}
@@ -128,8 +122,6 @@ class Checkpoints:
         try:
             while not self._verify(pk):
                 logger.info("checkpoint %d was replaced while it was verified", pk)
-        except _Stopped:
-            return
         except (OSError, sqlite3.Error, EndlexError) as error:
             logger.error("cannot verify checkpoint %d: %s; a new PUT tries again", pk, error)
         finally:
@@ -149,16 +141,15 @@ class Checkpoints:
         text, run, name = row
         self._progress[pk] = 0
         state, error = self._judge(pk, orjson.loads(text))
+        if state == "verifying":  # the server stops
+            return True
 
-        def finish(connection: sqlite3.Connection) -> list[str] | None:
-            changed = connection.execute(
-                "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
-                "AND manifest=?",
-                (state, error, pk, text),
-            )
-            if changed.rowcount != 1:
+        def finish(db: Connection) -> list[str] | None:
+            query = "SELECT 1 FROM checkpoint WHERE pk=? AND state='verifying' AND manifest=?"
+            if db.execute(query, (pk, text)).fetchone() is None:
                 return None
-            return remove_replaced(connection, pk) if state == "published" else []
+            update(db, "checkpoint", pk, state=state, error=error)
+            return remove_replaced(db, pk) if state == "published" else []
 
         replaced = self._database.write(finish).result()
         if replaced is None:
@@ -168,7 +159,7 @@ class Checkpoints:
         return True
 
     def _judge(self, pk: int, manifest: Manifest) -> tuple[str, str | None]:
-        """Return the state after the verification, and what is wrong."""
+        """Return the state after the verification, and what is wrong; nothing while stopping."""
         for file in manifest["files"]:
             digest = hashlib.sha256()
             for part in file["parts"]:
@@ -177,36 +168,31 @@ class Checkpoints:
                         digest.update(piece)
                         self._progress[pk] += len(piece)
                         if self._stopping:
-                            raise _Stopped
+                            return "verifying", None
                 except FileNotFoundError:
                     return "incomplete", f"part {part['sha256']} is gone: send it again"
-            if digest.hexdigest() != file["sha256"]:
-                return self._blame(file, digest.hexdigest())
+            found = digest.hexdigest()
+            if found != file["sha256"]:
+                decayed = sum(map(self._blobs.drop_decayed, {p["sha256"] for p in file["parts"]}))
+                if decayed:
+                    said = f"{decayed} parts were damaged on the server's disk: send them again"
+                    return "incomplete", said
+                said = f"has SHA-256 {found}, and the manifest says {file['sha256']}"
+                return "failed", f"{file['path']!r} {said}"
         return "published", None
 
-    def _blame(self, file: ManifestFile, found: str) -> tuple[str, str | None]:
-        """Find out whether the manifest is wrong, or a part that decayed on this disk."""
-        decayed = 0
-        for part in file["parts"]:
-            path = self._blobs.path(part["sha256"])
-            with self._blobs.lock, path.open("rb") as stored:
-                if hashlib.file_digest(stored, "sha256").hexdigest() != part["sha256"]:
-                    path.unlink()
-                    decayed += 1
-        if decayed:
-            message = f"{decayed} parts were damaged on the server's disk: send them again"
-            return "incomplete", message
-        message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
-        return "failed", message
+
+def _part_sizes(manifest: Manifest) -> dict[str, int]:
+    return {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
 
 
 def _accept(
-    connection: sqlite3.Connection, run: str, manifest: Manifest, state: str, error: str | None
+    db: Connection, run: str, manifest: Manifest, state: str, error: str | None
 ) -> tuple[int, str]:
     """Store a manifest with its state; return the checkpoint's key and the state it has now."""
-    run_pk = find_run(connection, run)
+    run_pk = find_run(db, run)
     name = manifest["name"]
-    row = connection.execute(
+    row = db.execute(
         "SELECT pk, state, manifest FROM checkpoint WHERE run=? AND name=?", (run_pk, name)
     ).fetchone()
     if row is not None and row[2] is not None:
@@ -216,43 +202,22 @@ def _accept(
             message = f"another checkpoint {name!r} is published: save under another name"
             raise ApiError(409, message, state="published")
         if same and row[1] in ("published", "verifying", "failed"):
-            _describe_anew(connection, row[0], manifest, known)
+            # Aliases and metadata are new, but not which older checkpoints it replaces.
+            metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
+            metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
+            update(db, "checkpoint", row[0], aliases=manifest["aliases"], metadata=metadata)
             return row[0], row[1]
-    values = {
-        "run": run_pk,
-        "name": name,
-        "step": manifest["step"],
-        "created": manifest["created"],
-        "state": state,
-        "error": error,
-        "bytes": sum(file["bytes"] for file in manifest["files"]),
-        "aliases": orjson.dumps(manifest["aliases"]).decode(),
-        "metadata": orjson.dumps(manifest["metadata"]).decode(),
-        "manifest": orjson.dumps(manifest).decode(),
-        "removed": None,
-        "reason": None,
+    values: dict[str, Any] = {
+        **{key: manifest[key] for key in ("name", "step", "created", "aliases", "metadata")},
+        **{"run": run_pk, "bytes": sum(file["bytes"] for file in manifest["files"])},
+        **{"state": state, "error": error, "manifest": manifest, "removed": None, "reason": None},
     }
-    changes = ", ".join(f"{column}=excluded.{column}" for column in values)
-    pk: int = connection.execute(
-        f"INSERT INTO checkpoint ({', '.join(values)}) VALUES (:{', :'.join(values)}) "
-        f"ON CONFLICT (run, name) DO UPDATE SET {changes} RETURNING pk",
-        values,
-    ).fetchone()[0]
-    connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
-    parts = {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
-    connection.executemany(
-        "INSERT INTO checkpoint_part VALUES (?, ?, ?)", [(pk, *part) for part in parts.items()]
+    if row:
+        update(db, "checkpoint", row[0], **values)
+    pk = row[0] if row else insert(db, "checkpoint", **values)
+    db.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+    db.executemany(
+        "INSERT INTO checkpoint_part VALUES (?, ?, ?)",
+        [(pk, *part) for part in _part_sizes(manifest).items()],
     )
     return pk, state
-
-
-def _describe_anew(
-    connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
-) -> None:
-    """Update aliases and metadata, but not which older checkpoints it replaces."""
-    metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
-    metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
-    connection.execute(
-        "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
-        (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
-    )

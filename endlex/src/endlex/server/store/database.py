@@ -8,22 +8,26 @@ own, so that a failing one takes no other with it. Readers never wait for the wr
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from sqlite3 import Connection
+from typing import Any, ParamSpec, TypeVar
+
+import orjson
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
-from endlex.server.store.search import fill_config
+from endlex.server.store.search import fill_config, marks
 
+P = ParamSpec("P")
 T = TypeVar("T")
-Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
+Job = tuple[Callable[[Connection], Any], "Future[Any]"]
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 5
@@ -40,34 +44,38 @@ UPGRADES = {
 }
 """What each version changed in tables that were there before; new ones are in `SCHEMA`."""
 
+JSON = frozenset({"tags", "aliases", "metadata", "config", "manifest", "content"})
+"""Columns that hold JSON."""
+FLAGS = frozenset({"archived", "open", "older_runs"})
+"""Columns that hold 0 or 1."""
 
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+
+def connect(path: Path, *, read_only: bool = False) -> Connection:
     """Open the database in autocommit mode, for use by one thread at a time.
 
     One that a later version of Endlex made is an `EndlexError`.
     """
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    connection.create_collation("PEOPLE", compare_natural)
+    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    db.create_collation("PEOPLE", compare_natural)
     if read_only:
-        connection.execute("PRAGMA query_only=ON")
-        return connection
+        db.execute("PRAGMA query_only=ON")
+        return db
     try:
         path.chmod(0o600)
     except PermissionError:  # exFAT and the like have no owners
         warn_once(f"{path} cannot be made private: its file system has no permissions")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA journal_size_limit=67108864")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "journal_size_limit=67108864"):
+        db.execute(f"PRAGMA {pragma}")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
-        connection.close()
+        db.close()
         raise EndlexError(
             f"{path} has schema {version}, and this version of Endlex knows {SCHEMA_VERSION}: "
             "upgrade endlex"
         )
     if version < SCHEMA_VERSION:
-        _bring_up_to_date(connection, version)
-    return connection
+        _bring_up_to_date(db, version)
+    return db
 
 
 def compare_natural(left: str, right: str) -> int:
@@ -79,20 +87,54 @@ def compare_natural(left: str, right: str) -> int:
     return (a > b) - (a < b)
 
 
-def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
+def _bring_up_to_date(db: Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version; all of it or nothing."""
     changes = "".join(sql for number, sql in UPGRADES.items() if 0 < version < number)
-    changes += SCHEMA.read_text(encoding="utf-8")
+    changes += f"{SCHEMA.read_text(encoding='utf-8')}PRAGMA user_version={SCHEMA_VERSION};"
     try:
-        connection.executescript(
-            f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
-        )
+        db.executescript(f"BEGIN IMMEDIATE;{changes}COMMIT;")
         if 0 < version < 4:
-            fill_config(connection)
+            fill_config(db)
     except sqlite3.OperationalError as error:  # another process was first
         if "duplicate column" not in str(error):
             raise
-        connection.execute("ROLLBACK")
+        db.execute("ROLLBACK")
+
+
+def dicts(
+    db: Connection, query: str, values: Sequence[Any] | dict[str, Any] = ()
+) -> list[dict[str, Any]]:
+    """Return rows by the names of their columns, decoded."""
+    cursor = db.execute(query, values)
+    names = [column[0] for column in cursor.description]
+    found = [dict(zip(names, row, strict=True)) for row in cursor]
+    for row in found:
+        row.update({key: orjson.loads(row[key]) for key in JSON & row.keys()})
+        row.update({key: bool(row[key]) for key in FLAGS & row.keys()})
+    return found
+
+
+def insert(db: Connection, table: str, verb: str = "INSERT", /, **values: Any) -> int:
+    """Insert a row, encoded, and return its key."""
+    query = f"{verb} INTO {table} ({', '.join(values)}) VALUES ({marks(values)})"
+    return db.execute(query, _encoded(values)).lastrowid or 0
+
+
+def update(db: Connection, table: str, pk: int, /, **values: Any) -> None:
+    """Set columns of a row, encoded."""
+    query = f"UPDATE {table} SET {', '.join(f'{column}=?' for column in values)} WHERE pk=?"
+    db.execute(query, [*_encoded(values), pk])
+
+
+def _encoded(values: dict[str, Any]) -> list[Any]:
+    return [orjson.dumps(v).decode() if key in JSON else v for key, v in values.items()]
+
+
+class Pool(ThreadPoolExecutor):
+    """Some threads; calling it runs a function in one of them."""
+
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
 
 
 class Database:
@@ -102,33 +144,32 @@ class Database:
         self.path = path
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: list[Connection] = []
         self._closed = False
         self._lock = threading.Lock()
         self._writer = connect(path)
         self._thread = threading.Thread(target=self._work, name="endlex-writer", daemon=True)
         self._thread.start()
 
-    def reader(self) -> sqlite3.Connection:
+    def reader(self) -> Connection:
         """Return this thread's own connection, which cannot write."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = connect(self.path, read_only=True)
+        db: Connection | None = getattr(self._local, "db", None)
+        if db is None:
+            db = self._local.db = connect(self.path, read_only=True)
             with self._lock:
-                self._readers.append(connection)
-        return connection
+                self._readers.append(db)
+        return db
 
-    @contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Yield this thread's reader inside one transaction: all it reads is of one moment."""
-        connection = self.reader()
-        connection.execute("BEGIN")
+    def ask(self, question: Callable[[Connection], T]) -> T:
+        """Return the answer to a question, in this thread: all it reads is of one moment."""
+        db = self.reader()
+        db.execute("BEGIN")
         try:
-            yield connection
+            return question(db)
         finally:
-            connection.execute("COMMIT")
+            db.execute("COMMIT")
 
-    def write(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
+    def write(self, job: Callable[[Connection], T]) -> Future[T]:
         """Run `job` in the writer's thread; the future resolves once its changes are on the disk.
 
         What the job raises undoes its changes alone, and is the future's exception. A job whose
@@ -154,12 +195,11 @@ class Database:
             reader.close()
 
     def _work(self) -> None:
-        open_ = True
-        while open_:
+        taken: list[Job | None] = []
+        while None not in taken:
             taken = [self._jobs.get()]
             while len(taken) < MOST_JOBS_IN_A_COMMIT and not self._jobs.empty():
                 taken.append(self._jobs.get())
-            open_ = taken[-1] is not None
             self._commit([job for job in taken if job is not None])
 
     def _commit(self, jobs: list[Job]) -> None:

@@ -49,11 +49,8 @@ class Points:
     @classmethod
     def joined(cls, pieces: Sequence[Points]) -> Points:
         """Return the points of several, one after the other."""
-        return cls(
-            np.concatenate([piece.steps for piece in pieces]),
-            np.concatenate([piece.numbers for piece in pieces]),
-            np.concatenate([piece.times for piece in pieces]),
-        )
+        columns = zip(*((p.steps, p.numbers, p.times) for p in pieces), strict=True)
+        return cls(*map(np.concatenate, columns))
 
     def pack(self) -> tuple[bytes, bytes, bytes]:
         """Return the columns as the database holds them."""
@@ -111,7 +108,12 @@ def _gather(records: list[Any], batch: Batch) -> None:
     for names, block in blocks.items():
         for name, points in zip(names, _iter_points(names, *block[1:]), strict=True):
             found.setdefault(name, []).append((block[0], points))
-    batch.points = {name: _in_order(pieces) for name, pieces in found.items()}
+    for name, pieces in found.items():
+        places, columns = zip(*pieces, strict=True)
+        batch.points[name] = columns[0]
+        if len(columns) > 1:  # join them in the order of their lines
+            order = np.argsort(np.concatenate(places), kind="stable")
+            batch.points[name] = Points.joined(columns)[order]
 
 
 def _iter_points(
@@ -129,20 +131,12 @@ def _iter_points(
         yield Points(at, np.ascontiguousarray(column), moments)
 
 
-def _in_order(pieces: list[tuple[list[int], Points]]) -> Points:
-    """Join the points of several blocks in the order of their lines."""
-    if len(pieces) == 1:
-        return pieces[0][1]
-    order = np.argsort(np.concatenate([positions for positions, _ in pieces]), kind="stable")
-    return Points.joined([points for _, points in pieces])[order]
-
-
 def _careful(line: bytes, batch: Batch) -> Record | None:
     """Return one line's record with its numbers decoded; None, and counted, when it is none."""
     try:
-        record = orjson.loads(line)
-        _check_moment(record)
+        record: Record = orjson.loads(line)
         if record["type"] == protocol.METRICS:
+            _check_moment(record)
             _check_step(record)
             values = record["values"]
             for name, value in values.items():
@@ -153,10 +147,10 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
     except UNSOUND:
         batch.damaged += 1
         return None
-    return record  # type: ignore[no-any-return]
+    return record
 
 
-def _check_moment(record: Any) -> None:
+def _check_moment(record: Record) -> None:
     if not isinstance(record["type"], str) or not math.isfinite(record["time"]):
         raise EndlexError("not a record")
 

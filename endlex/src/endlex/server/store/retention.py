@@ -14,10 +14,11 @@ clock of its file, which is set whenever a client asks whether the part is here 
 
 from __future__ import annotations
 
-import sqlite3
 import time
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,27 +29,33 @@ from endlex.protocol import KEEP, REMOVED, REPLACES
 from endlex.server.errors import ApiError
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.charts import find_metric
-from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts, find_run
+from endlex.server.store.database import Database, dicts, update
+from endlex.server.store.runs import find_run
 from endlex.server.store.series import delete_series, read_points
 
 UNDO_SECONDS = 7 * 86400.0
 """Seconds during which a deleted run can be brought back."""
 SLICE = 200
 """Rows of series or segments deleted per transaction, so that other writes get their turn."""
-OF_A_RUN = (
+RUN_TABLES = (
     *("metric", "text", "data_table", "media", "media_part", "alert"),
     *("session", "run_config", "checkpoint"),
 )
 """Tables with a column `run`."""
 
-Saved = dict[str, Any]
-"""A published checkpoint: pk, its run's number and id, name, step, bytes, aliases, metadata."""
+FREED_BYTES = """
+SELECT coalesce(sum(bytes), 0) FROM (
+    WITH gone AS (SELECT value FROM json_each(:gone))
+    SELECT DISTINCT sha256, bytes FROM checkpoint_part WHERE checkpoint IN gone AND sha256 NOT IN (
+        SELECT sha256 FROM media_part
+        UNION SELECT sha256 FROM checkpoint_part WHERE checkpoint NOT IN gone))
+"""
+"""Asks for the bytes of parts that nothing uses when some checkpoints are gone."""
 Count = Annotated[int, Field(ge=1)]
 
 
-class Rules(BaseModel, frozen=True, strict=True):
-    """What to keep of each run's checkpoints; None is no rule."""
+class Pruning(BaseModel, frozen=True, strict=True):
+    """What to keep of each run's checkpoints, where None is no rule, and what else to remove."""
 
     keep_last: Count | None = None
     keep_best: str | None = None
@@ -56,81 +63,70 @@ class Rules(BaseModel, frozen=True, strict=True):
     mode: Literal["min", "max"] = "min"
     keep_every: Count | None = None
     """Steps."""
+    run: str | None = None
+    project: str | None = None
+    deleted: bool = False
+    """Whether to remove deleted runs for good, too."""
+    dry_run: bool = False
 
     @property
-    def empty(self) -> bool:
-        return self.keep_last is None and self.keep_best is None and self.keep_every is None
-
-    def __str__(self) -> str:
-        given = {
-            "last": self.keep_last,
-            "best": self.keep_best and f"{self.keep_best} ({self.mode})",
-            "every": self.keep_every,
-        }
+    def rules(self) -> str:
+        """The rules in words; empty if there are none."""
+        best = self.keep_best and f"{self.keep_best} ({self.mode})"
+        given = {"last": self.keep_last, "best": best, "every": self.keep_every}
         return ", ".join(f"keep-{rule} {value}" for rule, value in given.items() if value)
 
 
-def prune(
-    connection: sqlite3.Connection, rules: Rules, run: str | None, project: str | None, dry: bool
-) -> dict[str, Any]:
+def prune(db: Connection, asked: Pruning) -> dict[str, Any]:
     """Remove what the rules do not keep of one run, of a project's runs, or of every run.
 
-    If `dry`, nothing changes, and the answer is what would be removed and kept, and the bytes of
-    parts that nothing would use. An unknown run is an `ApiError` 404.
+    In a dry run nothing changes, and the answer is what would be removed and kept, and the bytes
+    of parts that nothing would use. An unknown run is an `ApiError` 404.
     """
-    if run is not None:
-        find_run(connection, run)
-    column, chosen = ("project", project) if run is None else ("run.id", run)
-    condition = "" if chosen is None else f"AND {column} = :chosen "
+    if asked.run is not None:
+        find_run(db, asked.run)
     published = dicts(
-        connection,
+        db,
         "SELECT checkpoint.pk, run.pk AS number, run.id AS run, checkpoint.name, step, bytes, "
         "aliases, metadata FROM checkpoint JOIN run ON run.pk = checkpoint.run "
-        f"WHERE state='published' {condition}"
+        "WHERE state='published' AND coalesce(run.id = :run, project = :project, 1) "
         "ORDER BY run.pk, step, checkpoint.created, checkpoint.pk",
-        {"chosen": chosen},
+        {"run": asked.run, "project": asked.project},
     )
-    removed: list[Saved] = []
-    kept: list[Saved] = []
-    for pk, of_run in groupby(published, itemgetter("number")):
-        saved = list(of_run)
-        keep = _kept(connection, pk, [c for c in saved if KEEP not in c["aliases"]], rules)
-        for checkpoint in saved:
-            stays = KEEP in checkpoint["aliases"] or checkpoint["pk"] in keep
-            (kept if stays else removed).append(checkpoint)
-    keys = [checkpoint["pk"] for checkpoint in removed]
-    freed = freed_bytes(connection, keys)
-    if not dry:
-        remove_checkpoints(connection, keys, f"pruned by {rules}")
-    shown = ("run", "name", "step", "bytes")
-    return {
-        "removed": [{key: c[key] for key in shown} for c in removed],
-        "kept": [{key: c[key] for key in shown} for c in kept],
-        "freed_bytes": freed,
-    }
-
-
-def _kept(connection: sqlite3.Connection, run: int, saved: list[Saved], rules: Rules) -> set[int]:
     kept: set[int] = set()
+    for number, saved in groupby(published, itemgetter("number")):
+        kept |= _kept(db, number, list(saved), asked)
+    removed = [checkpoint["pk"] for checkpoint in published if checkpoint["pk"] not in kept]
+    (freed,) = db.execute(FREED_BYTES, {"gone": orjson.dumps(removed).decode()}).fetchone()
+    answer: dict[str, Any] = {"removed": [], "kept": [], "freed_bytes": freed}
+    for checkpoint in published:
+        shown = {key: checkpoint[key] for key in ("run", "name", "step", "bytes")}
+        answer["kept" if checkpoint["pk"] in kept else "removed"].append(shown)
+    if not asked.dry_run:
+        remove_checkpoints(db, removed, f"pruned by {asked.rules}")
+    return answer
+
+
+def _kept(db: Connection, run: int, saved: list[dict[str, Any]], rules: Pruning) -> set[int]:
+    kept = {c["pk"] for c in saved if KEEP in c["aliases"]}
+    saved = [c for c in saved if c["pk"] not in kept]
     if rules.keep_last:
         kept.update(c["pk"] for c in saved[-rules.keep_last :])
     if rules.keep_every:
         kept.update(c["pk"] for c in saved if c["step"] % rules.keep_every == 0)
     if rules.keep_best is not None:
-        scores = _scores(connection, run, saved, rules.keep_best)
+        scores = _scores(db, run, saved, rules.keep_best)
         if not scores:  # nobody knows which is best: none of them goes
-            return {c["pk"] for c in saved}
+            return kept.union(c["pk"] for c in saved)
         pick = min if rules.mode == "min" else max
         kept.add(pick(scores, key=lambda pk: scores[pk]))
     return kept
 
 
-def _scores(
-    connection: sqlite3.Connection, run: int, saved: list[Saved], metric: str
-) -> dict[int, float]:
+def _scores(db: Connection, run: int, saved: list[dict[str, Any]], metric: str) -> dict[int, float]:
     """Return each checkpoint's value of a metric: in its metadata, else the last logged by then."""
-    pk = find_metric(connection, run, metric)
-    points = read_points(connection, pk, times=False) if pk is not None else None
+    pk = find_metric(db, run, metric)
+    points = read_points(db, pk, times=False) if pk is not None else None
     scores: dict[int, float] = {}
     for checkpoint in saved:
         value = checkpoint["metadata"].get(metric)
@@ -142,119 +138,101 @@ def _scores(
     return scores
 
 
-def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
-    """Return the bytes of parts that nothing uses when these checkpoints are gone."""
-    gone = orjson.dumps(checkpoints).decode()
-    row = connection.execute(
-        "SELECT coalesce(sum(bytes), 0) FROM (SELECT DISTINCT sha256, bytes FROM checkpoint_part "
-        "WHERE checkpoint IN (SELECT value FROM json_each(:gone)) AND sha256 NOT IN "
-        "(SELECT sha256 FROM media_part UNION SELECT sha256 FROM checkpoint_part "
-        "WHERE checkpoint NOT IN (SELECT value FROM json_each(:gone))))",
-        {"gone": gone},
-    ).fetchone()
-    return int(row[0])
-
-
-def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], reason: str) -> None:
+def remove_checkpoints(db: Connection, checkpoints: list[int], reason: str) -> None:
     """Remove checkpoints: of published ones the manifest stays, with when and why they went.
 
     Their parts are deleted once nothing else uses them (`collect_parts`).
     """
     now = time.time()
     for pk in checkpoints:
-        connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
-        connection.execute("DELETE FROM checkpoint WHERE pk=? AND state != 'published'", (pk,))
-        connection.execute(
-            "UPDATE checkpoint SET state=?, removed=?, reason=? WHERE pk=?",
-            (REMOVED, now, reason, pk),
-        )
+        db.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+        db.execute("DELETE FROM checkpoint WHERE pk=? AND state != 'published'", (pk,))
+        update(db, "checkpoint", pk, state=REMOVED, removed=now, reason=reason)
 
 
-def remove_checkpoint(connection: sqlite3.Connection, run: str, name: str, reason: str) -> None:
+def remove_checkpoint(db: Connection, run: str, name: str, reason: str) -> None:
     """Remove one checkpoint by its name; an unknown one is an `ApiError` 404."""
-    row = connection.execute(
+    row = db.execute(
         "SELECT pk FROM checkpoint WHERE run=? AND name=? AND state != ?",
-        (find_run(connection, run), name, REMOVED),
+        (find_run(db, run), name, REMOVED),
     ).fetchone()
     if row is None:
         raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
-    remove_checkpoints(connection, [row[0]], reason)
+    remove_checkpoints(db, [row[0]], reason)
 
 
-def remove_replaced(connection: sqlite3.Connection, pk: int) -> list[str]:
+def remove_replaced(db: Connection, pk: int) -> list[str]:
     """Remove the checkpoints that a newly published one replaces, and return their names."""
-    run, created, metadata = connection.execute(
+    run, created, metadata = db.execute(
         "SELECT run, created, metadata FROM checkpoint WHERE pk=?", (pk,)
     ).fetchone()
     word = orjson.loads(metadata).get(REPLACES)
     if not isinstance(word, str):
         return []
-    older = connection.execute(
+    older = db.execute(
         "SELECT pk, name FROM checkpoint WHERE run=? AND created<? AND pk!=? AND state!=? "
         f"AND json_extract(metadata, '$.{REPLACES}')=?",
         (run, created, pk, REMOVED, word),
     ).fetchall()
-    remove_checkpoints(connection, [other for other, _ in older], f"replaced by a newer {word}")
+    remove_checkpoints(db, [other for other, _ in older], f"replaced by a newer {word}")
     return [name for _, name in older]
 
 
-def deleted_runs(connection: sqlite3.Connection, before: float) -> list[tuple[int, str]]:
-    """Return key and id of the runs that were deleted before a moment (Unix seconds)."""
-    rows = connection.execute("SELECT pk, id FROM run WHERE deleted < ?", (before,))
-    return rows.fetchall()
+def purge_runs(
+    database: Database, before: float, only: str | None = None, dry: bool = False
+) -> list[str]:
+    """Remove all of the runs that were deleted before a moment (Unix seconds); return their ids.
+
+    A run goes a slice at a time, and no further if it is brought back. Call it in a thread.
+    """
+    query = "SELECT pk, id FROM run WHERE deleted < ? AND id = coalesce(?, id)"
+    runs = database.reader().execute(query, (before, only)).fetchall()
+    for pk, _ in () if dry else runs:
+        while not database.write(partial(_purge_slice, run=pk)).result():
+            pass
+    return [run for _, run in runs]
 
 
-def purge_run(database: Database, run: int) -> None:
-    """Remove all of a deleted run, a slice at a time; stops if it is brought back. In a thread."""
-    while not database.write(lambda connection: _purge_slice(connection, run)).result():
-        pass
-
-
-def _purge_slice(connection: sqlite3.Connection, run: int) -> bool:
+def _purge_slice(db: Connection, run: int) -> bool:
     """Remove some of a run; return whether nothing is left to do."""
     query = "SELECT 1 FROM run WHERE pk=? AND deleted IS NOT NULL"
-    if connection.execute(query, (run,)).fetchone() is None:
+    if db.execute(query, (run,)).fetchone() is None:
         return True
-    series = connection.execute(
+    series = db.execute(
         "SELECT series.pk FROM series JOIN metric ON metric.pk = series.metric "
         "WHERE metric.run=? LIMIT ?",
         (run, SLICE),
     ).fetchall()
     for (pk,) in series:
-        delete_series(connection, pk)
-    segments = connection.execute(
+        delete_series(db, pk)
+    segments = db.execute(
         "DELETE FROM segment WHERE rowid IN (SELECT segment.rowid FROM segment JOIN session "
         "ON session.pk = segment.session WHERE session.run=? LIMIT ?)",
         (run, SLICE),
     ).rowcount
     if series or segments:
         return False
-    connection.execute(
-        "DELETE FROM checkpoint_part WHERE checkpoint IN (SELECT pk FROM checkpoint WHERE run=?)",
-        (run,),
+    parts = (
+        "DELETE FROM checkpoint_part WHERE checkpoint IN (SELECT pk FROM checkpoint WHERE run=?)"
     )
-    for table in OF_A_RUN:
-        connection.execute(f"DELETE FROM {table} WHERE run=?", (run,))
-    connection.execute("DELETE FROM run WHERE pk=?", (run,))
+    db.execute(parts, (run,))
+    for table in RUN_TABLES:
+        db.execute(f"DELETE FROM {table} WHERE run=?", (run,))
+    db.execute("DELETE FROM run WHERE pk=?", (run,))
     return True
 
 
 def collect_parts(database: Database, blobs: Blobs) -> int:
     """Delete the parts that may go, and return their bytes. In a thread."""
-    connection = database.reader()
-
-    def is_used(sha256: str) -> bool:
-        query = (
-            "SELECT 1 FROM checkpoint_part WHERE sha256=?1 "
-            "UNION ALL SELECT 1 FROM media_part WHERE sha256=?1"
-        )
-        return connection.execute(query, (sha256,)).fetchone() is not None
-
-    return blobs.collect(is_used)
+    db = database.reader()
+    query = (
+        "SELECT EXISTS (SELECT 1 FROM checkpoint_part WHERE sha256=?1) "
+        "OR EXISTS (SELECT 1 FROM media_part WHERE sha256=?1)"
+    )
+    return blobs.collect(lambda sha256: db.execute(query, (sha256,)).fetchone()[0])
 
 
 def sweep(database: Database, blobs: Blobs) -> None:
     """Purge what was deleted a week ago, then collect parts; every hour, in a thread."""
-    for pk, _ in deleted_runs(database.reader(), time.time() - UNDO_SECONDS):
-        purge_run(database, pk)
+    purge_runs(database, time.time() - UNDO_SECONDS)
     collect_parts(database, blobs)

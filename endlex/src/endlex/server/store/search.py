@@ -5,14 +5,14 @@ Configurations are stored key by key, so that runs can be searched and sorted by
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from sqlite3 import Connection
 from typing import Any
 
 import orjson
 
 from endlex.protocol import SYSTEM
-from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, names_in
+from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, names_in, parse_key
 
 Condition = tuple[str, list[Any]]
 
@@ -30,141 +30,147 @@ COLUMNS = {
     "tag": "run.tags",
     "tags": "run.tags",
 }
-NAMED = {True: "{} LIKE ? ESCAPE '\\'", False: "{} = ? COLLATE NOCASE"}
-METRIC = "SELECT 1 FROM metric WHERE metric.run = run.pk AND "
-CONFIG = "SELECT 1 FROM run_config WHERE run_config.run = run.pk AND "
+LIKE = "LIKE ? ESCAPE '\\'"
+FIGURES = {
+    "last": "SELECT run, name, last AS number, last_text AS text FROM metric",
+    "min": "SELECT run, name, min AS number, NULL AS text FROM metric",
+    "max": "SELECT run, name, max AS number, NULL AS text FROM metric",
+    "config": "SELECT run, key AS name, number, text FROM run_config",
+}
+"""Where the values of each kind of key are. What is not finite, or no number, is a text."""
 
 
-def marks(values: Sequence[Any]) -> str:
+def marks(values: Collection[Any]) -> str:
     """Return as many question marks as there are values, for `IN (...)`."""
     return ",".join("?" * len(values))
 
 
-def search_condition(connection: sqlite3.Connection, query: Query) -> Condition:
+def search_condition(db: Connection, query: Query) -> Condition:
     """Return a search as a condition on the table `run`, with the values apart.
 
     A name that no run has is a `SearchError`.
     """
-    require_names(connection, names_in(query))
+    require_names(db, names_in(query))
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
     values = [value for group in groups for _, given in group for value in given]
     return " AND ".join(texts) or "1", values
 
 
-def require_names(connection: sqlite3.Connection, keys: Iterable[Key]) -> None:
+def require_names(db: Connection, keys: Iterable[Key]) -> None:
     """Raise a `SearchError` with the nearest names where no run has a key."""
     keys = [key for key in keys if key.kind != "field"]
     if keys:
-        metrics = [n for (n,) in connection.execute("SELECT DISTINCT name FROM metric")]
-        config = [n for (n,) in connection.execute("SELECT DISTINCT key FROM run_config")]
+        metrics = [n for (n,) in db.execute("SELECT DISTINCT name FROM metric")]
+        config = [n for (n,) in db.execute("SELECT DISTINCT key FROM run_config")]
         check_names(keys, metrics, config)
+
+
+def _kinds(key: Key) -> tuple[str, ...]:
+    """Return the kinds of figures to look in; the first that has the name counts."""
+    several = {"any": ("last", "config"), "field": ("last",)}
+    return several.get(key.kind, (key.kind,))
 
 
 def _term(term: Term) -> Condition:
     if term.key is None:
-        pattern = term.text.like(anywhere=True)
-        found = " OR ".join(_in_field(field, "LIKE ? ESCAPE '\\'") for field in ANYWHERE)
-        condition, values = f"({found})", [pattern] * len(ANYWHERE)
+        found = " OR ".join(_in_field(field) for field in ANYWHERE)
+        condition, values = f"({found})", [term.text.like(anywhere=True)] * len(ANYWHERE)
     elif term.key.kind == "field":
-        condition = _in_field(str(term.key.name), "LIKE ? ESCAPE '\\'")
+        condition = _in_field(str(term.key.name))
         condition = f"NOT {condition}" if term.operator == "!=" else condition
         values = [term.text.like()]
     else:
-        condition, values = _compared(term, term.key)
+        test, given = _test(term)
+        is_pattern = len(term.key.name.parts) > 1
+        name = term.key.name.like() if is_pattern else str(term.key.name)
+        named = LIKE if is_pattern else "= ? COLLATE NOCASE"  # which is faster
+        wanted = f"figure.run = run.pk AND figure.name {named}"
+        *earlier, last = _kinds(term.key)
+        tests = [
+            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure WHERE {wanted})"
+            for kind in earlier
+        ]
+        tests.append(
+            f"EXISTS (SELECT 1 FROM ({FIGURES[last]}) AS figure WHERE {wanted} AND {test})"
+        )
+        condition = f"coalesce({', '.join(tests)})" if earlier else tests[0]
+        values = [*([*given, name] * len(earlier)), name, *given]
     return f"NOT {condition}" if term.negated else condition, values
 
 
-def _in_field(field: str, test: str) -> str:
+def _in_field(field: str) -> str:
     if field == "tag":
-        return f"EXISTS (SELECT 1 FROM json_each(run.tags) WHERE value {test})"
-    return f"coalesce({COLUMNS[field]} {test}, 0)"
+        return f"EXISTS (SELECT 1 FROM json_each(run.tags) WHERE value {LIKE})"
+    return f"coalesce({COLUMNS[field]} {LIKE}, 0)"
 
 
-def _compared(term: Term, key: Key) -> Condition:
-    """Return a condition on a metric, a configuration key, or the first of them that there is."""
-    named = NAMED[key.name.is_pattern]
-    name = key.name.like() if key.name.is_pattern else str(key.name)
-    metric = METRIC + named.format("metric.name")
-    config = CONFIG + named.format("run_config.key")
-    figure = _figure(key)
-    text = "metric.last_text" if figure == "last" else "NULL"
-    compare_metric, values = _compare(f"metric.{figure}", text, term)
-    compare_config, _ = _compare("run_config.number", "run_config.text", term)
-    in_metric = f"EXISTS ({metric} AND {compare_metric})"
-    in_config = f"EXISTS ({config} AND {compare_config})"
-    if key.kind == "any":
-        either = f"(CASE WHEN EXISTS ({metric}) THEN {in_metric} ELSE {in_config} END)"
-        return either, [name, name, *values, name, *values]
-    return in_config if key.kind == "config" else in_metric, [name, *values]
-
-
-def _figure(key: Key) -> str:
-    return key.kind if key.kind in ("min", "max") else "last"
-
-
-def _compare(number: str, text: str, term: Term) -> Condition:
+def _test(term: Term) -> Condition:
+    """Return what a term asks of a row of `FIGURES`."""
+    as_number = f"number {term.operator} ?"
     if term.operator not in ("=", "!="):
-        return f"{number} {term.operator} ?", [term.number]
-    # A metric that is NaN is a text; one without a text is compared as the number that it is.
-    negation = "NOT " if term.operator == "!=" else ""
-    as_text = f"coalesce({text}, {number}) {negation}LIKE ? ESCAPE '\\'"
+        return as_number, [term.number]
+    # A number without a text is compared as the text that it is.
+    as_text = f"coalesce(text, number) {'NOT ' if term.operator == '!=' else ''}{LIKE}"
     if term.number is None:
         return as_text, [term.text.like()]
-    as_number = f"{number} {term.operator} ?"
-    condition = f"(CASE WHEN {number} IS NULL THEN {as_text} ELSE {as_number} END)"
+    condition = f"CASE WHEN number IS NULL THEN {as_text} ELSE {as_number} END"
     return condition, [term.text.like(), term.number]
 
 
-def sort_expression(key: Key, name: str) -> Condition:
-    """Return what to order by: a column of the run, a metric's figure, or a configuration key."""
-    if name in COLUMNS:
-        return f"{COLUMNS[name]} COLLATE PEOPLE", []
-    metric = f"(SELECT {_figure(key)} FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
-    config = (
-        "(SELECT coalesce(number, text) FROM run_config "
-        "WHERE run_config.run = run.pk AND run_config.key = ?) COLLATE PEOPLE"
-    )
-    plain = str(key.name)
-    if key.kind == "any":
-        return f"coalesce({metric}, {config})", [plain, plain]
-    return config if key.kind == "config" else metric, [plain]
+def sort_order(db: Connection, sort: str) -> Condition:
+    """Return an ORDER BY expression and its values; runs without the key come last.
+
+    A name that no run has is a `SearchError`.
+    """
+    name = sort.removeprefix("-")
+    direction = "DESC" if sort.startswith("-") else "ASC"
+    expression, values = COLUMNS.get(name, ""), list[Any]()
+    if not expression:
+        key = parse_key(name, True)
+        require_names(db, [key])
+        figures = ", ".join(
+            f"(SELECT {'coalesce(number, text)' if kind == 'config' else 'number'} "
+            f"FROM ({FIGURES[kind]}) AS figure WHERE figure.run = run.pk AND figure.name = ?)"
+            for kind in _kinds(key)
+        )
+        expression, values = f"coalesce({figures}, NULL)", [str(key.name)] * len(_kinds(key))
+    return f"{expression} COLLATE PEOPLE {direction} NULLS LAST, run.pk DESC", values
 
 
-def read_values(
-    connection: sqlite3.Connection, runs: list[int], keys: dict[str, Key]
-) -> dict[int, dict[str, Any]]:
+def read_values(db: Connection, runs: list[int], keys: dict[str, Key]) -> dict[int, dict[str, Any]]:
     """Return by run the values of columns; a metric comes before a key of the same name."""
     found: dict[int, dict[str, Any]] = {run: {} for run in runs}
-    config = "SELECT run, coalesce(number, text) FROM run_config WHERE key=?"
     for column, key in keys.items():
-        queries = [config] if key.kind in ("config", "any") else []
-        if key.kind != "config":
-            figure = "coalesce(last_text, last)" if _figure(key) == "last" else key.kind
-            queries.append(f"SELECT run, {figure} FROM metric WHERE name=?")
-        for query in queries:
-            rows = connection.execute(f"{query} AND run IN ({marks(runs)})", [str(key.name), *runs])
+        for kind in reversed(_kinds(key)):
+            rows = db.execute(
+                f"SELECT run, coalesce(number, text) FROM ({FIGURES[kind]}) "
+                f"WHERE name = ? AND run IN ({marks(runs)})",
+                [str(key.name), *runs],
+            )
             for run, value in rows:
                 found[run][column] = value
     return found
 
 
-def count_names(connection: sqlite3.Connection, where: Condition) -> dict[str, Any]:
+def count_names(db: Connection, where: Condition) -> dict[str, Any]:
     """Return the metrics of the runs found, with the number of runs that have each, and the keys
     of their configurations, with the number of runs and of different values; and every project."""
-    chosen = f"run IN (SELECT pk FROM run WHERE {where[0]})"
-    metrics = connection.execute(
-        f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name", where[1]
-    ).fetchall()
-    config = connection.execute(
+    condition, values = where
+    chosen = f"run IN (SELECT pk FROM run WHERE {condition})"
+    metrics = f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name"
+    config = (
         "SELECT key, count(*), count(DISTINCT coalesce(number, text)) FROM run_config "
-        f"WHERE {chosen} GROUP BY key ORDER BY key",
-        where[1],
-    ).fetchall()
-    projects = connection.execute(
+        f"WHERE {chosen} GROUP BY key ORDER BY key"
+    )
+    projects = (
         "SELECT project, count(*) FROM run WHERE deleted IS NULL GROUP BY project ORDER BY project"
-    ).fetchall()
-    return {"metrics": metrics, "config": config, "projects": projects}
+    )
+    return {
+        "metrics": db.execute(metrics, values).fetchall(),
+        "config": db.execute(config, values).fetchall(),
+        "projects": db.execute(projects).fetchall(),
+    }
 
 
 MAX_KEYS = 2000
@@ -172,10 +178,10 @@ MAX_KEYS = 2000
 MAX_TEXT_CHARS = 1000
 
 
-def store_config(connection: sqlite3.Connection, run: int, config: Mapping[str, Any]) -> None:
+def store_config(db: Connection, run: int, config: Mapping[str, Any]) -> None:
     """Keep the leaves of a configuration for `endlex.search`, in place of earlier values."""
     rows = [(run, key, *_columns(value)) for key, value in flatten(config).items()]
-    connection.executemany("INSERT OR REPLACE INTO run_config VALUES (?, ?, ?, ?)", rows[:MAX_KEYS])
+    db.executemany("INSERT OR REPLACE INTO run_config VALUES (?, ?, ?, ?)", rows[:MAX_KEYS])
 
 
 def _columns(value: Any) -> tuple[float | None, str]:
@@ -191,10 +197,8 @@ def _columns(value: Any) -> tuple[float | None, str]:
         return None, text
 
 
-def fill_config(connection: sqlite3.Connection) -> None:
+def fill_config(db: Connection) -> None:
     """Fill the table in a database that was made before it existed."""
-    rows = connection.execute(
-        "SELECT run, config FROM session WHERE kind != ? ORDER BY pk", (SYSTEM,)
-    )
+    rows = db.execute("SELECT run, config FROM session WHERE kind != ? ORDER BY pk", (SYSTEM,))
     for run, config in rows.fetchall():
-        store_config(connection, run, orjson.loads(config))
+        store_config(db, run, orjson.loads(config))

@@ -19,7 +19,7 @@ jumped) the caller reads all points.
 
 from __future__ import annotations
 
-import sqlite3
+from sqlite3 import Connection
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,9 @@ CHUNK_POINTS = 1000
 CHUNKS_PER_SERIES = 2**20
 
 
-def append_points(
-    connection: sqlite3.Connection, metric: int, session: int, points: Points
-) -> None:
+def append_points(db: Connection, metric: int, session: int, points: Points) -> None:
     """Store points behind those that the session has of the metric."""
-    pk, chunks, tail = connection.execute(
+    pk, chunks, tail = db.execute(
         "INSERT INTO series (metric, session) VALUES (?, ?) "
         "ON CONFLICT (metric, session) DO UPDATE SET metric=metric RETURNING pk, chunks, tail",
         (metric, session),
@@ -45,24 +43,23 @@ def append_points(
     if 0 < tail < CHUNK_POINTS:  # the last chunk is written again, with what fits into it
         chunks -= 1
         query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
-        row = connection.execute(query, (first + chunks,)).fetchone()
+        row = db.execute(query, (first + chunks,)).fetchone()
         points = Points.joined([Points.unpack(*row), points])
     for start in range(0, len(points), CHUNK_POINTS):
         piece = points[start : start + CHUNK_POINTS]
         bounds = (len(piece), int(piece.steps.min()), int(piece.steps.max()))
-        connection.execute(
-            "INSERT OR REPLACE INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (first + chunks, *bounds, *piece.pack()),
-        )
-        store_peaks(connection, first + chunks, piece)
+        query = "INSERT OR REPLACE INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)"
+        db.execute(query, (first + chunks, *bounds, *piece.pack()))
+        query = "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        db.execute(query, (first + chunks, *_summary(piece)))
         chunks, tail = chunks + 1, len(piece)
-    connection.execute(
+    db.execute(
         "UPDATE series SET chunks=?, tail=?, count=count+? WHERE pk=?", (chunks, tail, total, pk)
     )
 
 
 def read_points(
-    connection: sqlite3.Connection,
+    db: Connection,
     metric: int,
     first: float = -np.inf,
     last: float = np.inf,
@@ -72,22 +69,23 @@ def read_points(
 ) -> Points:
     """Return a metric's points from step `first` to `last`, sorted by step, each step once.
 
-    Args:
-        times: without them `Points.times` is empty, and a third less is read.
-        session: return only what this one logged.
+    Without `times` the points have none, and a third less is read; `session` reads only its own.
     """
     columns = "steps, numbers, times" if times else "steps, numbers"
     query = f"SELECT {columns} FROM chunk WHERE pk >= ? AND pk < ?"
-    whole, bounds = (first, last) == (-np.inf, np.inf), list[float]()
-    if not whole:
-        query, bounds = f"{query} AND max_step >= ? AND min_step <= ?", [first, last]
     chunks: list[tuple[bytes, ...]] = []
-    for keys in chunk_keys(connection, metric, session):
-        chunks += connection.execute(f"{query} ORDER BY pk", [*keys, *bounds]).fetchall()
+    for keys in chunk_keys(db, metric, session):
+        wanted = f"{query} AND max_step >= ? AND min_step <= ? ORDER BY pk"
+        chunks += db.execute(wanted, (*keys, first, last)).fetchall()
     if not chunks:
         return Points.unpack(b"", b"")
-    points = _one_per_step(Points.unpack(*map(b"".join, zip(*chunks, strict=True))))
-    return points if whole else points[slice_between(points.steps, first, last)]
+    points = Points.unpack(*map(b"".join, zip(*chunks, strict=True)))
+    steps = points.steps
+    if not (steps[1:] > steps[:-1]).all():  # sort, and keep the last of equals
+        points = points[len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]]
+    if (first, last) == (-np.inf, np.inf):  # comparing with those would copy the steps
+        return points
+    return points[slice_between(points.steps, first, last)]
 
 
 def slice_between(x: NDArray[Any], first: float, last: float) -> slice:
@@ -95,32 +93,22 @@ def slice_between(x: NDArray[Any], first: float, last: float) -> slice:
     return slice(int(np.searchsorted(x, first, "left")), int(np.searchsorted(x, last, "right")))
 
 
-def _one_per_step(points: Points) -> Points:
-    """Sort by step and keep the last of equals; a series in order costs one comparison each."""
-    steps = points.steps
-    if bool((steps[1:] > steps[:-1]).all()):
-        return points
-    order = np.argsort(steps, kind="stable")
-    ordered = steps[order]
-    return points[order[np.append(ordered[1:] != ordered[:-1], True)]]
-
-
-def read_all_points(connection: sqlite3.Connection, metric: int) -> Points:
+def read_all_points(db: Connection, metric: int) -> Points:
     """Return a metric's points, without mixing the sessions that measure the machine.
 
     A trainer's steps continue from session to session. The steps of a session that measures the
     machine are seconds since it began: there, equal steps of two sessions are two points, and the
     sessions follow one another.
     """
-    sessions = machine_sessions(connection, metric)
+    sessions = machine_sessions(db, metric)
     if not sessions:
-        return read_points(connection, metric)
-    return Points.joined([read_points(connection, metric, session=one) for one in sessions])
+        return read_points(db, metric)
+    return Points.joined([read_points(db, metric, session=one) for one in sessions])
 
 
-def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:
+def machine_sessions(db: Connection, metric: int) -> list[int]:
     """Return the sessions that measured the machine and have a metric, in order of arrival."""
-    rows = connection.execute(
+    rows = db.execute(
         "SELECT session.pk FROM series JOIN session ON session.pk = series.session "
         "WHERE series.metric=? AND session.kind=? ORDER BY session.pk",
         (metric, SYSTEM),
@@ -128,47 +116,39 @@ def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:
     return [pk for (pk,) in rows]
 
 
-def chunk_keys(
-    connection: sqlite3.Connection, metric: int, session: int | None = None
-) -> list[tuple[int, int]]:
+def chunk_keys(db: Connection, metric: int, session: int | None = None) -> list[tuple[int, int]]:
     """Return for each series of a metric its chunks' first key and the first beyond them."""
-    series = connection.execute(
+    series = db.execute(
         "SELECT pk FROM series WHERE metric=?1 AND (?2 IS NULL OR session=?2) ORDER BY session",
         (metric, session),
     )
     return [(pk * CHUNKS_PER_SERIES, (pk + 1) * CHUNKS_PER_SERIES) for (pk,) in series]
 
 
-def delete_series(connection: sqlite3.Connection, series: int) -> None:
+def delete_series(db: Connection, series: int) -> None:
     """Remove a series with its chunks."""
     keys = (series * CHUNKS_PER_SERIES, (series + 1) * CHUNKS_PER_SERIES)
-    connection.execute("DELETE FROM chunk WHERE pk >= ? AND pk < ?", keys)
-    connection.execute("DELETE FROM peak WHERE pk >= ? AND pk < ?", keys)
-    connection.execute("DELETE FROM series WHERE pk=?", (series,))
+    db.execute("DELETE FROM chunk WHERE pk >= ? AND pk < ?", keys)
+    db.execute("DELETE FROM peak WHERE pk >= ? AND pk < ?", keys)
+    db.execute("DELETE FROM series WHERE pk=?", (series,))
 
 
 BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2
-
-
 Shape = tuple[NDArray[Any], NDArray[np.float64], int]
 """Ascending x and y of points that show a curve's shape, and how many points the curve has."""
 
 
-def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> None:
-    """Store the summary of a chunk, in place of what there was."""
+def _summary(points: Points) -> tuple[Any, ...]:
+    """Return what the table `peak` has of a chunk, besides its key."""
     steps, times = points.steps, points.times
     ordered = bool((steps[1:] > steps[:-1]).all() and (times[1:] >= times[:-1]).all())
-    usable = ordered and np.isfinite(points.numbers).all()
     content = b""
-    if usable:
+    if ordered and np.isfinite(points.numbers).all():
         chosen = np.unique(extremes(points.numbers, points.numbers, BLOCK))
         content = b"".join(points[chosen].pack())
     ends = (int(steps[0]), int(steps[-1]), float(times[0]), float(times[-1]))
-    connection.execute(
-        "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (chunk, len(steps), *ends, int(ordered), content),
-    )
+    return len(steps), *ends, int(ordered), content
 
 
 def extremes(low: NDArray[np.float64], high: NDArray[np.float64], width: int) -> NDArray[np.intp]:
@@ -185,7 +165,7 @@ def extremes(low: NDArray[np.float64], high: NDArray[np.float64], width: int) ->
 
 
 def read_sampled(
-    connection: sqlite3.Connection,
+    db: Connection,
     series_ranges: list[tuple[int, int]],
     by_time: bool,
     first: float,
@@ -194,15 +174,13 @@ def read_sampled(
 ) -> Shape | None:
     """Return a range of a metric drawn from summaries, or None where all points must be read.
 
-    Args:
-        series_ranges: those of `chunk_keys`.
-        first, last: the range of x (time or step); both ends are in it.
-        points: how many the chart will have; there must be several candidates for each.
+    `series_ranges` are those of `chunk_keys`; `first` and `last` (times or steps) are both in the
+    range. There must be several candidates for each of the chart's `points`.
     """
     rows: list[tuple[Any, ...]] = []
     for keys in series_ranges:
         query = "SELECT * FROM peak WHERE pk >= ? AND pk < ? ORDER BY pk"
-        rows += connection.execute(query, keys).fetchall()
+        rows += db.execute(query, keys).fetchall()
     if not rows:
         return None
     _, counts, first_step, last_step, first_time, last_time, ordered, _ = zip(*rows, strict=True)
@@ -219,32 +197,25 @@ def read_sampled(
         return None
     whole = (first <= low) & (high <= last)
     whole[inside[[0, -1]]] = False  # the first and last point are in no summary
-    drawn = [_draw(connection, rows[at], by_time, first, last, whole[at]) for at in inside]
-    shape = Points.joined([piece for piece, _ in drawn])
-    count = sum(count for _, count in drawn)
-    return shape.times if by_time else shape.steps, shape.numbers, count
 
+    def draw(at: int) -> tuple[Points, int]:
+        """Return points that show a chunk in the range, and how many they stand for."""
+        chunk, count, *_, content = rows[at]
+        if content and whole[at]:
+            third = len(content) // 3
+            return Points.unpack(*(content[third * i : third * (i + 1)] for i in range(3))), count
+        query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
+        points = Points.unpack(*db.execute(query, (chunk,)).fetchone())
+        x = points.times if by_time else points.steps
+        points = points[(first <= x) & (x <= last)]
+        if not len(points):
+            return points, 0
+        finite = np.isfinite(points.numbers)
+        numbers, at_finite = points.numbers[finite], np.flatnonzero(finite)
+        ends, inner = np.array([0, len(points) - 1]), at_finite[extremes(numbers, numbers, BLOCK)]
+        shown = np.unique(np.concatenate([ends, np.flatnonzero(~finite), inner]))
+        return points[shown], len(points)
 
-def _draw(
-    connection: sqlite3.Connection,
-    row: tuple[Any, ...],
-    by_time: bool,
-    first: float,
-    last: float,
-    whole: bool,
-) -> tuple[Points, int]:
-    """Return points that show a chunk in the range, and how many they stand for."""
-    chunk, count, *_, content = row
-    if content and whole:
-        third = len(content) // 3
-        return Points.unpack(*(content[third * i : third * (i + 1)] for i in range(3))), count
-    query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
-    points = Points.unpack(*connection.execute(query, (chunk,)).fetchone())
-    x = points.times if by_time else points.steps
-    points = points[(first <= x) & (x <= last)]
-    if not len(points):
-        return points, 0
-    finite = np.isfinite(points.numbers)
-    numbers, at, other = points.numbers[finite], np.flatnonzero(finite), np.flatnonzero(~finite)
-    ends, inner = np.array([0, len(points) - 1]), at[extremes(numbers, numbers, BLOCK)]
-    return points[np.unique(np.concatenate([ends, other, inner]))], len(points)
+    drawn, counted = zip(*map(draw, inside.tolist()), strict=True)
+    shape = Points.joined(drawn)
+    return shape.times if by_time else shape.steps, shape.numbers, sum(counted)

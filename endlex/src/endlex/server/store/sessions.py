@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sqlite3
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from sqlite3 import Connection
+from typing import Annotated, Any, Literal, NamedTuple
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
+from endlex.server.events import Event
+from endlex.server.store.database import insert, update
 from endlex.server.store.records import Batch
 from endlex.server.store.search import store_config
 
@@ -80,8 +81,7 @@ class SessionRecord(BaseModel):
     pid: Number = None
 
 
-@dataclass(frozen=True)
-class SessionState:
+class SessionState(NamedTuple):
     """What the writer needs to know of a session; `pk` is 0 for one that is not there yet."""
 
     pk: int
@@ -91,50 +91,40 @@ class SessionState:
     status: str
 
 
-def find_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
+def find_session(db: Connection, run: str, session: str) -> SessionState:
     """Return what is known of a session; an unknown one is at offset 0."""
-    row = connection.execute(
+    row = db.execute(
         "SELECT session.pk, run, kind, offset, session.status FROM session "
         "JOIN run ON run.pk = session.run WHERE run.id=? AND session.id=?",
         (run, session),
     ).fetchone()
-    return SessionState(*row) if row else SessionState(0, 0, TRAINER, 0, "running")
+    return SessionState(*(row or (0, 0, TRAINER, 0, "running")))
 
 
-def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
+def require_session(db: Connection, run: str, session: str) -> SessionState:
     """Return a session; one of which nothing has arrived is an `ApiError` 404."""
-    state = find_session(connection, run, session)
+    state = find_session(db, run, session)
     if state.pk == 0:
         raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")
     return state
 
 
-def begin_session(
-    connection: sqlite3.Connection, run: str, session: str, first: bytes
-) -> SessionState:
+def begin_session(db: Connection, run: str, session: str, first: bytes) -> SessionState:
     """Make the rows of a session, and of its run where it is the first.
 
     `first` is the journal's first line; one that is not its session's record is an `ApiError` 422.
     """
     record = _check_first(first, run, session)
-    now, tags = time.time(), orjson.dumps(record.tags).decode()
-    config = orjson.dumps(record.config or {}).decode()
-    about = (record.project, record.name, record.group, record.notes, tags, record.host)
-    connection.execute(
-        "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
-        "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run, *about, record.time, now),
-    )
-    run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
+    now, config = time.time(), record.config or {}
+    about = record.model_dump(include={"project", "name", "notes", "tags", "host"})
+    times = {"created": record.time, "updated": now}
+    insert(db, "run", "INSERT OR IGNORE", id=run, group_name=record.group, **about, **times)
+    (run_pk,) = db.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if record.kind != SYSTEM:
-        store_config(connection, run_pk, record.config or {})
-    process = (record.kind, record.rank or 0, record.host, record.pid)
-    pk = connection.execute(
-        "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run_pk, session, *process, config, record.time, now),
-    ).lastrowid
-    assert pk is not None
+        store_config(db, run_pk, config)
+    about = record.model_dump(include={"kind", "host", "pid"})
+    about |= {"rank": record.rank or 0, "config": config}
+    pk = insert(db, "session", run=run_pk, id=session, started=record.time, last_seen=now, **about)
     return SessionState(pk, run_pk, record.kind, 0, "running")
 
 
@@ -143,10 +133,8 @@ def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
         # By orjson, as all other records: whole numbers beyond 64 bits become floats.
         record = SessionRecord.model_validate(orjson.loads(line))
     except ValueError as error:
-        said = str(error)
-        if isinstance(error, ValidationError):
-            wrong = error.errors()[0]
-            said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        wrong = error.errors()[0] if isinstance(error, ValidationError) else None
+        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" if wrong else str(error)
         what = f"the first line of session {session} is not its session record"
         raise ApiError(422, f"{what}: {said}") from error
     if record.protocol != PROTOCOL:
@@ -158,47 +146,42 @@ def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
     return record
 
 
-def advance_session(
-    connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
-) -> None:
+def advance_session(db: Connection, state: SessionState, reached: int, batch: Batch) -> None:
     """Record that a session is stored up to byte `reached`, and what the new lines say of it."""
     for record in batch.records[CONFIG]:
         if state.kind != SYSTEM:
-            store_config(connection, state.run, record["config"])
-        query = "SELECT config FROM session WHERE pk=?"
-        known = orjson.loads(connection.execute(query, (state.pk,)).fetchone()[0])
-        merged = orjson.dumps(known | record["config"]).decode()
-        connection.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
+            store_config(db, state.run, record["config"])
+        (known,) = db.execute("SELECT config FROM session WHERE pk=?", (state.pk,)).fetchone()
+        update(db, "session", state.pk, config=orjson.loads(known) | record["config"])
     # Bytes from a session that was taken for dead show that it is not.
     status = "running" if state.status in (CRASHED, LOST) else state.status
     if batch.finish:
         status = batch.finish["status"]
     now = time.time()
-    connection.execute(
+    db.execute(
         "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, heard=?, "
         "status=? WHERE pk=?",
         (reached, batch.damaged, now, now, status, state.pk),
     )
 
 
-def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
+def was_resumed(db: Connection, state: SessionState) -> bool:
     """Whether a later session has resumed this one, so that its end is no news."""
     query = (
-        "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
-        "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
-        "WHERE session.pk = ? LIMIT 1"
+        "SELECT 1 FROM session JOIN session AS later USING (run, kind, rank) "
+        "WHERE session.pk = ? AND later.pk > session.pk LIMIT 1"
     )
-    return connection.execute(query, (state.pk,)).fetchone() is not None
+    return db.execute(query, (state.pk,)).fetchone() is not None
 
 
-def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
-    """Set a run's status to that of its newest trainer session, of the lowest rank; return it."""
-    status: str = connection.execute(
+def update_run(db: Connection, run: int, now: float | None = None) -> Event:
+    """Set a run's status to that of its newest trainer session, of the lowest rank; return news."""
+    name, status, updated = db.execute(
         "UPDATE run SET updated=?, status=(SELECT status FROM session WHERE session.run=run.pk "
-        "ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1) WHERE pk=? RETURNING status",
+        "ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1) WHERE pk=? RETURNING id, status, updated",
         (time.time() if now is None else now, SYSTEM, run),
-    ).fetchone()[0]
-    return status
+    ).fetchone()
+    return "run", {"run": name, "updated": updated, "status": status}
 
 
 SHORT_SEGMENT = 64 * 1024
@@ -206,43 +189,25 @@ SHORT_SEGMENT = 64 * 1024
 LEVEL = 1
 
 
-def append_segment(
-    connection: sqlite3.Connection, session: int, offset: int, body: bytes, data: bytes
-) -> None:
+def append_segment(db: Connection, session: int, offset: int, body: bytes, data: bytes) -> None:
     """Store `body` (compressed: `data`) behind the `offset` bytes that are there."""
-    last = None
     if len(body) < SHORT_SEGMENT:
-        last = connection.execute(
-            "SELECT start, size, data FROM segment WHERE session=? ORDER BY start DESC LIMIT 1",
-            (session,),
-        ).fetchone()
-    if last is not None and last[1] < SHORT_SEGMENT:
-        start, size, before = last
-        connection.execute(
-            "UPDATE segment SET size=?, data=? WHERE session=? AND start=?",
-            (
-                size + len(body),
-                zlib.compress(zlib.decompress(before) + body, LEVEL),
-                session,
-                start,
-            ),
-        )
-    else:
-        connection.execute(
-            "INSERT INTO segment VALUES (?, ?, ?, ?)", (session, offset, len(body), data)
-        )
+        query = "SELECT start, size, data FROM segment WHERE session=? ORDER BY start DESC LIMIT 1"
+        last = db.execute(query, (session,)).fetchone()
+        if last is not None and last[1] < SHORT_SEGMENT:
+            offset, body = last[0], zlib.decompress(last[2]) + body
+            data = zlib.compress(body, LEVEL)
+    values = (session, offset, len(body), data)
+    db.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?)", values)
 
 
-def iter_bytes(
-    connection: sqlite3.Connection, session: int, start: int, end: int
-) -> Iterator[bytes]:
+def iter_bytes(db: Connection, session: int, start: int, end: int) -> Iterator[bytes]:
     """Yield the journal's bytes from `start` up to `end`, a segment at a time."""
+    query = (
+        "SELECT start, data FROM segment WHERE session=? AND start<=? ORDER BY start DESC LIMIT 1"
+    )
     while start < end:
-        row = connection.execute(
-            "SELECT start, data FROM segment WHERE session=? AND start<=? "
-            "ORDER BY start DESC LIMIT 1",
-            (session, start),
-        ).fetchone()
+        row = db.execute(query, (session, start)).fetchone()
         content = zlib.decompress(row[1])[start - row[0] : end - row[0]] if row else b""
         if not content:
             raise RuntimeError(f"the journal of session {session} ends at {start}, before {end}")
@@ -250,9 +215,9 @@ def iter_bytes(
         start += len(content)
 
 
-def hash_journal(connection: sqlite3.Connection, session: int, end: int) -> str:
+def hash_journal(db: Connection, session: int, end: int) -> str:
     """Return the SHA-256 of a journal's first `end` bytes, which must be there."""
     digest = hashlib.sha256()
-    for content in iter_bytes(connection, session, 0, end):
+    for content in iter_bytes(db, session, 0, end):
         digest.update(content)
     return digest.hexdigest()

@@ -6,15 +6,16 @@ The content of media (pictures, sound, video, other files) is parts like those o
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping, Sequence
+from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field
 
-from endlex.protocol import MAX_STEP, MEDIA, TABLE, TEXT
+from endlex.protocol import CHECKPOINT, MAX_STEP, MEDIA, TABLE, TEXT
 from endlex.server.errors import ApiError
+from endlex.server.store.database import insert
 
 OWN_PREFIX = "run/"
 Kind = Literal["texts", "tables", "media"]
@@ -26,7 +27,11 @@ KINDS: dict[Kind, tuple[str, str]] = {
     "media": ("media", "json_set(content, '$.id', pk)"),
 }
 """The table of each kind, and the JSON object that a record is besides name, step and time."""
-MEDIA_KEYS = ("kind", "mime", "bytes", "caption", "parts")
+CONTENTS = {
+    TABLE: ("data_table", ("columns", "rows")),
+    MEDIA: ("media", ("kind", "mime", "bytes", "caption", "parts")),
+}
+"""The table and the keys of records whose content is stored as JSON."""
 
 
 class Page(BaseModel, frozen=True):
@@ -44,23 +49,17 @@ class Page(BaseModel, frozen=True):
     """Whether to include those that Endlex records itself, such as what a run printed."""
 
 
-def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Page) -> list[Record]:
+def list_records(db: Connection, kind: Kind, run: int, page: Page) -> list[Record]:
     """Return a page of texts, tables or media; of two under one name and step the later one."""
     table, content = KINDS[kind]
-    where = "run = ?"
-    values: list[Any] = [run]
-    if page.name is not None:
-        where += " AND name = ?"
-        values.append(page.name)
-    elif not page.own:
+    bounds = {"name = ?": page.name, "step < ?": page.before_step, "pk > ?": page.after_id}
+    given = {"run = ?": run, **{key: bound for key, bound in bounds.items() if bound is not None}}
+    where, values = " AND ".join(given), list(given.values())
+    if page.name is None and not page.own:
         where += f" AND name NOT LIKE '{OWN_PREFIX}%'"
-    for condition, bound in (("step < ?", page.before_step), ("pk > ?", page.after_id)):
-        if bound is not None:
-            where += f" AND {condition}"
-            values.append(bound)
     chosen = f"SELECT max(pk) FROM {table} WHERE {where} GROUP BY name, step"
     lowest = f"SELECT step FROM {table} WHERE pk IN ({chosen}) ORDER BY step DESC LIMIT ?"
-    rows = connection.execute(
+    rows = db.execute(
         f"SELECT name, step, time, {content} FROM {table} WHERE pk IN ({chosen}) "
         f"AND step >= (SELECT min(step) FROM ({lowest})) ORDER BY step DESC, name",
         [*values, *values, page.limit],
@@ -68,32 +67,33 @@ def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Pag
     return [{"name": n, "step": s, "time": t, **orjson.loads(more)} for n, s, t, more in rows]
 
 
-def store_records(
-    connection: sqlite3.Connection, run: int, records: Mapping[str, Sequence[Record]]
-) -> None:
-    """Keep a batch's texts, tables and media, and that the parts of media are used."""
+def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Record]]) -> None:
+    """Keep a batch's texts, tables, media and checkpoints, and that parts of media are used."""
 
-    def insert(table: str, column: str, rows: list[tuple[Record, str]]) -> None:
-        connection.executemany(
-            f"INSERT INTO {table} (run, name, step, time, {column}) VALUES (?, ?, ?, ?, ?)",
-            [(run, r["name"], r["step"], r["time"], content) for r, content in rows],
-        )
+    def chosen(record: Record, *keys: str) -> Record:
+        return {key: record.get(key) for key in keys}
 
-    def chosen(record: Record, *keys: str) -> str:
-        return orjson.dumps({key: record.get(key) for key in keys}).decode()
-
-    insert("text", "text", [(r, r["text"]) for r in records[TEXT]])
-    insert("data_table", "content", [(r, chosen(r, "columns", "rows")) for r in records[TABLE]])
-    insert("media", "content", [(r, chosen(r, *MEDIA_KEYS)) for r in records[MEDIA]])
-    connection.executemany(
+    for record in records[TEXT]:
+        insert(db, "text", run=run, **chosen(record, "name", "step", "time", "text"))
+    for kind, (table, keys) in CONTENTS.items():
+        for record in records[kind]:
+            content = chosen(record, *keys)
+            insert(db, table, run=run, content=content, **chosen(record, "name", "step", "time"))
+    db.executemany(
         "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
         [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
+    for record in records[CHECKPOINT]:
+        about = chosen(record, "name", "step") | {"run": run, "created": record["time"]}
+        about["bytes"] = sum(file["bytes"] for file in record["files"])
+        about["aliases"] = record.get("aliases") or []
+        about["metadata"] = record.get("metadata") or {}
+        insert(db, "checkpoint", "INSERT OR IGNORE", state="announced", **about)
 
 
-def find_media(connection: sqlite3.Connection, run: int, pk: int) -> Record:
+def find_media(db: Connection, run: int, pk: int) -> Record:
     """Return one record of media; an unknown one is an `ApiError` 404."""
-    row = connection.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
+    row = db.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
     if row is None:
         raise ApiError(404, f"the run has no file {pk}: GET .../media lists them")
     return dict(orjson.loads(row[0]))

@@ -32,19 +32,21 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import sqlite3
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
+from sqlite3 import Connection
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from endlex.protocol import ALERT, LEVELS, LOST, MAX_REASON_CHARS, SESSION, SYSTEM, TRAINER
 from endlex.search import COMPARISONS, SearchError, Term, parse_search
 from endlex.server.events import Event
 from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import insert, update
 from endlex.server.store.records import Batch, Points
 from endlex.server.store.sessions import SessionState, update_run, was_resumed
 
@@ -91,8 +93,8 @@ class _Trend:
     count: int = 0
     last: list[float] = field(default_factory=list)
 
-    def add(self, numbers: list[float]) -> None:
-        finite = [number for number in numbers if math.isfinite(number)]
+    def add(self, numbers: NDArray[np.float64]) -> None:
+        finite = numbers[np.isfinite(numbers)].tolist()
         self.last = [*self.last, *finite][-RISES - 1 :]
         for number in finite:
             self.count += 1
@@ -106,6 +108,10 @@ class _Trend:
         rise = self.mean - self.lowest
         return self.lowest > 0 and rise > max((DIVERGED_RATIO - 1) * self.lowest, DIVERGED_RISE)
 
+    @property
+    def rises(self) -> list[bool]:
+        return [later > earlier for earlier, later in pairwise(self.last)]
+
 
 class Watch:
     """Opens and resolves alerts, in the database's writer thread."""
@@ -114,8 +120,8 @@ class Watch:
         self._data = data
         self._stall_seconds = settings.stall_minutes * 60
         self._reserve = settings.reserve(data.root)
-        self._trends: defaultdict[tuple[int, str], _Trend] = defaultdict(_Trend)
-        self._since: dict[tuple[int, str, str], float] = {}
+        self._trends: defaultdict[tuple[int | None, str], _Trend] = defaultdict(_Trend)
+        self._since: dict[tuple[int | None, str, str], float] = {}
         """Since when each rule has held, by run, rule and metric."""
         self._started = time.time()
         self._is_doubted = False
@@ -124,16 +130,14 @@ class Watch:
         """Forget trends before the next batch, in any thread: one was undone and comes again."""
         self._is_doubted = True
 
-    def observe(
-        self, connection: sqlite3.Connection, state: SessionState, run_id: str, batch: Batch
-    ) -> list[Event]:
+    def observe(self, db: Connection, state: SessionState, batch: Batch) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
         if self._is_doubted:
             self._is_doubted = False
             self._trends.clear()
             self._since.clear()
-        book = Book(connection, state.run, run_id)
-        self._judge_rules(connection, book, state.run, batch)
+        book = Book(db, state.run, [])
+        self._judge_rules(book, batch)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
                 _watch_disk(book, name, float(points.numbers[-1]))
@@ -142,110 +146,79 @@ class Watch:
         if batch.records[SESSION]:
             book.resolve(*ENDS, *LEVELS, "nan")
         for name, points in batch.points.items():
-            self._watch_metric(book, state.run, name, points)
+            self._watch_metric(book, name, points)
+        news = time.time() - QUIET_AFTER
         for record in batch.records[ALERT]:
-            if time.time() - record["time"] < QUIET_AFTER:
-                book.tell(record["level"], record["title"], None)  # the latest one is told
+            if record["time"] > news:
+                book.resolve(record["level"], metric=record["title"])  # the latest one is told
                 said = ": ".join(filter(None, (record["title"], record["text"])))
                 book.tell(record["level"], record["title"], said)
         end = batch.finish
-        if end and time.time() - end["time"] < QUIET_AFTER:
+        if end and end["time"] > news:
             reason = str(end.get("reason") or "")[:MAX_REASON_CHARS]
             book.tell_end(state, end["status"], reason)
         return book.events
 
-    def sweep(self, connection: sqlite3.Connection) -> list[Event]:
+    def sweep(self, db: Connection) -> list[Event]:
         """Look for problems that no data shows: silence, and the server's own disk filling up."""
-        now = time.time()
-        book = Book(connection, None, None)
+        now, events = time.time(), list[Event]()
         free = shutil.disk_usage(self._data.root).free
-        if free < 2 * self._reserve:
-            book.tell("disk", "", f"the server's own disk has {free / 2**30:.2f} GiB left")
-        elif free > 3 * self._reserve:
-            book.resolve("disk")
-        events = book.events + self._lost(connection, now)
-        rows = connection.execute(
-            "SELECT run.pk, run.id, max(session.last_seen) FROM run JOIN session "
+        said = f"the server's own disk has {free / 2**30:.2f} GiB left"
+        full, fine = free < 2 * self._reserve, free > 3 * self._reserve
+        Book(db, None, events).judge("disk", "", said, begins=full, ends=fine)
+        if now - self._started >= LOST_SECONDS:
+            _mark_lost(db, now, events)
+        rows = db.execute(
+            "SELECT run.pk, max(session.last_seen) FROM run JOIN session "
             "ON session.run = run.pk WHERE run.status='running' AND run.archived=0 "
             "AND run.deleted IS NULL AND session.kind=? GROUP BY run.pk",
             (TRAINER,),
         ).fetchall()
-        for run, run_id, seen in rows:
+        for run, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = Book(connection, run, run_id)
-                book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
-                events += book.events
+                said = f"nothing was logged for {silent / 60:.0f} minutes"
+                Book(db, run, events).tell("stall", "", said)
         return events
 
-    def _lost(self, connection: sqlite3.Connection, now: float) -> list[Event]:
-        """Mark running sessions as lost that sent nothing although the server was up."""
-        if now - self._started < LOST_SECONDS:
-            return []
-        events: list[Event] = []
-        rows = connection.execute(
-            "SELECT session.pk, run.pk, run.id, session.kind, coalesce(heard, last_seen), updated "
-            "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' "
-            "AND coalesce(heard, last_seen) < ?",
-            (now - LOST_SECONDS,),
-        ).fetchall()
-        for session, run, run_id, kind, heard, updated in rows:
-            connection.execute("UPDATE session SET status=? WHERE pk=?", (LOST, session))
-            status = update_run(connection, run, updated)
-            events.append(("run", {"run": run_id, "updated": updated, "status": status}))
-            if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = Book(connection, run, run_id)
-                book.resolve("stall")
-                silent = f"{(now - heard) / 60:.0f} minutes"
-                book.tell("lost", "", f"nothing was heard of the training box for {silent}")
-                events += book.events
-        return events
-
-    def _judge_rules(
-        self, connection: sqlite3.Connection, book: Book, run: int, batch: Batch
-    ) -> None:
+    def _judge_rules(self, book: Book, batch: Batch) -> None:
         """Compare a batch's points with the rules of the run's project and of all projects.
 
         An unreadable rule, and one that has not held for long enough yet, is skipped.
         """
         if not batch.points:
             return
-        rows = connection.execute(
+        rows = book.db.execute(
             "SELECT setting.name, content FROM setting JOIN run "
             "ON setting.project IN (run.project, '') WHERE run.pk=? AND kind='rules'",
-            (run,),
+            (book.run,),
         )
         for rule, content in rows.fetchall():
             try:
                 ((term,),) = parse_search(rule)
-                seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
+                minutes = float(orjson.loads(content).get("minutes") or 0)
             except (SearchError, TypeError, ValueError):  # unreadable, or not one comparison
                 continue
             for name, points in batch.points.items():
                 # A word, and a comparison with a text, say nothing of a metric's numbers.
                 if term.key is None or term.number is None or not term.key.name.matches(name):
                     continue
-                since = self._hold((run, rule, name), term, points)
-                if since is None:
-                    book.tell("rule", f"{name}: {rule}", None)
-                elif float(points.times[-1]) - since >= seconds:
-                    value, step = points.numbers[-1], points.steps[-1]
-                    held = f" for {seconds / 60:g} minutes" if seconds else ""
-                    said = f"{name} is {value:.6g} at step {step}: {rule}{held}"
-                    book.tell("rule", f"{name}: {rule}", said)
+                since = self._hold((book.run, rule, name), term, points)
+                held = f" for {minutes:g} minutes" if minutes else ""
+                value, step, now = points.numbers[-1], points.steps[-1], float(points.times[-1])
+                said = f"{name} is {value:.6g} at step {step}: {rule}{held}"
+                begins = since is not None and now - since >= 60 * minutes
+                book.judge("rule", f"{name}: {rule}", said, begins=begins, ends=since is None)
 
-    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
+    def _hold(self, key: tuple[int | None, str, str], term: Term, points: Points) -> float | None:
         """Return since when a rule holds without a break, or None."""
         holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
-        breaks = np.flatnonzero(~holds)
-        if len(breaks) and breaks[-1] == len(holds) - 1:
+        first = int(np.flatnonzero(~holds)[-1]) + 1 if not holds.all() else 0
+        if first:
             self._since.pop(key, None)
-            return None
-        if len(breaks) or key not in self._since:
-            self._since[key] = float(points.times[breaks[-1] + 1 if len(breaks) else 0])
-        return self._since[key]
+        return self._since.setdefault(key, float(points.times[first])) if holds[-1] else None
 
-    def _watch_metric(self, book: Book, run: int, name: str, points: Points) -> None:
+    def _watch_metric(self, book: Book, name: str, points: Points) -> None:
         finite = np.isfinite(points.numbers)
         if not finite.all():
             at = int(np.argmin(finite))
@@ -254,22 +227,36 @@ class Watch:
         is_evaluation = name.startswith("val/") and not is_more_better(name)
         if not is_loss and not is_evaluation:
             return
-        trend = self._trends[run, name]
-        trend.add(points.numbers.tolist())
+        trend = self._trends[book.run, name]
+        trend.add(points.numbers)
         if len(self._trends) > METRICS_WATCHED:
             del self._trends[next(iter(self._trends))]
+        diverged, rises = trend.has_diverged, trend.rises
         if is_loss:
             said = f"{name} is {trend.mean:.4g} (smoothed) at step {points.steps[-1]}; "
             said += f"its lowest was {trend.lowest:.4g}"
-            book.tell("divergence", name, said if trend.has_diverged else None)
-        if is_evaluation:
-            rises = [later > earlier for earlier, later in pairwise(trend.last)]
-            if len(rises) == RISES and all(rises):
-                shown = ", ".join(f"{n:.5g}" for n in trend.last)
-                said = f"{name} has risen {RISES} evaluations in a row: {shown}"
-                book.tell("rising", name, said)
-            elif rises and not rises[-1]:
-                book.tell("rising", name, None)
+            book.judge("divergence", name, said, begins=diverged, ends=not diverged)
+        if is_evaluation and rises:
+            shown = ", ".join(f"{n:.5g}" for n in trend.last)
+            said = f"{name} has risen {RISES} evaluations in a row: {shown}"
+            risen = len(rises) == RISES and all(rises)
+            book.judge("rising", name, said, begins=risen, ends=not rises[-1])
+
+
+def _mark_lost(db: Connection, now: float, events: list[Event]) -> None:
+    """Mark running sessions as lost that sent nothing although the server was up."""
+    rows = db.execute(
+        "SELECT session.pk, run.pk, session.kind, coalesce(heard, last_seen) AS last, updated "
+        "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' AND last < ?",
+        (now - LOST_SECONDS,),
+    ).fetchall()
+    for session, run, kind, heard, updated in rows:
+        update(db, "session", session, status=LOST)
+        events.append(update_run(db, run, updated))
+        if kind == TRAINER and now - heard < QUIET_AFTER:
+            book, silent = Book(db, run, events), f"{(now - heard) / 60:.0f} minutes"
+            book.resolve("stall")
+            book.tell("lost", "", f"nothing was heard of the training box for {silent}")
 
 
 def is_more_better(name: str) -> bool:
@@ -279,56 +266,56 @@ def is_more_better(name: str) -> bool:
 
 
 def _watch_disk(book: Book, name: str, last: float) -> None:
-    lower = name.lower()
-    if DISK_PERCENT.search(lower):
-        if last >= DISK_FULL_PERCENT:
-            book.tell("disk", name, f"a disk of the training box is {last:.0f} % full")
-        elif last < DISK_FINE_PERCENT:
-            book.tell("disk", name, None)
-    elif match := DISK_FREE.search(lower):
+    if DISK_PERCENT.search(name.lower()):
+        full, fine = last >= DISK_FULL_PERCENT, last < DISK_FINE_PERCENT
+        said = f"is {last:.0f} % full"
+    elif match := DISK_FREE.search(name.lower()):
         free = last * DISK_UNITS[match.group(1)]
-        if free < DISK_FREE_BYTES:
-            book.tell("disk", name, f"a disk of the training box has {free / 2**30:.2f} GiB left")
-        elif free > 1.5 * DISK_FREE_BYTES:
-            book.tell("disk", name, None)
+        full, fine = free < DISK_FREE_BYTES, free > 1.5 * DISK_FREE_BYTES
+        said = f"has {free / 2**30:.2f} GiB left"
+    else:
+        return
+    book.judge("disk", name, f"a disk of the training box {said}", begins=full, ends=fine)
 
 
 class Book:
-    """The unresolved alerts of one run, or of the server, as one transaction changes them."""
+    """The unresolved alerts of one run, or of the server; each change is added to `events`."""
 
-    def __init__(self, connection: sqlite3.Connection, run: int | None, name: str | None) -> None:
-        self._connection, self._run, self._name = connection, run, name
+    def __init__(self, db: Connection, run: int | None, events: list[Event]) -> None:
+        self.db, self.run, self.events = db, run, events
         query = "SELECT kind, metric FROM alert WHERE run IS ? AND resolved IS NULL"
-        self._unresolved: set[tuple[str, str]] = set(connection.execute(query, (run,)))
-        self.events: list[Event] = []
+        self._unresolved: set[tuple[str, str]] = set(db.execute(query, (run,)))
 
-    def tell(self, kind: str, metric: str, message: str | None) -> None:
-        """Open an alert, unless it is open; with no message it is over."""
-        key = (kind, metric)
-        if message is None and key in self._unresolved:
-            self._unresolved.remove(key)
-            self._connection.execute(
-                "UPDATE alert SET resolved=? WHERE run IS ? AND kind=? AND metric=? "
-                "AND resolved IS NULL",
-                (time.time(), self._run, *key),
-            )
-        elif message is not None and key not in self._unresolved:
-            self._unresolved.add(key)
-            pk = self._connection.execute(
-                "INSERT INTO alert (run, kind, metric, message, opened) VALUES (?, ?, ?, ?, ?)",
-                (self._run, *key, message, time.time()),
-            ).lastrowid
-            about = {"run": self._name, "kind": kind, "metric": metric, "message": message}
-            self.events.append(("alert", {"id": pk, **about}))
+    def judge(self, kind: str, metric: str, message: str, *, begins: bool, ends: bool) -> None:
+        """Open an alert where it begins, unless it is open; resolve it where it ends."""
+        if begins:
+            self.tell(kind, metric, message)
+        elif ends:
+            self.resolve(kind, metric=metric)
 
-    def resolve(self, *kinds: str) -> None:
-        """Alerts of these kinds are over, whatever their metric."""
-        for kind, metric in [key for key in self._unresolved if key[0] in kinds]:
-            self.tell(kind, metric, None)
+    def tell(self, kind: str, metric: str, message: str) -> None:
+        """Open an alert, unless it is open."""
+        if (kind, metric) in self._unresolved:
+            return
+        self._unresolved.add((kind, metric))
+        about = {"kind": kind, "metric": metric, "message": message}
+        pk = insert(self.db, "alert", run=self.run, opened=time.time(), **about)
+        found = self.db.execute("SELECT id FROM run WHERE pk=?", (self.run,)).fetchone()
+        self.events.append(("alert", {"id": pk, "run": found and found[0], **about}))
+
+    def resolve(self, *kinds: str, metric: str | None = None) -> None:
+        """Alerts of these kinds are over: those of a metric, or all."""
+        over = [k for k in self._unresolved if k[0] in kinds and metric in (None, k[1])]
+        self._unresolved.difference_update(over)
+        self.db.executemany(
+            "UPDATE alert SET resolved=? WHERE run IS ? AND kind=? AND metric=? "
+            "AND resolved IS NULL",
+            [(time.time(), self.run, *key) for key in over],
+        )
 
     def tell_end(self, state: SessionState, status: str, reason: str | None) -> None:
         """Alert that a trainer ended, and why, unless a later session has resumed the run."""
-        if state.kind == TRAINER and not was_resumed(self._connection, state):
+        if state.kind == TRAINER and not was_resumed(self.db, state):
             self.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
             if status in ("finished", "interrupted"):
                 self.resolve(status)

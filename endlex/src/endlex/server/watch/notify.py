@@ -25,13 +25,13 @@ import urllib.request
 from dataclasses import dataclass
 from email.message import EmailMessage
 from http.client import HTTPException
+from sqlite3 import Connection
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from endlex.protocol import CONSOLE, EXCEPTION, EndlexError
 from endlex.server.settings import Settings
-from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts
+from endlex.server.store.database import Database, dicts, update
 
 logger = logging.getLogger("endlex")
 
@@ -110,23 +110,20 @@ class Notifier:
                 reason = getattr(error, "reason", None) or type(error).__name__
                 host = urlsplit(target).hostname
                 logger.warning("alert %s not delivered to %s: %s", alert["id"], host, reason)
+        pending.due = time.monotonic() + FIRST_PAUSE * 2**pending.attempts
         pending.attempts += 1
-        pending.due = time.monotonic() + FIRST_PAUSE * 2 ** (pending.attempts - 1)
-        if pending.left and pending.attempts < ATTEMPTS:
-            return
-        query, values = "UPDATE alert SET sent=1 WHERE pk=?", (alert["id"],)
-        self._database.write(lambda c: c.execute(query, values).rowcount).result()
-        del self._pending[alert["id"]]
+        if not pending.left or pending.attempts >= ATTEMPTS:
+            self._database.write(lambda db: update(db, "alert", alert["id"], sent=1)).result()
+            del self._pending[alert["id"]]
 
 
-def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
+def read_details(db: Connection, run: int) -> dict[str, str]:
     """Return the exception that ended a run, and the last lines it printed, as far as known."""
     found = {}
-    query = "SELECT text FROM text WHERE run=? AND name=? ORDER BY step DESC, pk DESC LIMIT 2"
+    query = "SELECT text FROM text WHERE run=? AND name=? ORDER BY step DESC, pk DESC LIMIT ?"
     for key, name, pieces in (("exception", EXCEPTION, 1), ("log", CONSOLE, 2)):
-        rows = [text for (text,) in connection.execute(query, (run, name))][:pieces]
-        lines = "\n".join(reversed(rows)).splitlines()[-LOG_LINES:]
-        if lines:
+        rows = [text for (text,) in db.execute(query, (run, name, pieces))]
+        if lines := "\n".join(reversed(rows)).splitlines()[-LOG_LINES:]:
             found[key] = "\n".join(lines)[-DETAIL_CHARS:]
     return found
 
@@ -148,19 +145,15 @@ def check_target(target: str) -> tuple[str, str]:
 
 
 def send(target: str, alert: dict[str, Any]) -> None:
-    """Tell one target of an alert.
-
-    Raises:
-        OSError, ValueError, HTTPException, SMTPException: it did not take it.
-    """
+    """Tell one target of an alert; one of `UNDELIVERED` if it did not take it."""
     kind, address = check_target(target)
     where = f"{alert['project']}/{alert['name']}" if alert["run"] else "server"
-    title = f"Endlex: {where}: {alert['kind']}"
+    title, message = f"Endlex: {where}: {alert['kind']}", alert["message"]
     details = [alert[key].replace("`", "'") for key in ("exception", "log") if key in alert]
     if kind == "mail":
-        _send_mail(address, title, "\n\n".join([alert["message"], *details]))
+        _send_mail(address, title, "\n\n".join([message, *details]))
         return
-    message, quoted = alert["message"], "".join(f"\n```\n{detail}\n```" for detail in details)
+    quoted = "".join(f"\n```\n{detail}\n```" for detail in details)
     headers = {"Content-Type": "application/json"}
     if kind == "ntfy":
         headers = {"Title": f"Endlex: {alert['kind']}", "Tags": "warning"}
@@ -173,23 +166,22 @@ def send(target: str, alert: dict[str, Any]) -> None:
     else:
         body = json.dumps({"source": "endlex", **alert})
     request = urllib.request.Request(address, body.encode(), headers, method="POST")
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
-        pass
+    urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
 
 
 def _send_mail(address: str, title: str, text: str) -> None:
     parts = urlsplit(address)
-    query = parse_qs(parts.query)
+    query, user = parse_qs(parts.query), unquote(parts.username or "")
     message = EmailMessage()
     message["Subject"] = " ".join(title.split())
     message["To"] = ", ".join(query["to"])
-    message["From"] = query.get("from", [unquote(parts.username or "") or query["to"][0]])[0]
+    message["From"] = query.get("from", [user or query["to"][0]])[0]
     message.set_content(text)
     kind = smtplib.SMTP_SSL if parts.scheme == "smtps" else smtplib.SMTP
     assert parts.hostname is not None
     with kind(parts.hostname, parts.port or 0, timeout=TIMEOUT_SECONDS) as server:
-        if parts.username:
+        if user:
             if parts.scheme == "smtp":
                 server.starttls()
-            server.login(unquote(parts.username), unquote(parts.password or ""))
+            server.login(user, unquote(parts.password or ""))
         server.send_message(message)

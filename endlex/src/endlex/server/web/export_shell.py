@@ -20,16 +20,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 CHART_ASSETS = ("vendor/uplot/uPlot.iife.min.js", "vendor/uplot/uPlot.min.css")
 """What hatch_build.py fetches, below the static folder."""
 
-STYLES = (
-    "colors.css",
-    "base.css",
-    "controls.css",
-    "tables.css",
-    "labels.css",
-    "run.css",
-    "charts.css",
-    "phone.css",
-)
+STYLES = ("colors", "base", "controls", "tables", "labels", "run", "charts", "phone")
 """In the order in which they count: later ones win."""
 
 ENTRY = "export_page.js"
@@ -43,7 +34,7 @@ _EXPORT = re.compile(
 def build_shell() -> str:
     """Return the page as a `string.Template` of `title` and `data`."""
     parts = {
-        "styles": "\n".join(_static(name) for name in (CHART_ASSETS[1], *STYLES)),
+        "styles": "\n".join(map(_static, [CHART_ASSETS[1], *(f"{name}.css" for name in STYLES)])),
         "theme": _escape_script(_static("theme.js")),
         "chart_library": _escape_script(_static(CHART_ASSETS[0])),
         "script": _escape_script(bundle(ENTRY)),
