@@ -24,7 +24,7 @@ from typing import Any
 
 from endlex import protocol
 from endlex.client.process import FULL, fsync, try_lock, warn_once
-from endlex.protocol import FINISH, MAX_BATCH_BYTES, EndlexError
+from endlex.protocol import MAX_BATCH_BYTES, EndlexError
 from endlex.reading import session_files, session_number
 
 LARGEST_EXACT = 2**53  # larger whole numbers are kept as floats, as every reader has them
@@ -227,8 +227,7 @@ class Journal:
                 limit = f"is larger than {MAX_BATCH_BYTES:,}: log less at once"
                 raise EndlexError(f"a {kind} record of {size:,} bytes {limit}")
         if self.inherited:
-            if kind != FINISH:
-                warn_once("this process was forked from the one that records: it records nothing")
+            warn_once("this process was forked from the one that records: it records nothing")
             return
         with self.lock:
             number = next(self._numbers)

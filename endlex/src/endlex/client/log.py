@@ -214,8 +214,9 @@ class Log:
         if type(step) is int and 0 <= step <= MAX_STEP:
             return step
         with suppress(Exception):  # whatever some library's tensor raises
-            if 0 <= step <= MAX_STEP and int(step) == step and not isinstance(step, bool):
-                return int(step)
+            whole = int(step)  # first: some tensors cannot be compared with 2**62
+            if 0 <= whole <= MAX_STEP and whole == step and not isinstance(step, bool):
+                return whole
         latest = self._last_step  # here, or else in a session before this one
         if latest is None:
             latest = last_step(self.directory) if self.directory is not None else -1

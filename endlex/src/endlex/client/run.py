@@ -137,7 +137,7 @@ class Run(Log):
         """
         if status not in protocol.STATUSES:
             raise EndlexError(f"status {status!r} must be one of {', '.join(protocol.STATUSES)}")
-        if self._finished or self._journal is None:
+        if self._finished or self._journal is None or self._journal.inherited:
             self._finished = True
             return
         from endlex.client.environment import record_end
@@ -154,7 +154,7 @@ class Run(Log):
             names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
         UNFINISHED.pop(self, None)
-        if self.online and not self._journal.inherited:
+        if self.online:
             from endlex.client.shipper.control import wait_until_shipped
 
             wait_until_shipped(self._journal.directory, self._journal.path)
@@ -268,7 +268,7 @@ def init(
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
-    words = as_list(tags or ()) + as_list(job_type or ())
+    words = as_list(tags or ()) + ([job_type] if job_type else [])
     start = directories.session_start(
         owner,
         protocol.TRAINER,
