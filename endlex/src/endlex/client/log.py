@@ -100,7 +100,7 @@ class Log:
             fault = EndlexError(f"metric {name!r} is {value!r:.80}, which is no number")
             self._refuse(str(name), fault)
             return []
-        return [self._keys[name] + json.dumps(number)]
+        return [self._keys[name] + (f'"{number}"' if isinstance(number, str) else repr(number))]
 
     def _accept(self, name: Any, what: str) -> str:
         """Return a name, or the nearest good one."""
