@@ -186,7 +186,7 @@ class Journal:
         self.path = folder / f"{self.session}.jsonl"
         self.number = session_number(self.path)
         self.inherited, self._backlog = False, b""
-        self._heads, self._numbers = dict[str, str](), itertools.count()
+        self._numbers = itertools.count()
         self.lock = threading.RLock()
         """Held while a record is written. A signal handler may log in the middle of that."""
         self.count = 0  # how many records were appended
@@ -218,11 +218,8 @@ class Journal:
 
     def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
         """Do what `append` does for content that is already JSON: `,"key":value` for each."""
-        head = self._heads.get(kind)
-        if head is None:
-            head = self._heads[kind] = f'{{"type":"{kind}","session":"{self.session}","seq":'
         if len(members) > MAX_BATCH_BYTES // 4:  # else it is short enough however it is encoded
-            size = len(members.encode(errors="replace")) + len(head) + 100
+            size = len(members.encode(errors="replace")) + 200  # of what is before them
             if size > MAX_BATCH_BYTES:
                 limit = f"is larger than {MAX_BATCH_BYTES:,}: log less at once"
                 raise EndlexError(f"a {kind} record of {size:,} bytes {limit}")
@@ -232,7 +229,8 @@ class Journal:
         with self.lock:
             number = next(self._numbers)
             moment = time.time() if moment is None else moment
-            line = f'{head}{number},"time":{moment!r}{members}}}\n'
+            head = f'{{"type":"{kind}","session":"{self.session}","seq":{number}'
+            line = f'{head},"time":{moment!r}{members}}}\n'
             self._write(line.encode(errors="replace"))
             self.count = max(self.count, number + 1)
 

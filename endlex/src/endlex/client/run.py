@@ -23,7 +23,6 @@ from endlex.protocol import EndlexError, Status, check_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
-WATCH_SECONDS = 60.0  # how often `log` looks whether the shipper still lives
 
 
 class Run(Log):
@@ -176,18 +175,6 @@ class Run(Log):
         self.url = f"{url}/runs/{self.id}"
         self._watch_shipper(begin=True)
         warn(f"{self.project}/{self.name} is at {self.url}")
-
-    def _watch_shipper(self, begin: bool = False) -> None:
-        """Start another shipper if this run's was killed; asking costs a few system calls."""
-        from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
-
-        self._next_watch = time.monotonic() + WATCH_SECONDS
-        if self._journal is None or self._journal.inherited:
-            return
-        try:
-            (start_shipper if begin else restart_shipper_if_killed)(self._journal.directory)
-        except (OSError, ValueError) as error:
-            warn(f"the shipper does not start ({error})")
 
     def _record_config(self) -> None:
         if self._journal is None or self._finished:

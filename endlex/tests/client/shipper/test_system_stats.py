@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 
 from endlex.client.directories import claim_directory
-from endlex.client.shipper import system_stats
 from endlex.client.shipper.system_stats import SystemRecorder, sensors, take_sample
 from endlex.reading import end_status, read_journal
 
@@ -61,7 +61,8 @@ class Psutil:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **libraries: Any) -> None:
-    monkeypatch.setattr(system_stats, "_library", libraries.get)
+    for name in ("psutil", "pynvml"):
+        monkeypatch.setitem(sys.modules, name, libraries.get(name))  # None: it is not installed
 
 
 def test_without_libraries_there_are_disks_and_load(

@@ -41,21 +41,16 @@ def sensors(directory: Path) -> list[Sensor]:
         },
         lambda: {"system/load": os.getloadavg()[0]},
     ]
-    if (psutil := _library("psutil")) is not None:
-        found += [lambda: _machine(psutil), _network(psutil)]
-    if (nvml := _library("pynvml")) is not None:
-        with contextlib.suppress(Exception):  # no driver, or no card
-            nvml.nvmlInit()
-            for index in range(nvml.nvmlDeviceGetCount()):
-                found += _card_sensors(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index)
+    with contextlib.suppress(Exception):  # not installed, or broken
+        psutil = importlib.import_module("psutil")
+        found.append(lambda: _machine(psutil))
+        found.append(_network(psutil))
+    with contextlib.suppress(Exception):  # likewise, or no driver, or no card
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            found += _card_sensors(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index)
     return found
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception:  # an optional library that is broken counts as not installed
-        return None
 
 
 def _machine(psutil: Any) -> dict[str, float]:
