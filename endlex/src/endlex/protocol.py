@@ -136,12 +136,8 @@ check_session_id = partial(
     _check, SESSION_ID, "session id", "1 to 64 lower-case letters, digits and dashes"
 )
 check_sha256 = partial(_check, SHA256, "SHA-256", "64 lower-case hexadecimal digits")
-check_checkpoint_name = partial(
-    _check,
-    CHECKPOINT_NAME,
-    "checkpoint name",
-    "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot",
-)
+NAME_RULE = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
+check_checkpoint_name = partial(_check, CHECKPOINT_NAME, "checkpoint name", NAME_RULE)
 """Each returns its argument, or raises an `EndlexError`."""
 
 

@@ -43,10 +43,9 @@ class FileChanged(CheckpointFailed):
     """A file is not what it was when it was saved."""
 
     def __init__(self, inside: str) -> None:
-        super().__init__(
-            f"file changed: {inside!r} was rewritten in place after it was saved; write "
-            "checkpoints under a temporary name and rename them, and save this one again"
-        )
+        fault = f"file changed: {inside!r} was rewritten in place after it was saved"
+        remedy = "write checkpoints under a temporary name and rename them, and save this one again"
+        super().__init__(f"{fault}; {remedy}")
 
 
 class StagedFile(TypedDict):

@@ -245,10 +245,8 @@ class Journal:
             is_lost = len(content) > LARGEST_BACKLOG
             self._backlog = (waiting if is_lost else content) + self._backlog
             remedy = ": free some space" if error.errno in FULL else ""
-            warn_once(
-                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
-                f"trying again with each new one{remedy}"
-            )
+            kept = "keeping records in memory and trying again with each new one"
+            warn_once(f"cannot write {self.path} ({error.strerror}); {kept}{remedy}")
             if is_lost:
                 raise
         else:

@@ -158,14 +158,9 @@ def describe_error(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split())
 
 
-def finish_at_exit(run: Any) -> None:
-    """Have a `Run` finished when the interpreter exits, unless it left `UNFINISHED` by then."""
-    _watch_exit()
-    UNFINISHED[run] = None
-
-
 @cache
-def _watch_exit() -> None:
+def watch_exit() -> None:
+    """Have the runs that are still `UNFINISHED` finished when the interpreter exits."""
     atexit.register(_finish_all)
     plain_exit = sys.exit
 

@@ -168,7 +168,8 @@ class Run(Log):
             record_environment(self._journal, code)
         if console:
             self._console = Console(self._journal)
-        process.finish_at_exit(self)
+        process.watch_exit()
+        UNFINISHED[self] = None
 
     def go_online(self, url: str) -> None:
         """Have a shipper send what this run records; without one it is recorded all the same."""

@@ -104,6 +104,21 @@ def test_no_driver_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not any("gpu" in name for name in take_sample(sensors(tmp_path)))
 
 
+def test_a_network_that_may_not_be_read_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pernic: bool) -> None:
+        raise PermissionError("/proc/net/dev")
+
+    closed = Psutil()
+    closed.net_io_counters = refuse  # type: ignore[method-assign, assignment]
+    use(monkeypatch, psutil=closed)
+    (tmp_path / "home").mkdir()
+    values = take_sample(sensors(tmp_path))
+    assert values["system/cpu_percent"] == 12.5
+    assert not any("net" in name for name in values)
+
+
 def test_the_real_libraries_if_they_are_here(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     values = take_sample(sensors(tmp_path))

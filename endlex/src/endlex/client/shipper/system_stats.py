@@ -43,8 +43,7 @@ def sensors(directory: Path) -> list[Sensor]:
     ]
     with contextlib.suppress(Exception):  # not installed, or broken
         psutil = importlib.import_module("psutil")
-        found.append(lambda: _machine(psutil))
-        found.append(_network(psutil))
+        found += [lambda: _machine(psutil), _network(psutil)]
     with contextlib.suppress(Exception):  # likewise, or no driver, or no card
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -64,18 +63,14 @@ def _machine(psutil: Any) -> dict[str, float]:
 
 def _network(psutil: Any) -> Sensor:
     """Return a sensor of all interfaces but the loopback one, for the time between two calls."""
-
-    def count() -> tuple[float, int, int]:
-        interfaces = psutil.net_io_counters(pernic=True).items()
-        counts = [count for name, count in interfaces if not name.startswith("lo")]
-        sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
-        return time.monotonic(), sent, received
-
-    last = count()
+    last = 0.0, 0, 0
 
     def measure() -> dict[str, float]:
         nonlocal last
-        before, last = last, count()
+        interfaces = psutil.net_io_counters(pernic=True).items()
+        counts = [count for name, count in interfaces if not name.startswith("lo")]
+        sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
+        before, last = last, (time.monotonic(), sent, received)
         seconds, sent, received = (now - then for now, then in zip(last, before, strict=True))
         return {
             "system/net_sent_bytes_per_second": sent / max(seconds, 1e-3),
