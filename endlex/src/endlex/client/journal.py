@@ -155,8 +155,7 @@ def _jsonable(value: Any, depth: int = 0) -> Any:
 
 LARGEST_BACKLOG = 16 * 2**20  # bytes of records held in memory while the disk refuses them
 
-OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
-"""The journals of this process, which a forked child must abandon."""
+OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()  # those that a forked child must abandon
 
 
 class Journal:
@@ -272,8 +271,7 @@ class Journal:
     def abandon(self) -> None:
         """Give up the file in a forked child: the parent keeps it, and its lock."""
         self.lock = threading.RLock()  # a thread that no longer exists may have held the old one
-        self.inherited = True
-        self._backlog = b""
+        self.inherited, self._backlog = True, b""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

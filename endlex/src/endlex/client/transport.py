@@ -22,8 +22,7 @@ from endlex.protocol import EndlexError
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
-SEND_BYTES = 256 * 1024
-"""Bytes of a body sent at a time: the wait is bounded for each, not for the whole."""
+SEND_BYTES = 256 * 1024  # of a body, at a time: the wait is bounded for each, not for the whole
 LARGEST_ANSWER = 64 * 2**20
 HINTS = {  # remedies, by a part of the system's message
     "Connection refused": "is `endlex serve` running there?",
