@@ -38,19 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (EndlexError, OSError) as error:
+    except (EndlexError, OSError, UnicodeError) as error:  # UnicodeError: of standard input
         print(f"endlex: {error}", file=sys.stderr)
         return error.exit_status if isinstance(error, EndlexError) else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # EOFError: Ctrl-D at a question
         print("\nendlex: interrupted", file=sys.stderr)
         return 130
 
 
 def _shield(words: list[str]) -> list[str]:
     """Let `--sort -NAME`, and `-word` in a search, pass: argparse takes both for options."""
-    if "--sort" in words[:-1] and words[words.index("--sort") + 1][:1] == "-":
-        at = words.index("--sort")
-        words[at : at + 2] = [f"--sort={words[at + 1]}"]
     if words[:1] == ["ls"]:
         words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
     return words
@@ -118,7 +115,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "amount": _number(float, 0),
     "positive": _number(float, 1e-9),
     "seconds": _number(float, 0.1, 86_400),
-    "text": lambda text: sys.stdin.read() if text == "-" else text,
+    "stripped": str.strip,
     "webhook": lambda url: f"json+{url}" if url else None,
     "ntfy": lambda url: f"ntfy+{url}" if url else None,
 }

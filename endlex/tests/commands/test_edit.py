@@ -42,6 +42,47 @@ def test_runs_are_changed_many_at_once(
     assert cli("tag", ids[0])[0] == 2
 
 
+class Terminal(io.StringIO):
+    """What a person types: nothing yet, then Ctrl-C or Ctrl-D."""
+
+    def __init__(self, key: type[BaseException]) -> None:
+        super().__init__()
+        self.key = key
+
+    def isatty(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> str:
+        raise self.key
+
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        raise self.key
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [(["note", "-"], KeyboardInterrupt), (["delete"], KeyboardInterrupt), (["delete"], EOFError)],
+)
+def test_a_key_at_a_question_ends_the_command(
+    cli: Any, train: Any, online: str, monkeypatch: Any, words: list[str], key: Any
+) -> None:
+    assert cli("sync", train("asked", project="asked"))[0] == 0
+    (run, *_) = cli("ls", "--ids", "project:asked")[1].split()
+    monkeypatch.setattr("sys.stdin", Terminal(key))
+    status, _, err = cli(words[0], run, *words[1:])
+    assert (status, err) == (130, "\nendlex: interrupted\n")
+
+
+def test_notes_that_are_no_text_are_refused(
+    cli: Any, train: Any, online: str, monkeypatch: Any
+) -> None:
+    assert cli("sync", train("noted", project="noted"))[0] == 0
+    (run, *_) = cli("ls", "--ids", "project:noted")[1].split()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    status, _, err = cli("note", run, "-")
+    assert (status, "can't decode byte 0xe9" in err) == (1, True)
+
+
 def test_an_unknown_metric_says_what_was_meant(cli: Any, train: Any, online: str) -> None:
     assert cli("sync", train("one", project="meant"))[0] == 0
     status, _, err = cli("ls", "val/bbp<1")

@@ -28,6 +28,8 @@ def confirm(question: str, yes: bool) -> bool:
 def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> int:
     """Change runs; `changes` are their name, notes, group and so on, as the server takes them."""
     server = Api(url, read_only=False)
+    if changes.get("notes") == "-":
+        changes["notes"] = sys.stdin.read()
     ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
     said = ", ".join(f"{name} = {value!r:.80}" for name, value in changes.items())

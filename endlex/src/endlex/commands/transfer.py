@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -86,16 +87,12 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         pull_checkpoint(found.id, name, directory, server.transport, show)
     about = f"{name} (step {checkpoint['step']:,}, {size}) of run {found.id}"
     print(f"{directory}: checkpoint {about}, every hash verified")
-    path, resume = directory / RUN_FILE, f"ENDLEX_RUN_ID={found.id} makes a run on another machine"
-    try:
-        owner = claim_directory(directory, found.id, found.project, found.name)["run"]
-    except EndlexError:  # a run.json, but not of Endlex
-        owner = ""
-    if owner == found.id:
-        said = f"is written: endlex.init with directory={str(directory)!r} resumes run {owner}"
-    else:
-        said = "belongs to something else and is left as it is"
-    print(f"{path} {said}; {resume} join it")
+    said = "belongs to something else and is left as it is"
+    with suppress(EndlexError):  # a run.json, but not of Endlex
+        if claim_directory(directory, found.id, found.project, found.name)["run"] == found.id:
+            said = f"is written: endlex.init with directory={str(directory)!r} resumes this run"
+    resume = f"ENDLEX_RUN_ID={found.id} makes a run on another machine join it"
+    print(f"{directory / RUN_FILE} {said}; {resume}")
     return 0
 
 

@@ -198,10 +198,10 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
                 found = _load_run(run, url)
                 if is_here and any(one["status"] == "running" for one in found["sessions"]):
                     found["status"] = "running"  # whichever session it is
-                names = _choose(found, metric)
+                metrics = _choose(found, metric)
                 if plotext is not None:
-                    _draw(plotext, found, names, run, url)
-                elif (line := _line(found, names)) != printed:
+                    _draw(plotext, found, metrics, run, url)
+                elif (line := _line(found, metrics)) != printed:
                     print(line, flush=True)
                     printed = line
                 if once or found["status"] in ENDED:
@@ -215,57 +215,54 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
     return 0
 
 
-def _choose(found: Found, wanted: Sequence[str]) -> list[str]:
+def _choose(found: Found, wanted: Sequence[str]) -> list[dict[str, Any]]:
     """Return which metrics to show: those asked for, else the usual ones, else the first."""
-    there = [m["name"] for m in found["metrics"]]
+    there = {m["name"]: m for m in found["metrics"]}
     unknown = [name for name in wanted if name not in there]
     if unknown and found["status"] in ENDED:
         raise UsageError(f"the run has no metric {', '.join(unknown)}; it has {', '.join(there)}")
     if wanted:
-        return [name for name in wanted if name in there]
-    usual = [name for name in PLOTTED if name in there]
-    rest = [name for name in there if name not in usual and not name.startswith("system/")]
-    return (usual + rest)[:PLOTS]
+        return [there[name] for name in wanted if name in there]
+    rest = [name for name in there if not name.startswith("system/")]
+    usual = dict.fromkeys(name for name in (*PLOTTED, *rest) if name in there)
+    return [there[name] for name in usual][:PLOTS]
 
 
 def _title(found: Found) -> str:
     return printable(f"{found['project']}/{found['name']} {found['run']}") + f"  {found['status']}"
 
 
-def _line(found: Found, names: Sequence[str]) -> str:
-    last = {m["name"]: m for m in found["metrics"]}
-    step = max((last[name]["last_step"] for name in names), default=0)
-    values = "  ".join(f"{printable(n)} {format_number(last[n]['last'])}" for n in names)
+def _line(found: Found, metrics: Sequence[dict[str, Any]]) -> str:
+    step = max((m["last_step"] for m in metrics), default=0)
+    values = "  ".join(f"{printable(m['name'])} {format_number(m['last'])}" for m in metrics)
     return f"{_title(found)}  step {step:,}  {values}"
 
 
-def _draw(plotext: Any, found: Found, names: Sequence[str], run: str, url: str | None) -> None:
+def _draw(plotext: Any, found: Found, metrics: list[Any], run: str, url: str | None) -> None:
     """Draw one plot per metric, as many as fit below one another."""
     columns, lines = shutil.get_terminal_size()
-    names = names[: max(1, (lines - 2) // PLOT_ROWS)]
-    last = {m["name"]: m for m in found["metrics"]}
+    metrics = metrics[: max(1, (lines - 2) // PLOT_ROWS)]
     figure = [f"{_title(found)}, updated {format_age(found['updated'])}"]
-    for name in names:
-        x, y = _series(run, url, name, columns)
+    for metric in metrics:
+        points = _series(run, url, metric["name"], columns)
         plotext.clear_figure()
         plotext.theme("clear")
-        plotext.plotsize(columns, min(PLOT_ROWS + 4, (lines - 2) // len(names)))
-        if x:
-            plotext.plot(x, y, marker="braille")
-        plotext.title(f"{printable(name)}  {format_number(last[name]['last'])}")
+        plotext.plotsize(columns, min(PLOT_ROWS + 4, (lines - 2) // len(metrics)))
+        if points:
+            plotext.plot([x for x, _ in points], [y for _, y in points], marker="braille")
+        plotext.title(f"{printable(metric['name'])}  {format_number(metric['last'])}")
         figure.append(plotext.build())
     print("\x1b[2J\x1b[H" + "\n".join(figure), flush=True)
 
 
-def _series(run: str, url: str | None, name: str, width: int) -> tuple[list[float], list[float]]:
+def _series(run: str, url: str | None, name: str, width: int) -> list[tuple[float, float]]:
     """Return the steps and values of a metric, about `width` of them at most."""
     if is_run_directory(Path(run)):
         points = read_points(Path(run)).get(name, {})
         steps = sorted(step for step, (_, value) in points.items() if math.isfinite(value))
         kept = steps[:: -max(1, len(steps) // max(1, width))][::-1]
-        return [float(step) for step in kept], [points[step][1] for step in kept]
+        return [(float(step), points[step][1]) for step in kept]
     query = {"metric": name, "x": "step", "points": width}
     found = Api(url).get(quoted("runs", run, "series"), query)["series"]
-    found = found.get(name, {"x": [], "y": []})
-    known = [pair for pair in zip(found["x"], found["y"], strict=True) if None not in pair]
-    return [x for x, _ in known], [y for _, y in known]
+    series = found.get(name, {"x": [], "y": []})
+    return [pair for pair in zip(series["x"], series["y"], strict=True) if None not in pair]

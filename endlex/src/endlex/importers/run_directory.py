@@ -17,6 +17,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -284,10 +285,11 @@ def is_number(value: Any) -> bool:
 
 def inside(files: Path, relative: str) -> Path | None:
     """A file's path; None where there is none, it is too large, or it leads out of the run."""
-    target = (files / relative).resolve()
-    if not relative or not target.is_relative_to(files.resolve()) or not target.is_file():
-        return None
-    return target if target.stat().st_size <= LARGEST_FILE else None
+    with suppress(OSError, ValueError):  # no file can have such a name
+        target = (files / relative).resolve()
+        if target.is_relative_to(files.resolve()) and target.is_file():
+            return target if target.stat().st_size <= LARGEST_FILE else None
+    return None
 
 
 def _table_of(value: Mapping[str, Any], file: Path | None) -> tuple[list[str], list[list[Any]]]:
