@@ -2,7 +2,8 @@
 
 The commands and their arguments are those of `cli.toml`. What a command does is a function of
 `endlex.commands`, imported when it is asked for, so that `--help` is quick and the client needs
-nothing but Python. Failures exit with 1, wrong usage with 2.
+nothing but Python; one that may fail without an error returns its exit status. Failures exit with
+1, wrong usage with 2.
 
     endlex --help
     endlex verify RUN && echo "nothing is left on this machine"
@@ -30,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
     replace_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
-    options = vars(build_parser().parse_args(_shield(words)))
+    if words[:1] == ["ls"]:  # `-word` in a search and `--sort -NAME` are no options
+        words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
+    options = vars(build_parser().parse_args(words))
     module, function = options.pop("command_function").split(":")
     try:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
-        return int(command(**options))
+        return int(command(**options) or 0)
     except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -44,13 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, EOFError):  # EOFError: Ctrl-D at a question
         print("\nendlex: interrupted", file=sys.stderr)
         return 130
-
-
-def _shield(words: list[str]) -> list[str]:
-    """Let `--sort -NAME`, and `-word` in a search, pass: argparse takes both for options."""
-    if words[:1] == ["ls"]:
-        words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
-    return words
 
 
 def read_spec() -> dict[str, Any]:

@@ -16,16 +16,14 @@ from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
 
-def confirm(question: str, yes: bool) -> bool:
-    """Return whether the user agrees, or has agreed with --yes."""
-    if yes:
-        return True
+def confirm(question: str) -> bool:
+    """Ask the user, and return whether the answer is yes."""
     if not sys.stdin.isatty():
         raise UsageError("nobody is there to confirm: give --yes")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> int:
+def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> None:
     """Change runs; `changes` are their name, notes, group and so on, as the server takes them."""
     server = Api(url, read_only=False)
     if changes.get("notes") == "-":
@@ -34,28 +32,28 @@ def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: A
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
     said = ", ".join(f"{name} = {value!r:.80}" for name, value in changes.items())
     print(f"{count(len(ids), 'run')} {done or f'changed: {said}'}")
-    return 0
 
 
-def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None) -> int:
+def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None) -> None:
     """Add and remove tags."""
     if not (add or remove):
         raise UsageError("give tags with --add TAG or --remove TAG")
-    return change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
+    change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
 
 
 def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
     """Delete runs, or bring them back while they are not pruned."""
-    if not confirm(f"delete {count(len(runs), 'run')}?", yes or undo):
+    if not (yes or undo or confirm(f"delete {count(len(runs), 'run')}?")):
         print("nothing was deleted")
         return 1
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
-    return change(runs, url, done=done, deleted=not undo)
+    change(runs, url, done=done, deleted=not undo)
+    return 0
 
 
 def alert(
     action: str, rule: str | None, project: str | None, url: str | None, as_json: bool, **how: Any
-) -> int:
+) -> None:
     """List, add or remove a project's rules of alerts; `how` is minutes and level of a new one."""
     server, where = Api(url, read_only=False), {"project": project or ""}
     if action == "ls":
@@ -67,7 +65,7 @@ def alert(
             print(render_table(["RULE", "MINUTES", "LEVEL"], rows))
         else:
             print("no rules: `endlex alert add 'val/bpb > 2' --minutes 10` makes one")
-        return 0
+        return
     if not rule:
         raise UsageError(f"alert {action} needs a rule, such as 'val/bpb > 2'")
     where |= {"kind": "rules", "name": rule}
@@ -81,7 +79,6 @@ def alert(
             )
         server.send("PUT", "/settings", how, query=where)
     print(f"rule {printable(rule)}: {'removed' if action == 'remove' else 'added'}")
-    return 0
 
 
 def prune(
@@ -109,7 +106,7 @@ def prune(
         return 0
     if not yes:  # the person who is asked sees the plan as text; JSON has the outcome alone
         _print_outcome(plan, "would be removed", as_json=False)
-        if not confirm("remove them?", yes):
+        if not confirm("remove them?"):
             print("nothing was removed")
             return 1
     _print_outcome(server.send("POST", "/prune", request | {"dry_run": False}), "removed", as_json)

@@ -20,8 +20,7 @@ def is_run_directory(path: Path) -> bool:
 def find_run_directories(folder: Path) -> list[Path]:
     """Return the run directories at or below a folder, at most two levels deep."""
     levels = ("", "*/", "*/*/")
-    found = {path.parent for level in levels for path in folder.glob(f"{level}{RUN_FILE}")}
-    return sorted(found)
+    return sorted({path.parent for at in levels for path in folder.glob(f"{at}{RUN_FILE}")})
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
     return 1 if failed or known.unreadable else 0
 
 
-def pull(run: str, directory: Path, url: str | None) -> int:
+def pull(run: str, directory: Path, url: str | None) -> None:
     """Download a checkpoint into a directory, so that a run resumed there joins the old one."""
     word, _, which = run.rpartition("@") if "@" in run else (run, "", LAST)
     if directory.exists() and not directory.is_dir():
@@ -93,12 +93,11 @@ def pull(run: str, directory: Path, url: str | None) -> int:
             said = f"is written: endlex.init with directory={str(directory)!r} resumes this run"
     resume = f"ENDLEX_RUN_ID={found.id} makes a run on another machine join it"
     print(f"{directory / RUN_FILE} {said}; {resume}")
-    return 0
 
 
 def push(
     path: Path, run: str | None, project: str | None, name: str | None, url: str | None, **how: Any
-) -> int:
+) -> None:
     """Upload a file or a directory as a checkpoint of an existing run, or of a new one.
 
     `how` is the checkpoint's step and aliases.
@@ -125,7 +124,6 @@ def push(
     size = format_bytes(sum(file["bytes"] for file in files))
     about = f"{checkpoint} of run {identity}: {count(len(files), 'file')}, {size}"
     print(f"checkpoint {about}, published on {server.url}")
-    return 0
 
 
 def _save(path: Path, project: str | None, name: str, how: dict[str, Any]) -> Path:
@@ -170,7 +168,7 @@ def import_runs(tool: str, path: Path, project: str | None, to: Path | None) -> 
     return 1 if failed else 0
 
 
-def export(run: str, format: str | None, output: Path | None, url: str | None) -> int:
+def export(run: str, format: str | None, output: Path | None, url: str | None) -> None:
     """Write one run to a file that appears whole under its name, or to standard output."""
     kind = format or (SUFFIXES.get(output.suffix.lower()) if output else None) or "csv"
     write: Callable[[IO[bytes]], None]
@@ -190,13 +188,12 @@ def export(run: str, format: str | None, output: Path | None, url: str | None) -
             raise UsageError("parquet is not text: give a file with -o")
         write(sys.stdout.buffer)
         sys.stdout.buffer.flush()
-        return 0
+        return
     if output.is_dir():
         raise UsageError(f"{output} is a directory: give a file's name")
     with replacing(output) as file:
         write(file)
     print(f"{output}: {format_bytes(output.stat().st_size)}", file=sys.stderr)
-    return 0
 
 
 def _write_directory(directory: Path, kind: str, file: IO[bytes]) -> None:

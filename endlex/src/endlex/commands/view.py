@@ -52,7 +52,7 @@ def _load_run(text: str, url: str | None) -> Found:
 
 def ls(
     query: list[str], limit: int, ids: bool, local: bool, url: str | None, as_json: bool, **by: Any
-) -> int:
+) -> None:
     """Print a table of runs, of the server or of this machine's run directories.
 
     `by` is project, group, sort and archived, as the server takes them.
@@ -73,7 +73,6 @@ def ls(
         print(_run_table(runs) if runs else "no runs")
         if page["total"] > len(runs):
             print(f"{len(runs):,} of {count(page['total'], 'run')}: --limit shows more")
-    return 0
 
 
 def _local_runs(query: str, project: str | None, group: str | None, **other: Any) -> list[Any]:
@@ -103,7 +102,7 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> str:
     return render_table(headers, rows, right=(6,))
 
 
-def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
+def show(run: str, log: bool, url: str | None, as_json: bool) -> None:
     """Print one run, or what it printed."""
     if log:
         if is_run_directory(Path(run)):
@@ -112,22 +111,17 @@ def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
             print("\n".join(lines))
         else:
             print(Api(url).run(run).console())
-        return 0
+        return
     found = _load_run(run, url)
     if as_json:
         print_json(found)
-        return 0
+        return
     print(f"{printable(found['project'])}/{printable(found['name'])}  {found['run']}")
     host = f" on {printable(found['host'])}" if found.get("host") else ""
     print(f"{found['status']}{host}, updated {format_age(found['updated'])}")
     for key in ("tags", "group", "notes"):
         if value := found.get(key):
             print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
-    _print_sections(found)
-    return 0
-
-
-def _print_sections(found: Found) -> None:
     keys = ("last", "min", "max", "last_step", "count")
     metrics = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
     checkpoints = []
@@ -146,7 +140,7 @@ def _print_sections(found: Found) -> None:
         print("\ntexts and tables: " + ", ".join(map(printable, names)))
 
 
-def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json: bool) -> int:
+def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json: bool) -> None:
     """Print the metrics of runs side by side, and the configuration where it differs."""
     if len(runs) < 2:
         raise UsageError(f"{runs[0]!r} alone cannot be compared: give two runs or more")
@@ -164,7 +158,7 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
         about = [{k: run[k] for k in ("run", "project", "name")} for run in loaded]
         metrics = {name: [found.get(name) for found in by_name] for name in wanted}
         print_json({"runs": about, "config": differing, "metrics": metrics})
-        return 0
+        return
     heads = [f"{run['name'][:CELL]} ({run['run']})" for run in loaded]
     columns = range(1, len(loaded) + 1)
     rows = [[n, *(format_number(m.get(n, {}).get("last")) for m in by_name)] for n in wanted]
@@ -174,10 +168,9 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
         print("\n" + render_table(["CONFIG THAT DIFFERS", *heads], rows, right=columns))
     else:
         print("\nthe configurations are equal")
-    return 0
 
 
-def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> int:
+def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> None:
     """Show a run until it ends, or until Ctrl-C."""
     plotext = None
     if sys.stdout.isatty():
@@ -205,14 +198,13 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
                     print(line, flush=True)
                     printed = line
                 if once or found["status"] in ENDED:
-                    return 0
+                    return
             except Unreachable as error:  # the server may come back; the first look must succeed
                 if once or (printed is None and plotext is None):
                     raise
                 print(f"{error}; trying again", file=sys.stderr)
             time.sleep(every)
     print()
-    return 0
 
 
 def _choose(found: Found, wanted: Sequence[str]) -> list[dict[str, Any]]:
