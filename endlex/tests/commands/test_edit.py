@@ -43,14 +43,18 @@ def test_runs_are_changed_many_at_once(
 
 
 class Terminal(io.StringIO):
-    """What a person types: nothing yet, then Ctrl-C or Ctrl-D."""
+    """What a person types: a line, or Ctrl-C or Ctrl-D."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Interrupted(Terminal):
+    """A key is pressed before a line is there."""
 
     def __init__(self, key: type[BaseException]) -> None:
         super().__init__()
         self.key = key
-
-    def isatty(self) -> bool:
-        return True
 
     def read(self, size: int | None = -1, /) -> str:
         raise self.key
@@ -68,9 +72,22 @@ def test_a_key_at_a_question_ends_the_command(
 ) -> None:
     assert cli("sync", train("asked", project="asked"))[0] == 0
     (run, *_) = cli("ls", "--ids", "project:asked")[1].split()
-    monkeypatch.setattr("sys.stdin", Terminal(key))
+    monkeypatch.setattr("sys.stdin", Interrupted(key))
     status, _, err = cli(words[0], run, *words[1:])
     assert (status, err) == (130, "\nendlex: interrupted\n")
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", 1), ("\n", 1), ("yes\n", 0)])
+def test_runs_are_deleted_if_the_answer_is_yes(
+    cli: Any, train: Any, online: str, monkeypatch: Any, answer: str, status: int
+) -> None:
+    project = f"answer-{answer.strip()}"
+    assert cli("sync", train("answered", project=project))[0] == 0
+    (run,) = cli("ls", "--ids", f"project:{project}")[1].split()
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    found, _, err = cli("delete", run)
+    assert (found, err) == (status, "endlex: nothing was deleted\n" if status else "")
+    assert bool(cli("ls", "--ids", f"project:{project}")[1].split()) == bool(status)
 
 
 def test_notes_that_are_no_text_are_refused(

@@ -16,11 +16,12 @@ from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
 
-def confirm(question: str) -> bool:
-    """Ask the user, and return whether the answer is yes."""
+def confirm(question: str, declined: str) -> None:
+    """Ask the user; if the answer is not yes, raise an `EndlexError` that says `declined`."""
     if not sys.stdin.isatty():
         raise UsageError("nobody is there to confirm: give --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise EndlexError(declined)
 
 
 def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> None:
@@ -41,14 +42,12 @@ def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None)
     change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
 
 
-def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
+def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> None:
     """Delete runs, or bring them back while they are not pruned."""
-    if not (yes or undo or confirm(f"delete {count(len(runs), 'run')}?")):
-        print("nothing was deleted")
-        return 1
+    if not (yes or undo):
+        confirm(f"delete {count(len(runs), 'run')}?", "nothing was deleted")
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
     change(runs, url, done=done, deleted=not undo)
-    return 0
 
 
 def alert(
@@ -83,7 +82,7 @@ def alert(
 
 def prune(
     run: str | None, dry_run: bool, yes: bool, url: str | None, as_json: bool, **asked: Any
-) -> int:
+) -> None:
     """Ask the server what rules remove, ask the user, then remove it.
 
     `asked` is project, keep_last, keep_best, mode, keep_every and deleted, as the server has it.
@@ -103,14 +102,11 @@ def prune(
     plan = server.send("POST", "/prune", request | {"dry_run": True})
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)
-        return 0
+        return
     if not yes:  # the person who is asked sees the plan as text; JSON has the outcome alone
         _print_outcome(plan, "would be removed", as_json=False)
-        if not confirm("remove them?"):
-            print("nothing was removed")
-            return 1
+        confirm("remove them?", "nothing was removed")
     _print_outcome(server.send("POST", "/prune", request | {"dry_run": False}), "removed", as_json)
-    return 0
 
 
 def _print_outcome(outcome: dict[str, Any], verb: str, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes, printable
 from endlex.commands.targets import is_run_directory, local_runs
 from endlex.formats import write_run
-from endlex.importers.run_directory import Found, RunWriter
+from endlex.importers.run_directory import FoundRuns, RunWriter
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, TABLE, TEXT, EndlexError, UsageError
 from endlex.reading import iter_session, read_points, session_files, summarize
 
@@ -142,7 +142,7 @@ def import_runs(tool: str, path: Path, project: str | None, to: Path | None) -> 
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     importer = import_module(f"endlex.importers.{tool}")
-    found: Found = importer.find_runs(path, to or runs_folder(), project)
+    found: FoundRuns = importer.find_runs(path, to or runs_folder(), project)
     imported: list[RunWriter] = []
     failed = False
     for place, import_one in found:

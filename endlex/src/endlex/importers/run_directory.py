@@ -230,7 +230,7 @@ class RunWriter:
             path.replace(final / protocol.JOURNAL_DIR / path.name)
 
 
-Found = list[tuple[Path, Callable[[], RunWriter | list[RunWriter]]]]
+FoundRuns = list[tuple[Path, Callable[[], RunWriter | list[RunWriter]]]]
 """What `endlex import` finds: the places of runs, each with what imports it."""
 
 
