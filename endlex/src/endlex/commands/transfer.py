@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from endlex.api import LAST, Api, choose_checkpoint
+from endlex.client.checkpoints import files_of
 from endlex.client.directories import claim_directory, require_run_file, runs_folder
 from endlex.client.process import replacing
 from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
@@ -109,6 +110,8 @@ def push(
     tidy = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).lstrip(".")[:120]
     if not name and not CHECKPOINT_NAME.fullmatch(tidy):
         raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
+    if not any(files_of(path)):
+        raise EndlexError(f"{str(path)!r} holds no files: nothing to push")
     checkpoint, server = name or tidy, Api(url)
     with ProgressLine() as line:
         if run is None:
