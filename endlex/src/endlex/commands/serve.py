@@ -76,8 +76,7 @@ def list_tokens(data: Path | None, as_json: bool) -> None:
         ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
         named = [t["id"], t["name"], ",".join(t["scopes"]), own if adds else ""]
         rows.append([*named, ages[0], ages[1] or "never", ages[2]])
-    heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
-    print(render_table(heads, rows))
+    print(render_table(["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"], rows))
     if any(t["older_runs"] for t in tokens):
         print(
             "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "

@@ -56,9 +56,7 @@ def local_runs(words: Sequence[str] = ()) -> LocalRuns:
     places = [*registered(), *find_run_directories(runs_folder())]
     if words:
         places = [place for word in words for place in _find_places(word)]
-    found: dict[Path, RunFile] = {}
-    gone: list[Path] = []
-    unreadable: dict[Path, str] = {}
+    found, gone, unreadable = dict[Path, RunFile](), list[Path](), dict[Path, str]()
     for directory in {place.resolve(): place for place in places}.values():
         try:
             owner = read_run_file(directory)

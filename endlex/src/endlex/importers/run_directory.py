@@ -129,8 +129,7 @@ class RunWriter:
             self.append(protocol.METRICS, at[1], {"step": at[0], "values": encoded}, kind)
 
     def _named(self, record: str, at: Moment, name: str, **content: Any) -> None:
-        step, time = at
-        self.append(record, time, {"step": step, "name": tidy_name(name, record), **content})
+        self.append(record, at[1], {"step": at[0], "name": tidy_name(name, record), **content})
 
     def text(self, at: Moment, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
