@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
     replace_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["ls"]:  # `-word` in a search and `--sort -NAME` are no options
+    if words[:1] == ["ls"]:  # else argparse takes `-word` and `--sort -NAME` for options
         words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
     options = vars(build_parser().parse_args(words))
     module, function = options.pop("command_function").split(":")
