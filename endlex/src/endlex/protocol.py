@@ -145,7 +145,7 @@ def check_checkpoint_path(path: str) -> str:
     """Return `path` if it is safe as a file's path inside a checkpoint, on any system.
 
     It may not be absolute or too long, nor have an empty, `.` or `..` component, a backslash, a
-    drive letter, or characters that no file's name should have.
+    drive letter, or characters that no file's name should have: each is an `EndlexError`.
     """
     fault = ""
     if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH_CHARS:
@@ -162,7 +162,8 @@ def check_checkpoint_path(path: str) -> str:
 def check_manifest(value: Any) -> Manifest:
     """Return `value`, decoded from JSON, if it is a whole and consistent manifest.
 
-    Its keys must be there, its paths differ, and each file's parts add up to the file.
+    Its keys must be there, its paths differ, and each file's parts add up to the file; what is wrong
+    is an `EndlexError`.
     """
     _ensure(isinstance(value, dict), f"a manifest is a JSON object, not {type(value).__name__}")
     theirs = f"the manifest's protocol is {value.get('protocol')!r}"

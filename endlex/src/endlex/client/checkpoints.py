@@ -81,6 +81,7 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
 
     Links are followed, but not to a directory that is around them, and out of `source` only with
     `outside_links`. Links to nothing, sockets and pipes are left out with a warning.
+    Nothing at `source`, or a link that leads out of it, is an `EndlexError`.
     """
     if source.is_file():
         yield protocol.check_checkpoint_path(source.name), source

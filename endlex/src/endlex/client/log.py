@@ -276,7 +276,7 @@ def read_file(path: Path | str) -> tuple[bytes, str]:
 
 
 def encode_image(image: Any) -> tuple[bytes, str]:
-    """Return a picture's content and type; `Log.log_image` says what it may be."""
+    """Return a picture's content and type; an `EndlexError` for what `log_image` does not take."""
     if isinstance(image, str | Path):
         return read_file(image)
     buffer = io.BytesIO()
@@ -331,7 +331,7 @@ def _encode_array(array: Any) -> bytes:
 
 
 def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> dict[str, Any]:
-    """Return a histogram as a table; non-finite values are left out."""
+    """Return a histogram as a table; non-finite values are left out, none is an `EndlexError`."""
     array = as_array(values).ravel()
     if edges is None:
         import numpy as np

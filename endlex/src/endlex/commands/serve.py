@@ -48,7 +48,7 @@ def serve(data: Path | None, alerts: list[Any], min_free_gb: float | None, **giv
 
 
 def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -> None:
-    """Make a token and print it; it cannot be shown again."""
+    """Make a token and print it, once; a bad name, scope or id is an `EndlexError`."""
     scopes = [part.strip() for part in scope.split(",") if part.strip()]
     print(import_server("api.auth").create_token(data_directory(data), name, scopes, run))
 
