@@ -162,8 +162,8 @@ def check_checkpoint_path(path: str) -> str:
 def check_manifest(value: Any) -> Manifest:
     """Return `value`, decoded from JSON, if it is a whole and consistent manifest.
 
-    Its keys must be there, its paths differ, and each file's parts add up to the file; what is wrong
-    is an `EndlexError`.
+    Its keys must be there, its paths differ, and each file's parts add up to the file: anything
+    else is an `EndlexError`.
     """
     _ensure(isinstance(value, dict), f"a manifest is a JSON object, not {type(value).__name__}")
     theirs = f"the manifest's protocol is {value.get('protocol')!r}"
