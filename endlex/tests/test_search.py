@@ -44,6 +44,7 @@ RUN: dict[str, Any] = {
         "-tag:old -d20 -depth>12 optimizer.name!=adam",
         "d20 OR d12 toy",
         "d12 OR d20 OR d30 finished OR baseline",
+        "d99 OR LOR!=3 OR toy",
         '"100%_sure" val/*<1',
         "depth > -1 status != running",
     ],
@@ -82,6 +83,7 @@ def test_what_is_no_search_says_why() -> None:
     for text, said in (
         ("val/bpb <", "lacks a value"),
         ("< 3", "no name before it"),
+        ("d12 OR < 3", "no name before it"),
         ("val/bpb < low", "only numbers"),
         ("status > 1", "only numbers"),
         ("a " * 51, "more than 50"),

@@ -36,8 +36,9 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]]
 COMPARISONS = {"<": lt, "<=": le, ">": gt, ">=": ge, "=": eq, "!=": ne}
 
 WORD = r'(?:[^\s"<>=!]|"[^"]*"?|!(?!=))+'
-TERM = re.compile(
-    rf"(?P<word>{WORD})(?:\s*(?P<operator>[<>]=?|!?=)\s*(?P<value>{WORD})?)?|[<>]=?|!?="
+OPERATOR = "[<>]=?|!?="
+TERM = re.compile(  # an OR between two terms is compared with nothing
+    rf"(?P<word>{WORD})(?:(?<!\sOR)\s*(?P<operator>{OPERATOR})\s*(?P<value>{WORD})?)?|{OPERATOR}"
 )
 
 Kind = Literal["field", "last", "min", "max", "config", "any"]

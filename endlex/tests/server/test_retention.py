@@ -88,7 +88,14 @@ def test_retention_rules_keep_what_they_say(run: Any) -> None:
     every = {"run": RUN, "keep_every": 40}
     removed = run.client.post("/api/v1/prune", json=every).json()["removed"]
     assert [c["name"] for c in removed] == ["s20"]
-    for wrong in ({}, {"keep_last": 0}, {"keep_last": 1, "mode": "best"}, {"keep_best": 7}):
+    refused = (
+        {},
+        {"keep_last": 0},
+        {"keep_last": 1, "mode": "best"},
+        {"keep_best": 7},
+        {"keep_best": ""},
+    )
+    for wrong in refused:
         assert run.client.post("/api/v1/prune", json=wrong).status_code == 422
 
 
