@@ -112,8 +112,8 @@ def parse_key(text: str, literal: bool = False) -> Key:
 def parse_search(text: str) -> Query:
     """Return the terms of a search.
 
-    Raises:
-        SearchError: an operator lacks a side, a text is compared by size, or there are too many.
+    It is a `SearchError` that an operator lacks a side, a text is compared by size, or there are
+    too many terms.
     """
     terms = list(TERM.finditer(text))
     groups: list[tuple[Term, ...]] = []
@@ -140,7 +140,14 @@ def _parse_term(found: re.Match[str]) -> Term:
     if operator:
         if value is None:
             raise SearchError(f"{plain!r} {operator} lacks a value: compare like val/bpb < 0.9")
-        return _compare(negated, parse_key(plain, literal), operator, _unquote(value))
+        key, compared = parse_key(plain, literal), _unquote(value)
+        number = _number(str(compared))
+        if operator not in ("=", "!=") and (number is None or key.kind == "field"):
+            raise SearchError(
+                f"{str(key)!r} {operator} {str(compared)!r}: only numbers of metrics and of the "
+                "configuration are larger or smaller; compare like val/bpb < 0.9"
+            )
+        return Term(negated, key, operator, compared, number)
     field, _, wanted = word.partition(":")
     if wanted and field.lower() in FIELDS:
         return Term(negated, Key("field", Text((field.lower(),))), "=", _unquote(wanted))
@@ -163,16 +170,6 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None  # those are words in JSON
 
 
-def _compare(negated: bool, key: Key, operator: str, text: Text) -> Term:
-    number = _number(str(text))
-    if operator not in ("=", "!=") and (number is None or key.kind == "field"):
-        raise SearchError(
-            f"{str(key)!r} {operator} {str(text)!r}: only numbers of metrics and of the "
-            "configuration are larger or smaller; compare like val/bpb < 0.9"
-        )
-    return Term(negated, key, operator, text, number)
-
-
 def names_in(query: Query) -> list[Key]:
     """Return the metrics and configuration keys that a search names."""
     keys = [term.key for group in query for term in group if term.key is not None]
@@ -185,7 +182,7 @@ def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[st
     known = {"config": config, "any": [*metrics, *config]}
     for key in keys:
         there = known.get(key.kind, metrics)
-        if key.kind == "field" or any(key.name.matches(name) for name in there):
+        if any(key.name.matches(name) for name in there):
             continue
         name, by_case = str(key.name).lower(), {one.lower(): one for one in there}
         near = difflib.get_close_matches(name, by_case, 3, 0.6)

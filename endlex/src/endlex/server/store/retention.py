@@ -125,12 +125,11 @@ def _kept(db: Connection, run: int, saved: list[dict[str, Any]], rules: Pruning)
 
 def _scores(db: Connection, run: int, saved: list[dict[str, Any]], metric: str) -> dict[int, float]:
     """Return each checkpoint's value of a metric: in its metadata, else the last logged by then."""
-    pk = find_metric(db, run, metric)
-    points = read_points(db, pk, times=False) if pk is not None else None
+    points = read_points(db, find_metric(db, run, metric), times=False)
     scores: dict[int, float] = {}
     for checkpoint in saved:
         value = checkpoint["metadata"].get(metric)
-        if not isinstance(value, int | float) and points is not None:
+        if not isinstance(value, int | float):
             at = int(np.searchsorted(points.steps, checkpoint["step"], "right")) - 1
             value = float(points.numbers[at]) if at >= 0 else None
         if isinstance(value, int | float) and np.isfinite(value):

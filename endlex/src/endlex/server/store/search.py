@@ -5,7 +5,7 @@ Configurations are stored key by key, so that runs can be searched and sorted by
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from sqlite3 import Connection
 from typing import Any
 
@@ -57,9 +57,8 @@ def search_condition(db: Connection, query: Query) -> Condition:
     return " AND ".join(texts) or "1", values
 
 
-def require_names(db: Connection, keys: Iterable[Key]) -> None:
+def require_names(db: Connection, keys: list[Key]) -> None:
     """Raise a `SearchError` with the nearest names where no run has a key."""
-    keys = [key for key in keys if key.kind != "field"]
     if keys:
         metrics = [n for (n,) in db.execute("SELECT DISTINCT name FROM metric")]
         config = [n for (n,) in db.execute("SELECT DISTINCT key FROM run_config")]
@@ -85,17 +84,13 @@ def _term(term: Term) -> Condition:
         is_pattern = len(term.key.name.parts) > 1
         name = term.key.name.like() if is_pattern else str(term.key.name)
         named = LIKE if is_pattern else "= ? COLLATE NOCASE"  # which is faster
-        wanted = f"figure.run = run.pk AND figure.name {named}"
-        *earlier, last = _kinds(term.key)
-        tests = [
-            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure WHERE {wanted})"
-            for kind in earlier
-        ]
-        tests.append(
-            f"EXISTS (SELECT 1 FROM ({FIGURES[last]}) AS figure WHERE {wanted} AND {test})"
+        kinds = _kinds(term.key)
+        tests = ", ".join(
+            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure "
+            f"WHERE figure.run = run.pk AND figure.name {named})"
+            for kind in kinds
         )
-        condition = f"coalesce({', '.join(tests)})" if earlier else tests[0]
-        values = [*([*given, name] * len(earlier)), name, *given]
+        condition, values = f"coalesce({tests}, 0)", [*given, name] * len(kinds)
     return f"NOT {condition}" if term.negated else condition, values
 
 
