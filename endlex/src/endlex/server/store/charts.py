@@ -74,11 +74,7 @@ def _read_one(
     if axis is None and not query.log:
         by_time = query.x == TIME
         drawn = read_sampled(db, metric, by_time, query.first, query.last, query.points)
-    if drawn is None:
-        x, y = _read_xy(db, metric, query, axis)
-        count = len(y)
-    else:
-        x, y, count = drawn
+    x, y, count = drawn or _read_whole(db, metric, query, axis)
     chosen = (choose_log_points if query.log else choose_points)(y, query.points)
     sampled = len(chosen) < count
     shown_x = x[chosen]
@@ -92,16 +88,16 @@ def _read_one(
     }
 
 
-def _read_xy(
+def _read_whole(
     db: Connection, metric: int | None, query: ChartQuery, axis: Points | None
-) -> tuple[NDArray[Any], NDArray[np.float64]]:
+) -> series.Shape:
     """Return every point of a metric in the wanted range, sorted by x.
 
     A point for which the x metric has no value at the same step is left out.
     """
     if query.x == STEP:
         points = read_points(db, metric, query.first, query.last, times=False)
-        return points.steps, points.numbers
+        return points.steps, points.numbers, len(points)
     if axis is None:
         points = series.read_all_points(db, metric)
         x, y = points.times, points.numbers
@@ -114,7 +110,7 @@ def _read_xy(
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
     wanted = series.slice_between(x, query.first, query.last)
-    return x[wanted], y[wanted]
+    return x[wanted], y[wanted], len(x[wanted])
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
