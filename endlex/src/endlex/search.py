@@ -170,12 +170,6 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None  # those are words in JSON
 
 
-def names_in(query: Query) -> list[Key]:
-    """Return the metrics and configuration keys that a search names."""
-    keys = [term.key for group in query for term in group if term.key is not None]
-    return [key for key in keys if key.kind != "field"]
-
-
 def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[str]) -> None:
     """Raise a `SearchError`, with the nearest names, where no run has a metric or key."""
     metrics, config = list(metrics), list(config)

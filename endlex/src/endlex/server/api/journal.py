@@ -13,9 +13,8 @@ import shutil
 import time
 import zlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from sqlite3 import Connection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
@@ -137,8 +136,7 @@ def _set_state(db: Connection, run: str, session: str, report: StateReport) -> l
     return book.events
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A body's bytes from `offset` on, decoded."""
 
     offset: int

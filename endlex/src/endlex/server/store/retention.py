@@ -221,14 +221,14 @@ def _purge_slice(db: Connection, run: int) -> bool:
     return True
 
 
-def collect_parts(database: Database, blobs: Blobs) -> int:
-    """Delete the parts that may go, and return their bytes. In a thread."""
+def collect_parts(database: Database, blobs: Blobs) -> None:
+    """Delete the parts that may go. In a thread."""
     db = database.reader()
     query = (
         "SELECT EXISTS (SELECT 1 FROM checkpoint_part WHERE sha256=?1) "
         "OR EXISTS (SELECT 1 FROM media_part WHERE sha256=?1)"
     )
-    return blobs.collect(lambda sha256: db.execute(query, (sha256,)).fetchone()[0])
+    blobs.collect(lambda sha256: db.execute(query, (sha256,)).fetchone()[0])
 
 
 def sweep(database: Database, blobs: Blobs) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from endlex.protocol import SYSTEM
-from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, names_in, parse_key
+from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, parse_key
 
 Condition = tuple[str, list[Any]]
 
@@ -50,7 +50,7 @@ def search_condition(db: Connection, query: Query) -> Condition:
 
     A name that no run has is a `SearchError`.
     """
-    require_names(db, names_in(query))
+    require_names(db, [term.key for group in query for term in group if term.key])
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
     values = [value for group in groups for _, given in group for value in given]
@@ -59,7 +59,7 @@ def search_condition(db: Connection, query: Query) -> Condition:
 
 def require_names(db: Connection, keys: list[Key]) -> None:
     """Raise a `SearchError` with the nearest names where no run has a key."""
-    if keys:
+    if keys := [key for key in keys if key.kind != "field"]:
         metrics = [n for (n,) in db.execute("SELECT DISTINCT name FROM metric")]
         config = [n for (n,) in db.execute("SELECT DISTINCT key FROM run_config")]
         check_names(keys, metrics, config)
