@@ -141,7 +141,7 @@ def _parse_term(found: re.Match[str]) -> Term:
         if value is None:
             raise SearchError(f"{plain!r} {operator} lacks a value: compare like val/bpb < 0.9")
         key, compared = parse_key(plain, literal), _unquote(value)
-        number = _number(str(compared))
+        number = parse_number(str(compared))
         if operator not in ("=", "!=") and (number is None or key.kind == "field"):
             raise SearchError(
                 f"{str(key)!r} {operator} {str(compared)!r}: only numbers of metrics and of the "
@@ -162,7 +162,8 @@ def _unquote(word: str) -> Text:
     return _text(word.replace('"', ""), word.startswith('"'))
 
 
-def _number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
+    """Return the finite number that a text says, if any."""
     try:
         number = float(text)
     except ValueError:
@@ -202,7 +203,7 @@ def _holds(term: Term, run: Mapping[str, Any]) -> bool:
 
 def compare(value: Any, term: Term) -> bool:
     """Whether a metric's or the configuration's value is as a term says."""
-    number = _number(value) if isinstance(value, str) else value
+    number = parse_number(value) if isinstance(value, str) else value
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     if is_number and term.number is not None:
         return bool(COMPARISONS[term.operator](number, term.number))

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from endlex.protocol import SYSTEM
-from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, parse_key
+from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, parse_key, parse_number
 
 Condition = tuple[str, list[Any]]
 
@@ -184,12 +184,7 @@ def _columns(value: Any) -> tuple[float | None, str]:
     if isinstance(value, list | dict):
         return None, orjson.dumps(value).decode()[:MAX_TEXT_CHARS]
     text = str(value)[:MAX_TEXT_CHARS]
-    if isinstance(value, bool) or value is None:
-        return None, text
-    try:
-        return float(value), text
-    except (ValueError, OverflowError):
-        return None, text
+    return parse_number(text), text
 
 
 def fill_config(db: Connection) -> None:
