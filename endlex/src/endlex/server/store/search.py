@@ -175,16 +175,12 @@ MAX_TEXT_CHARS = 1000
 
 def store_config(db: Connection, run: int, config: Mapping[str, Any]) -> None:
     """Keep the leaves of a configuration for `endlex.search`, in place of earlier values."""
-    rows = [(run, key, *_columns(value)) for key, value in flatten(config).items()]
+    rows = []
+    for key, value in flatten(config).items():
+        is_json = isinstance(value, list | dict)
+        text = (orjson.dumps(value).decode() if is_json else str(value))[:MAX_TEXT_CHARS]
+        rows.append((run, key, parse_number(text), text))
     db.executemany("INSERT OR REPLACE INTO run_config VALUES (?, ?, ?, ?)", rows[:MAX_KEYS])
-
-
-def _columns(value: Any) -> tuple[float | None, str]:
-    """Return a value as a number, if it is one, and as the text that a search compares."""
-    if isinstance(value, list | dict):
-        return None, orjson.dumps(value).decode()[:MAX_TEXT_CHARS]
-    text = str(value)[:MAX_TEXT_CHARS]
-    return parse_number(text), text
 
 
 def fill_config(db: Connection) -> None:
