@@ -102,7 +102,9 @@ def _read_whole(
         points = series.read_all_points(db, metric)
         x, y = points.times, points.numbers
     else:
-        points = read_points(db, metric if len(axis) else None, times=False)  # else no step is same
+        points = read_points(
+            db, metric if len(axis) else None, times=False
+        )  # none pairs with nothing
         at = np.minimum(np.searchsorted(axis.steps, points.steps), len(axis) - 1)
         same = (axis.steps[at] == points.steps) & np.isfinite(axis.numbers[at])
         x, y = axis.numbers[at[same]], points.numbers[same]
