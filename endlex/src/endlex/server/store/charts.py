@@ -102,9 +102,8 @@ def _read_whole(
         points = series.read_all_points(db, metric)
         x, y = points.times, points.numbers
     else:
-        points = read_points(
-            db, metric if len(axis) else None, times=False
-        )  # none pairs with nothing
+        metric = metric if len(axis) else None  # no point has an x
+        points = read_points(db, metric, times=False)
         at = np.minimum(np.searchsorted(axis.steps, points.steps), len(axis) - 1)
         same = (axis.steps[at] == points.steps) & np.isfinite(axis.numbers[at])
         x, y = axis.numbers[at[same]], points.numbers[same]
