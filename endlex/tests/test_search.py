@@ -10,7 +10,6 @@ from endlex.search import (
     SearchError,
     check_names,
     matches,
-    names_in,
     parse_key,
     parse_search,
 )
@@ -44,6 +43,7 @@ RUN: dict[str, Any] = {
         "-tag:old -d20 -depth>12 optimizer.name!=adam",
         "d20 OR d12 toy",
         "d12 OR d20 OR d30 finished OR baseline",
+        "d99 OR LOR!=3 OR toy",
         '"100%_sure" val/*<1',
         "depth > -1 status != running",
     ],
@@ -82,6 +82,7 @@ def test_what_is_no_search_says_why() -> None:
     for text, said in (
         ("val/bpb <", "lacks a value"),
         ("< 3", "no name before it"),
+        ("d12 OR < 3", "no name before it"),
         ("val/bpb < low", "only numbers"),
         ("status > 1", "only numbers"),
         ("a " * 51, "more than 50"),
@@ -92,7 +93,12 @@ def test_what_is_no_search_says_why() -> None:
 
 def test_an_unknown_name_says_what_was_meant() -> None:
     metrics, config = ["val/bpb", "train/loss"], ["depth", "optimizer.lr"]
-    check_names(names_in(parse_search("val/* < 1 depth=3 min:train/loss<1")), metrics, config)
+
+    def check(text: str) -> None:
+        keys = [term.key for group in parse_search(text) for term in group if term.key]
+        check_names(keys, metrics, config)
+
+    check("val/* < 1 depth=3 min:train/loss<1")
     for text, said in (
         ("val/bbp<1", r"val/bbp'; did you mean val/bpb\?"),
         ("config.dept=1", r"did you mean depth\?"),
@@ -100,6 +106,6 @@ def test_an_unknown_name_says_what_was_meant() -> None:
         ("min:loss<1", r"did you mean train/loss\?"),
     ):
         with pytest.raises(SearchError, match=said):
-            check_names(names_in(parse_search(text)), metrics, config)
+            check(text)
     with pytest.raises(SearchError, match=r"no run has 'zzz'$"):
         check_names([parse_key("zzz")], metrics, config)

@@ -32,12 +32,11 @@ def write_run(
     kind: str,
     run: Mapping[str, Any],
     series: Iterable[Series],
-    texts: Iterable[Mapping[str, Any]],
-    tables: Iterable[Mapping[str, Any]],
+    records: Mapping[str, Iterable[Mapping[str, Any]]],
 ) -> None:
     """Write a run, as `GET /runs/{run}` answers, as csv, json or parquet.
 
-    Texts and tables are given by latest steps first; only JSON has them. Where pyarrow is not
+    Records are `texts` and `tables`, latest steps first; only JSON has them. Where pyarrow is not
     installed, which Parquet needs, that is an `EndlexError`.
     """
     if kind == "parquet":
@@ -51,24 +50,20 @@ def write_run(
             rows.writerows(zip(repeat(name), steps, times, encoded, strict=False))
         text.detach()  # the file is the caller's to close
     else:
-        pieces = _iter_json(run, series, texts, tables)
-        file.writelines(piece.encode() for piece in pieces)
+        file.writelines(piece.encode() for piece in _iter_json(run, series, records))
 
 
 def _iter_json(
-    run: Mapping[str, Any],
-    series: Iterable[Series],
-    texts: Iterable[Mapping[str, Any]],
-    tables: Iterable[Mapping[str, Any]],
+    run: Mapping[str, Any], series: Iterable[Series], records: Mapping[str, Iterable[Any]]
 ) -> Iterator[str]:
     checkpoints = sorted(run["checkpoints"], key=lambda checkpoint: int(checkpoint["step"]))
     head = {key: run[key] for key in (*RUN_KEYS, "config")}
     head["sessions"] = [{key: one[key] for key in SESSION_KEYS} for one in run["sessions"]]
     head["checkpoints"] = [{key: one[key] for key in CHECKPOINT_KEYS} for one in checkpoints]
     yield _dumps(head)[:-1]
-    for key, records in (("texts", texts), ("tables", tables)):
+    for key, found in records.items():
         yield f', "{key}": '
-        yield from _iter_array([record] for record in records)
+        yield from _iter_array([record] for record in found)
     yield ', "series": {'
     for number, (name, *columns) in enumerate(series):
         yield (", " if number else "") + _dumps(name)

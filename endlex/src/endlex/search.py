@@ -36,8 +36,9 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]]
 COMPARISONS = {"<": lt, "<=": le, ">": gt, ">=": ge, "=": eq, "!=": ne}
 
 WORD = r'(?:[^\s"<>=!]|"[^"]*"?|!(?!=))+'
-TERM = re.compile(
-    rf"(?P<word>{WORD})(?:\s*(?P<operator>[<>]=?|!?=)\s*(?P<value>{WORD})?)?|[<>]=?|!?="
+OPERATOR = "[<>]=?|!?="
+TERM = re.compile(  # an OR between two terms is compared with nothing
+    rf"(?P<word>{WORD})(?:(?<!\sOR)\s*(?P<operator>{OPERATOR})\s*(?P<value>{WORD})?)?|{OPERATOR}"
 )
 
 Kind = Literal["field", "last", "min", "max", "config", "any"]
@@ -111,8 +112,8 @@ def parse_key(text: str, literal: bool = False) -> Key:
 def parse_search(text: str) -> Query:
     """Return the terms of a search.
 
-    Raises:
-        SearchError: an operator lacks a side, a text is compared by size, or there are too many.
+    It is a `SearchError` that an operator lacks a side, a text is compared by size, or there are
+    too many terms.
     """
     terms = list(TERM.finditer(text))
     groups: list[tuple[Term, ...]] = []
@@ -139,7 +140,14 @@ def _parse_term(found: re.Match[str]) -> Term:
     if operator:
         if value is None:
             raise SearchError(f"{plain!r} {operator} lacks a value: compare like val/bpb < 0.9")
-        return _compare(negated, parse_key(plain, literal), operator, _unquote(value))
+        key, compared = parse_key(plain, literal), _unquote(value)
+        number = parse_number(str(compared))
+        if operator not in ("=", "!=") and (number is None or key.kind == "field"):
+            raise SearchError(
+                f"{str(key)!r} {operator} {str(compared)!r}: only numbers of metrics and of the "
+                "configuration are larger or smaller; compare like val/bpb < 0.9"
+            )
+        return Term(negated, key, operator, compared, number)
     field, _, wanted = word.partition(":")
     if wanted and field.lower() in FIELDS:
         return Term(negated, Key("field", Text((field.lower(),))), "=", _unquote(wanted))
@@ -154,28 +162,13 @@ def _unquote(word: str) -> Text:
     return _text(word.replace('"', ""), word.startswith('"'))
 
 
-def _number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
+    """Return the finite number that a text says, if any."""
     try:
         number = float(text)
     except ValueError:
         return None
     return number if math.isfinite(number) else None  # those are words in JSON
-
-
-def _compare(negated: bool, key: Key, operator: str, text: Text) -> Term:
-    number = _number(str(text))
-    if operator not in ("=", "!=") and (number is None or key.kind == "field"):
-        raise SearchError(
-            f"{str(key)!r} {operator} {str(text)!r}: only numbers of metrics and of the "
-            "configuration are larger or smaller; compare like val/bpb < 0.9"
-        )
-    return Term(negated, key, operator, text, number)
-
-
-def names_in(query: Query) -> list[Key]:
-    """Return the metrics and configuration keys that a search names."""
-    keys = [term.key for group in query for term in group if term.key is not None]
-    return [key for key in keys if key.kind != "field"]
 
 
 def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[str]) -> None:
@@ -184,7 +177,7 @@ def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[st
     known = {"config": config, "any": [*metrics, *config]}
     for key in keys:
         there = known.get(key.kind, metrics)
-        if key.kind == "field" or any(key.name.matches(name) for name in there):
+        if any(key.name.matches(name) for name in there):
             continue
         name, by_case = str(key.name).lower(), {one.lower(): one for one in there}
         near = difflib.get_close_matches(name, by_case, 3, 0.6)
@@ -210,7 +203,7 @@ def _holds(term: Term, run: Mapping[str, Any]) -> bool:
 
 def compare(value: Any, term: Term) -> bool:
     """Whether a metric's or the configuration's value is as a term says."""
-    number = _number(value) if isinstance(value, str) else value
+    number = parse_number(value) if isinstance(value, str) else value
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     if is_number and term.number is not None:
         return bool(COMPARISONS[term.operator](number, term.number))

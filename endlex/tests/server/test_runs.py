@@ -29,6 +29,7 @@ def three(client: Any, make_box: Any) -> Any:
         project = "odd" if i % 2 else "even"
         optim = {"lr": (i + 1) / 10, "kind": "adam" if i % 2 else "muon"}
         config = {"optim": optim, "lr": 10 if i == 0 else 20, "fused": bool(i % 2), "depth": 12}
+        config["clip"] = "Infinity" if i == 0 else 1.0
         facts = {"name": name, "project": project, "config": config, "time": 1.7e9 + i}
         box.begin(**facts, tags=[f"t{i}", "all"], group=f"g{i}")
         box.send([box.metrics(0, {"val/bpb": 1.0 - i / 10, "lr": i})])
@@ -88,17 +89,23 @@ def test_columns_are_figures_of_metrics_and_keys_of_the_configuration(three: Any
         "config.lr",
         "optim.kind",
         "top",
+        "clip",
         "nothing",
         "status",
     ]
     found = three.get("/api/v1/runs", params={"column": columns, "sort": "name"}).json()
     assert "summary" not in found["runs"][0]
     alpha = {"val/bpb": 1.0, "max:val/bpb": 1.0, "lr": 0, "config.lr": 10}
-    assert found["runs"][0]["values"] == {**alpha, "optim.kind": "muon", "top": "NaN"}
+    assert found["runs"][0]["values"] == {
+        **alpha,
+        "optim.kind": "muon",
+        "top": "NaN",
+        "clip": "Infinity",
+    }
     named = three.get("/api/v1/runs", params={"names": True, "q": "tag:t0 OR tag:t1"}).json()
     assert named["metrics"] == [["lr", 2], ["top", 1], ["val/bpb", 2]]
     differing = [key for key, _, different in named["config"] if different > 1]
-    assert differing == ["fused", "lr", "optim.kind", "optim.lr"]
+    assert differing == ["clip", "fused", "lr", "optim.kind", "optim.lr"]
     assert ["depth", 2, 1] in named["config"]
     ids = three.get("/api/v1/runs", params={"ids": "run00000x,run00002x"}).json()
     assert [run["name"] for run in ids["runs"]] == ["gamma", "alpha"]

@@ -23,7 +23,7 @@ from endlex.server.store.charts import (
 )
 from endlex.server.store.database import connect
 from endlex.server.store.records import Points
-from endlex.server.store.series import append_points, chunk_keys, read_sampled
+from endlex.server.store.series import append_points, read_sampled
 
 RUN = "testrun001"
 
@@ -280,8 +280,7 @@ def test_long_series_drawn_from_summaries_show_what_all_points_show(store: Any) 
             assert ends == digits((low, high, numbers[0], numbers[-1]), rel=1e-6)
             assert min(found["y"]) == digits(numbers.min(), rel=1e-6)
             assert max(found["y"]) == digits(numbers.max(), rel=1e-6)
-            keys = chunk_keys(connection, 1)
-            drawn = read_sampled(connection, keys, x == "time", float(low), float(high), 100)
+            drawn = read_sampled(connection, 1, x == "time", float(low), float(high), 100)
             chosen[drawn is not None] += 1
             if drawn is not None:  # every candidate is a point that was logged
                 places = np.searchsorted(axis, drawn[0])
@@ -296,7 +295,7 @@ def test_summaries_are_not_used_where_they_would_be_wrong(store: Any) -> None:
     resumed = many(20_000, 4)
     steps = resumed.steps + first.steps[15_000]
     add(Points(steps, resumed.numbers, resumed.times + 1e6), session=2)
-    assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100) is None
+    assert read_sampled(connection, 1, False, -np.inf, np.inf, 100) is None
     found = chart(connection, points=100)
     assert found["count"] == len(np.union1d(first.steps, steps))
     before = float(first.times[-1]) + 1  # the points that were replaced are not shown here either
@@ -310,7 +309,7 @@ def test_what_is_not_finite_shows_in_long_series(store: Any) -> None:
     strange = [7, 8, 5000, 19_998, 19_999]
     points.numbers[strange] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
     add(points)
-    assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100)
+    assert read_sampled(connection, 1, False, -np.inf, np.inf, 100)
     found = chart(connection, points=100)
     ends = [(7, 7), (8, 8), (5000, 5000), (19_998, 19_999)]
     steps = points.steps

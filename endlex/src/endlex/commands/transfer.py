@@ -207,7 +207,7 @@ def _write_directory(directory: Path, kind: str, file: IO[bytes]) -> None:
         times, values = zip(*(points[step] for step in steps), strict=True)
         series.append((name, steps, times, values))
     texts, tables = _records(directory, TEXT, "text"), _records(directory, TABLE, "columns", "rows")
-    write_run(file, kind, summarize(directory), series, texts, tables)
+    write_run(file, kind, summarize(directory), series, {"texts": texts, "tables": tables})
 
 
 def _records(directory: Path, kind: str, *keys: str) -> list[dict[str, Any]]:

@@ -227,9 +227,8 @@ async def _health(request: Request) -> Response:
 def serve(data_dir: Path | str, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; prints the address once it listens.
 
-    Raises:
-        EndlexError: the settings would let strangers in, the address is taken, or the data
-            directory cannot be made.
+    It is an `EndlexError` that the settings would let strangers in, the address is taken, or the
+    data directory cannot be made.
     """
     data_dir = Path(data_dir)
     if not settings.public and not is_loopback(settings.host):

@@ -16,8 +16,8 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import closing
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, TypeVar
@@ -118,13 +118,11 @@ def list_tokens(data_dir: Path) -> list[dict[str, Any]]:
     return tokens
 
 
-@contextmanager
-def _database(data_dir: Path) -> Iterator[Connection]:
+def _database(data_dir: Path) -> closing[Connection]:
     """Open the database of a data directory for a moment, beside a server or without one."""
     data = DataDir(Path(data_dir))
     data.create()
-    with closing(connect(data.database)) as db:
-        yield db
+    return closing(connect(data.database))
 
 
 def hash_secret(secret: str) -> str:

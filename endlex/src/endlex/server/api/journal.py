@@ -13,9 +13,8 @@ import shutil
 import time
 import zlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from sqlite3 import Connection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
@@ -85,13 +84,7 @@ async def append(
 async def describe(
     server: Here, run: str, session: str, upto: Annotated[int, Query(ge=0)] = 2**62
 ) -> Response:
-    def hashed() -> dict[str, Any]:
-        reader = server.database.reader()
-        state = sessions.require_session(reader, run, session)
-        digest = sessions.hash_journal(reader, state.pk, min(upto, state.offset))
-        return {"offset": state.offset, "sha256": digest}
-
-    return json_response(await server.read(hashed))
+    return json_response(await server.ask(sessions.hash_journal, run, session, upto))
 
 
 @router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
@@ -103,13 +96,9 @@ async def raw(server: Here, run: str, session: str) -> Response:
 
 
 async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
-    def segment(start: int) -> bytes:
-        reader = server.database.reader()
-        return next(sessions.iter_bytes(reader, state.pk, start, state.offset))
-
     start = 0
     while start < state.offset:
-        content = await server.read(segment, start)
+        content = await server.ask(sessions.read_segment, state.pk, start, state.offset)
         yield content
         start += len(content)
 
@@ -147,8 +136,7 @@ def _set_state(db: Connection, run: str, session: str, report: StateReport) -> l
     return book.events
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A body's bytes from `offset` on, decoded."""
 
     offset: int

@@ -161,18 +161,14 @@ class Blobs:
                 self.path(sha256).unlink()
         return decayed
 
-    def collect(self, is_used: Callable[[str], bool]) -> int:
-        """Delete the parts that are a day old and unused, and partial ones; return the bytes."""
-        freed = 0
+    def collect(self, is_used: Callable[[str], bool]) -> None:
+        """Delete the parts that are a day old and unused, and partial ones of that age."""
         for path in [*self._data.parts.glob("*/*"), *self._data.partial.iterdir()]:
             with self.lock, suppress(FileNotFoundError):
-                known = path.stat()
                 is_part = path.parent != self._data.partial
-                if time.time() - known.st_mtime < KEPT_SECONDS or (is_part and is_used(path.name)):
-                    continue
-                path.unlink()
-                freed += known.st_size if is_part else 0
-        return freed
+                is_old = time.time() - path.stat().st_mtime >= KEPT_SECONDS
+                if is_old and not (is_part and is_used(path.name)):
+                    path.unlink()
 
 
 def _append_to(path: Path, piece: bytearray) -> None:

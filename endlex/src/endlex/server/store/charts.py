@@ -35,8 +35,6 @@ LARGEST_EXACT = 2**53
 X_RESOLUTION = 20_000
 """Fewest values that an axis of times or numbers can distinguish."""
 
-XY = tuple[NDArray[Any], NDArray[np.float64]]
-
 
 class ChartQuery(BaseModel, frozen=True, populate_by_name=True):
     """One request: `x` is `step`, `time` or a metric's name; the range is of x, both ends in."""
@@ -62,8 +60,7 @@ def read_chart(db: Connection, run: int, query: ChartQuery) -> dict[str, Any]:
     """
     axis = None
     if query.x not in (STEP, TIME):
-        metric = find_metric(db, run, query.x)
-        axis = Points.unpack(b"", b"") if metric is None else read_points(db, metric, times=False)
+        axis = read_points(db, find_metric(db, run, query.x), times=False)
     return {
         name: _read_one(db, find_metric(db, run, name), query, axis)
         for name in dict.fromkeys(query.metric)
@@ -74,14 +71,10 @@ def _read_one(
     db: Connection, metric: int | None, query: ChartQuery, axis: Points | None
 ) -> dict[str, Any]:
     drawn = None
-    if metric is not None and axis is None and not query.log:
-        keys, by_time = series.chunk_keys(db, metric), query.x == TIME
-        drawn = read_sampled(db, keys, by_time, query.first, query.last, query.points)
-    if drawn is None:
-        x, y = _read_xy(db, metric, query, axis)
-        count = len(y)
-    else:
-        x, y, count = drawn
+    if axis is None and not query.log:
+        by_time = query.x == TIME
+        drawn = read_sampled(db, metric, by_time, query.first, query.last, query.points)
+    x, y, count = drawn or _read_whole(db, metric, query, axis)
     chosen = (choose_log_points if query.log else choose_points)(y, query.points)
     sampled = len(chosen) < count
     shown_x = x[chosen]
@@ -95,20 +88,21 @@ def _read_one(
     }
 
 
-def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: Points | None) -> XY:
+def _read_whole(
+    db: Connection, metric: int | None, query: ChartQuery, axis: Points | None
+) -> series.Shape:
     """Return every point of a metric in the wanted range, sorted by x.
 
     A point for which the x metric has no value at the same step is left out.
     """
-    if metric is None or (axis is not None and not len(axis)):
-        return np.empty(0), np.empty(0)
     if query.x == STEP:
         points = read_points(db, metric, query.first, query.last, times=False)
-        return points.steps, points.numbers
+        return points.steps, points.numbers, len(points)
     if axis is None:
         points = series.read_all_points(db, metric)
         x, y = points.times, points.numbers
     else:
+        metric = metric if len(axis) else None  # no point has an x
         points = read_points(db, metric, times=False)
         at = np.minimum(np.searchsorted(axis.steps, points.steps), len(axis) - 1)
         same = (axis.steps[at] == points.steps) & np.isfinite(axis.numbers[at])
@@ -117,7 +111,7 @@ def _read_xy(db: Connection, metric: int | None, query: ChartQuery, axis: Points
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
     wanted = series.slice_between(x, query.first, query.last)
-    return x[wanted], y[wanted]
+    return x[wanted], y[wanted], len(x[wanted])
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:

@@ -91,22 +91,20 @@ class Checkpoints:
         self, db: Connection, run: str, name: str, *, whole: bool = True
     ) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
+        about = "manifest, aliases, metadata" if whole else "'{}' AS manifest"
         found = dicts(
             db,
-            "SELECT pk, state, error, bytes, manifest AS text, aliases, metadata, removed, reason "
-            "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
+            f"SELECT pk, state, error, bytes, removed, reason, {about} FROM checkpoint "
+            "WHERE run=? AND name=? AND checkpoint.manifest IS NOT NULL",
             (find_run(db, run), name),
         )
         if not found:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
-        known = found[0]
-        told = ["state", "bytes", *(["aliases", "metadata"] if whole else [])]
-        told += [key for key in ("removed", "reason", "error") if known[key] is not None]
-        answer = {key: known[key] for key in told}
+        known = {key: value for key, value in found[0].items() if value is not None}
+        pk, manifest = known.pop("pk"), known.pop("manifest")
         if known["state"] == "verifying":
-            done = self._progress.get(known["pk"], 0)
-            answer |= {"done_bytes": done, "total_bytes": known["bytes"]}
-        return orjson.loads(known["text"]) | answer if whole else answer
+            known |= {"done_bytes": self._progress.get(pk, 0), "total_bytes": known["bytes"]}
+        return dict(manifest | known)
 
     def find_file(self, db: Connection, run: str, name: str, path: str) -> ManifestFile:
         """Return a file of a published checkpoint, or raise an `ApiError` 404."""

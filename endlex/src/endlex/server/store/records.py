@@ -25,6 +25,8 @@ from endlex.protocol import EndlexError, check_name
 MOST_MEDIA_PARTS = 10_000
 UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError)
 """What reading a damaged record raises."""
+NAMED = (protocol.TEXT, protocol.TABLE, protocol.MEDIA)
+"""Types of records that have a step and a name like a metric's."""
 
 Record = dict[str, Any]
 Block = tuple[list[int], list[int], list[float], list[float]]
@@ -102,7 +104,7 @@ def _gather(records: list[Any], batch: Batch) -> None:
             times.append(record["time"])
             numbers.extend(values.values())
         else:
-            _check_other(record)
+            _check(record)
             batch.records[record["type"]].append(record)
     found: dict[str, list[tuple[list[int], Points]]] = {}
     for names, block in blocks.items():
@@ -135,48 +137,37 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
     """Return one line's record with its numbers decoded; None, and counted, when it is none."""
     try:
         record: Record = orjson.loads(line)
+        _check(record)
         if record["type"] == protocol.METRICS:
-            _check_moment(record)
-            _check_step(record)
             values = record["values"]
             for name, value in values.items():
                 check_name(name, "metric name")
                 values[name] = float(protocol.decode_number(value))
-        else:
-            _check_other(record)
     except UNSOUND:
         batch.damaged += 1
         return None
     return record
 
 
-def _check_moment(record: Record) -> None:
-    if not isinstance(record["type"], str) or not math.isfinite(record["time"]):
-        raise EndlexError("not a record")
-
-
-def _check_step(record: Record) -> None:
-    if type(record["step"]) is not int or not 0 <= record["step"] <= protocol.MAX_STEP:
-        raise EndlexError("not a step")
-
-
-def _check_other(record: Record) -> None:
-    """Raise at a record, not of metrics, that cannot be stored as what it says it is."""
-    _check_moment(record)
-    orjson.dumps(record)  # raises at values that are nested too deeply to be stored as JSON again
+def _check(record: Record) -> None:
+    """Raise at a record that cannot be stored as what it says it is, whatever values it has."""
     kind, sound = record["type"], True
-    if kind in (protocol.TEXT, protocol.TABLE, protocol.CHECKPOINT, protocol.MEDIA):
-        _check_step(record)
-        if kind == protocol.CHECKPOINT:
-            protocol.check_checkpoint_name(record["name"])
-        else:
-            check_name(record["name"], "name")
+    if not isinstance(kind, str) or not math.isfinite(record["time"]):
+        raise EndlexError("not a record")
+    step = record["step"] if kind in (protocol.METRICS, protocol.CHECKPOINT, *NAMED) else 0
+    if type(step) is not int or not 0 <= step <= protocol.MAX_STEP:
+        raise EndlexError("not a step")
+    if kind != protocol.METRICS:
+        orjson.dumps(record)  # raises at what is nested too deeply to be stored as JSON again
+    if kind in NAMED:
+        check_name(record["name"], "name")
     if kind == protocol.TEXT:
         sound = isinstance(record["text"], str) and len(record["text"]) <= protocol.MAX_TEXT_CHARS
     elif kind == protocol.TABLE:
         rows = record["rows"]
         sound = all(isinstance(one, list) for one in (record["columns"], rows, *rows))
     elif kind == protocol.CHECKPOINT:
+        protocol.check_checkpoint_name(record["name"])
         sound = all(type(file["bytes"]) is int for file in record["files"])
     elif kind == protocol.CONFIG:
         sound = isinstance(record["config"], dict)

@@ -125,12 +125,11 @@ def _kept(db: Connection, run: int, saved: list[dict[str, Any]], rules: Pruning)
 
 def _scores(db: Connection, run: int, saved: list[dict[str, Any]], metric: str) -> dict[int, float]:
     """Return each checkpoint's value of a metric: in its metadata, else the last logged by then."""
-    pk = find_metric(db, run, metric)
-    points = read_points(db, pk, times=False) if pk is not None else None
+    points = read_points(db, find_metric(db, run, metric), times=False)
     scores: dict[int, float] = {}
     for checkpoint in saved:
         value = checkpoint["metadata"].get(metric)
-        if not isinstance(value, int | float) and points is not None:
+        if not isinstance(value, int | float):
             at = int(np.searchsorted(points.steps, checkpoint["step"], "right")) - 1
             value = float(points.numbers[at]) if at >= 0 else None
         if isinstance(value, int | float) and np.isfinite(value):
@@ -222,14 +221,14 @@ def _purge_slice(db: Connection, run: int) -> bool:
     return True
 
 
-def collect_parts(database: Database, blobs: Blobs) -> int:
-    """Delete the parts that may go, and return their bytes. In a thread."""
+def collect_parts(database: Database, blobs: Blobs) -> None:
+    """Delete the parts that may go. In a thread."""
     db = database.reader()
     query = (
         "SELECT EXISTS (SELECT 1 FROM checkpoint_part WHERE sha256=?1) "
         "OR EXISTS (SELECT 1 FROM media_part WHERE sha256=?1)"
     )
-    return blobs.collect(lambda sha256: db.execute(query, (sha256,)).fetchone()[0])
+    blobs.collect(lambda sha256: db.execute(query, (sha256,)).fetchone()[0])
 
 
 def sweep(database: Database, blobs: Blobs) -> None:

@@ -5,14 +5,14 @@ Configurations are stored key by key, so that runs can be searched and sorted by
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from sqlite3 import Connection
 from typing import Any
 
 import orjson
 
 from endlex.protocol import SYSTEM
-from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, names_in, parse_key
+from endlex.search import ANYWHERE, Key, Query, Term, check_names, flatten, parse_key, parse_number
 
 Condition = tuple[str, list[Any]]
 
@@ -50,17 +50,16 @@ def search_condition(db: Connection, query: Query) -> Condition:
 
     A name that no run has is a `SearchError`.
     """
-    require_names(db, names_in(query))
+    require_names(db, [term.key for group in query for term in group if term.key])
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
     values = [value for group in groups for _, given in group for value in given]
     return " AND ".join(texts) or "1", values
 
 
-def require_names(db: Connection, keys: Iterable[Key]) -> None:
+def require_names(db: Connection, keys: list[Key]) -> None:
     """Raise a `SearchError` with the nearest names where no run has a key."""
-    keys = [key for key in keys if key.kind != "field"]
-    if keys:
+    if keys := [key for key in keys if key.kind != "field"]:
         metrics = [n for (n,) in db.execute("SELECT DISTINCT name FROM metric")]
         config = [n for (n,) in db.execute("SELECT DISTINCT key FROM run_config")]
         check_names(keys, metrics, config)
@@ -85,17 +84,13 @@ def _term(term: Term) -> Condition:
         is_pattern = len(term.key.name.parts) > 1
         name = term.key.name.like() if is_pattern else str(term.key.name)
         named = LIKE if is_pattern else "= ? COLLATE NOCASE"  # which is faster
-        wanted = f"figure.run = run.pk AND figure.name {named}"
-        *earlier, last = _kinds(term.key)
-        tests = [
-            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure WHERE {wanted})"
-            for kind in earlier
-        ]
-        tests.append(
-            f"EXISTS (SELECT 1 FROM ({FIGURES[last]}) AS figure WHERE {wanted} AND {test})"
+        kinds = _kinds(term.key)
+        tests = ", ".join(
+            f"(SELECT max(coalesce({test}, 0)) FROM ({FIGURES[kind]}) AS figure "
+            f"WHERE figure.run = run.pk AND figure.name {named})"
+            for kind in kinds
         )
-        condition = f"coalesce({', '.join(tests)})" if earlier else tests[0]
-        values = [*([*given, name] * len(earlier)), name, *given]
+        condition, values = f"coalesce({tests}, 0)", [*given, name] * len(kinds)
     return f"NOT {condition}" if term.negated else condition, values
 
 
@@ -180,21 +175,12 @@ MAX_TEXT_CHARS = 1000
 
 def store_config(db: Connection, run: int, config: Mapping[str, Any]) -> None:
     """Keep the leaves of a configuration for `endlex.search`, in place of earlier values."""
-    rows = [(run, key, *_columns(value)) for key, value in flatten(config).items()]
+    rows = []
+    for key, value in flatten(config).items():
+        is_json = isinstance(value, list | dict)
+        text = (orjson.dumps(value).decode() if is_json else str(value))[:MAX_TEXT_CHARS]
+        rows.append((run, key, parse_number(text), text))
     db.executemany("INSERT OR REPLACE INTO run_config VALUES (?, ?, ?, ?)", rows[:MAX_KEYS])
-
-
-def _columns(value: Any) -> tuple[float | None, str]:
-    """Return a value as a number, if it is one, and as the text that a search compares."""
-    if isinstance(value, list | dict):
-        return None, orjson.dumps(value).decode()[:MAX_TEXT_CHARS]
-    text = str(value)[:MAX_TEXT_CHARS]
-    if isinstance(value, bool) or value is None:
-        return None, text
-    try:
-        return float(value), text
-    except (ValueError, OverflowError):
-        return None, text
 
 
 def fill_config(db: Connection) -> None:

@@ -60,7 +60,7 @@ def append_points(db: Connection, metric: int, session: int, points: Points) -> 
 
 def read_points(
     db: Connection,
-    metric: int,
+    metric: int | None,
     first: float = -np.inf,
     last: float = np.inf,
     *,
@@ -69,7 +69,8 @@ def read_points(
 ) -> Points:
     """Return a metric's points from step `first` to `last`, sorted by step, each step once.
 
-    Without `times` the points have none, and a third less is read; `session` reads only its own.
+    There are none where `metric` is None. Without `times` a third less is read, and the points have
+    no times; `session` reads only its own.
     """
     columns = "steps, numbers, times" if times else "steps, numbers"
     query = f"SELECT {columns} FROM chunk WHERE pk >= ? AND pk < ?"
@@ -93,7 +94,7 @@ def slice_between(x: NDArray[Any], first: float, last: float) -> slice:
     return slice(int(np.searchsorted(x, first, "left")), int(np.searchsorted(x, last, "right")))
 
 
-def read_all_points(db: Connection, metric: int) -> Points:
+def read_all_points(db: Connection, metric: int | None) -> Points:
     """Return a metric's points, without mixing the sessions that measure the machine.
 
     A trainer's steps continue from session to session. The steps of a session that measures the
@@ -106,7 +107,7 @@ def read_all_points(db: Connection, metric: int) -> Points:
     return Points.joined([read_points(db, metric, session=one) for one in sessions])
 
 
-def machine_sessions(db: Connection, metric: int) -> list[int]:
+def machine_sessions(db: Connection, metric: int | None) -> list[int]:
     """Return the sessions that measured the machine and have a metric, in order of arrival."""
     rows = db.execute(
         "SELECT session.pk FROM series JOIN session ON session.pk = series.session "
@@ -116,7 +117,9 @@ def machine_sessions(db: Connection, metric: int) -> list[int]:
     return [pk for (pk,) in rows]
 
 
-def chunk_keys(db: Connection, metric: int, session: int | None = None) -> list[tuple[int, int]]:
+def chunk_keys(
+    db: Connection, metric: int | None, session: int | None = None
+) -> list[tuple[int, int]]:
     """Return for each series of a metric its chunks' first key and the first beyond them."""
     series = db.execute(
         "SELECT pk FROM series WHERE metric=?1 AND (?2 IS NULL OR session=?2) ORDER BY session",
@@ -165,20 +168,15 @@ def extremes(low: NDArray[np.float64], high: NDArray[np.float64], width: int) ->
 
 
 def read_sampled(
-    db: Connection,
-    series_ranges: list[tuple[int, int]],
-    by_time: bool,
-    first: float,
-    last: float,
-    points: int,
+    db: Connection, metric: int | None, by_time: bool, first: float, last: float, wanted: int
 ) -> Shape | None:
     """Return a range of a metric drawn from summaries, or None where all points must be read.
 
-    `series_ranges` are those of `chunk_keys`; `first` and `last` (times or steps) are both in the
-    range. There must be several candidates for each of the chart's `points`.
+    `first` and `last` (times or steps) are both in the range. There must be several candidates for
+    each of the `wanted` points.
     """
     rows: list[tuple[Any, ...]] = []
-    for keys in series_ranges:
+    for keys in chunk_keys(db, metric):
         query = "SELECT * FROM peak WHERE pk >= ? AND pk < ? ORDER BY pk"
         rows += db.execute(query, keys).fetchall()
     if not rows:
@@ -193,7 +191,7 @@ def read_sampled(
     inside = np.flatnonzero((high >= first) & (low <= last))
     if not all(ordered) or not follow:
         return None
-    if np.array(counts)[inside].sum() < 2 * POINTS_PER_PEAK * points:
+    if np.array(counts)[inside].sum() < 2 * POINTS_PER_PEAK * wanted:
         return None
     whole = (first <= low) & (high <= last)
     whole[inside[[0, -1]]] = False  # the first and last point are in no summary

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import time
 import zlib
-from collections.abc import Iterator
 from functools import partial
 from sqlite3 import Connection
 from typing import Annotated, Any, Literal, NamedTuple
@@ -201,23 +200,24 @@ def append_segment(db: Connection, session: int, offset: int, body: bytes, data:
     db.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?)", values)
 
 
-def iter_bytes(db: Connection, session: int, start: int, end: int) -> Iterator[bytes]:
-    """Yield the journal's bytes from `start` up to `end`, a segment at a time."""
+def read_segment(db: Connection, session: int, start: int, end: int) -> bytes:
+    """Return some of the journal's bytes from `start` up to `end`, which must be there."""
     query = (
         "SELECT start, data FROM segment WHERE session=? AND start<=? ORDER BY start DESC LIMIT 1"
     )
-    while start < end:
-        row = db.execute(query, (session, start)).fetchone()
-        content = zlib.decompress(row[1])[start - row[0] : end - row[0]] if row else b""
-        if not content:
-            raise RuntimeError(f"the journal of session {session} ends at {start}, before {end}")
-        yield content
-        start += len(content)
+    row = db.execute(query, (session, start)).fetchone()
+    content = zlib.decompress(row[1])[start - row[0] : end - row[0]] if row else b""
+    if not content:
+        raise RuntimeError(f"the journal of session {session} ends at {start}, before {end}")
+    return content
 
 
-def hash_journal(db: Connection, session: int, end: int) -> str:
-    """Return the SHA-256 of a journal's first `end` bytes, which must be there."""
-    digest = hashlib.sha256()
-    for content in iter_bytes(db, session, 0, end):
+def hash_journal(db: Connection, run: str, session: str, upto: int) -> dict[str, Any]:
+    """Return a journal's length, and the SHA-256 of its first `upto` bytes, or of all of them."""
+    state = require_session(db, run, session)
+    digest, start = hashlib.sha256(), 0
+    while start < min(upto, state.offset):
+        content = read_segment(db, state.pk, start, min(upto, state.offset))
         digest.update(content)
-    return digest.hexdigest()
+        start += len(content)
+    return {"offset": state.offset, "sha256": digest.hexdigest()}

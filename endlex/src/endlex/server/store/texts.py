@@ -69,26 +69,24 @@ def list_records(db: Connection, kind: Kind, run: int, page: Page) -> list[Recor
 
 def store_records(db: Connection, run: int, records: Mapping[str, Sequence[Record]]) -> None:
     """Keep a batch's texts, tables, media and checkpoints, and that parts of media are used."""
-
-    def chosen(record: Record, *keys: str) -> Record:
-        return {key: record.get(key) for key in keys}
-
-    for record in records[TEXT]:
-        insert(db, "text", run=run, **chosen(record, "name", "step", "time", "text"))
+    db.executemany(
+        "INSERT INTO text (run, name, step, time, text) VALUES (?, ?, ?, ?, ?)",
+        [(run, r["name"], r["step"], r["time"], r["text"]) for r in records[TEXT]],
+    )
     for kind, (table, keys) in CONTENTS.items():
         for record in records[kind]:
-            content = chosen(record, *keys)
-            insert(db, table, run=run, content=content, **chosen(record, "name", "step", "time"))
+            about = {key: record[key] for key in ("name", "step", "time")}
+            insert(db, table, run=run, content={key: record.get(key) for key in keys}, **about)
     db.executemany(
         "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
         [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
     for record in records[CHECKPOINT]:
-        about = chosen(record, "name", "step") | {"run": run, "created": record["time"]}
+        about = {"name": record["name"], "step": record["step"], "created": record["time"]}
         about["bytes"] = sum(file["bytes"] for file in record["files"])
         about["aliases"] = record.get("aliases") or []
         about["metadata"] = record.get("metadata") or {}
-        insert(db, "checkpoint", "INSERT OR IGNORE", state="announced", **about)
+        insert(db, "checkpoint", "INSERT OR IGNORE", run=run, state="announced", **about)
 
 
 def find_media(db: Connection, run: int, pk: int) -> Record:

@@ -66,40 +66,42 @@ async def export(
     format: Format = "csv",
     metric: Annotated[list[str], Query(max_length=500)] = [],  # noqa: B006
 ) -> Response:
-    found = await server.ask(show_run, run)
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", found["name"]).strip("-.")[:80]
+    path, title = await server.ask(_write, server.data.partial, run, format, metric)
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-.")[:80]
     name = f"{safe or 'run'}-{run}.{format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    path = await server.ask(_write, server.data.partial, run, format, metric)
     gone = BackgroundTask(path.unlink, missing_ok=True)
     return FileResponse(path, 200, headers, MIME[format], background=gone)
 
 
-def _write(db: Connection, folder: Path, run: str, format: Format, wanted: Sequence[str]) -> Path:
-    """Write a run as it is now to a temporary file, so that no slow reader keeps a transaction."""
+def _write(
+    db: Connection, folder: Path, run: str, format: Format, wanted: Sequence[str]
+) -> tuple[Path, str]:
+    """Write a run as it is now to a temporary file, so that no slow reader keeps a transaction.
+
+    Return the file and the run's name.
+    """
+    whole, pk = show_run(db, run), find_run(db, run)
     handle, name = tempfile.mkstemp(prefix="export-", dir=folder)
     path = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             if format == "html":
-                file.write(_render_page(db, run, wanted).encode())
+                file.write(_render_page(db, pk, whole, wanted).encode())
             else:
-                pk = find_run(db, run)
-                texts, tables = (_iter_records(db, pk, one) for one in ("texts", "tables"))
-                series = _iter_series(db, pk, wanted)
-                write_run(file, format, show_run(db, run), series, texts, tables)
+                records = {kind: _iter_records(db, pk, kind) for kind in ("texts", "tables")}
+                write_run(file, format, whole, _iter_series(db, pk, wanted), records)
     except BaseException:
         path.unlink()
         raise
-    return path
+    return path, whole["name"]
 
 
-def _render_page(db: Connection, run: str, wanted: Sequence[str]) -> str:
+def _render_page(db: Connection, pk: int, whole: dict[str, Any], wanted: Sequence[str]) -> str:
     """Return the self-contained HTML file, where this installation has the chart library."""
     if lacking := pages.missing_assets():
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] again"
         raise ApiError(501, message)
-    whole, pk = show_run(db, run), find_run(db, run)
     names = [m["name"] for m in whole["metrics"] if not wanted or m["name"] in wanted]
     points = points_of_each(len(names))
     by_step, by_time = (
@@ -114,7 +116,7 @@ def _render_page(db: Connection, run: str, wanted: Sequence[str]) -> str:
         "series": {name: {"step": by_step[name], "time": by_time[name]} for name in names},
         "texts": texts,
         "tables": list_records(db, "tables", pk, latest),
-        "alerts": list_alerts(db, run, open_only=True),
+        "alerts": list_alerts(db, whole["run"], open_only=True),
         "settings": {"panels": list_settings(db, whole["project"])["panels"]},
     }
     return render(whole["name"], data)
