@@ -207,7 +207,7 @@ def evaluate_task(
         on_answer: called with every answer that this rank generated.
 
     Raises:
-        DataError: the task is empty.
+        DataError: the task is empty, its files are broken, or a letter takes several tokens.
         UsageError: the task is for training only.
         SandboxError: the task runs programs and there is no sandbox on this machine.
     """
