@@ -214,7 +214,7 @@ BUDGETS = {
     "tokenizer": (550, 550),
     "data": (1600, 1801),
     "training": (2100, 2794),
-    "inference": (1700, 2115),
+    "inference": (1700, 2114),
     "evals": (2000, 2000),
     "tasks": (1300, 1344),
     "sandbox": (700, 700),
