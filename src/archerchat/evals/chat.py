@@ -54,6 +54,7 @@ class ChatTaskResult(TaskResult):
     lenient: int | None = None
     """Number of samples that are right by the task's lenient rule; None for a task without one."""
     cut_prompts: int = 0
+    """Number of prompts that were truncated to the context."""
     cut_answers: int = 0
     """Number of answers that ended at the token limit or at the end of the context."""
     answer_tokens: int = 0
