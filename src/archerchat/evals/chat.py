@@ -54,6 +54,7 @@ class ChatTaskResult(TaskResult):
     lenient: int | None = None
     """Number of samples that are right by the task's lenient rule; None for a task without one."""
     cut_prompts: int = 0
+    """Number of prompts that were truncated to the context."""
     cut_answers: int = 0
     """Number of answers that ended at the token limit or at the end of the context."""
     answer_tokens: int = 0
@@ -207,7 +208,7 @@ def evaluate_task(
         on_answer: called with every answer that this rank generated.
 
     Raises:
-        DataError: the task is empty.
+        DataError: the task is empty, its files are broken, or a letter takes several tokens.
         UsageError: the task is for training only.
         SandboxError: the task runs programs and there is no sandbox on this machine.
     """

@@ -9,7 +9,7 @@
 
 Options of sampling are the fields of `SamplingParams`. In a conversation, answers are kept as the
 tokens that the model said, results of the calculator among them, so the next prompt continues
-exactly what was said. When the context is full, the oldest turns are left out of the prompt.
+exactly what was said. A full context drops the oldest turns, but never the system message.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ChatSession:
         self.forgotten, self.completion = 0, Completion()
 
     def resume(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
-        """Take over a conversation; return the user's last message and what is said to it."""
+        """Take over a conversation; return its last question, and what is answered already."""
         turns = list(messages)
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         encode = partial(encode_answer, self.tokenizer)

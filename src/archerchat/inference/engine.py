@@ -8,7 +8,7 @@
 Sequences in work have the first rows of the cache. When one finishes, the last row moves into its
 place, and waiting requests get the places at the end. What a sequence says depends on its own
 prompt, parameters and seed alone: greedy tokens are those of the plain forward pass in float32, up
-to ties within rounding (1e-6 of a logit). In 16-bit dtypes another batch size rounds differently.
+to ties within rounding (1e-6 of a logit). In 16 bits another batch size may give other tokens.
 
 With `overlap` a step is launched before the tokens of the one before it are read, so that a GPU
 never waits for the host. Forced tokens replace the sampled ones before anything is computed from

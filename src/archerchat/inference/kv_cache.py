@@ -126,7 +126,7 @@ def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[
     Returns:
         (B, K, H/K, D), and the log of the sum of exponentials (B, K, H/K) in float32.
     """
-    if q.device.type == "cpu":  # reads 16-bit keys several times faster (docs/LOG.md)
+    if q.device.type == "cpu":  # this kernel reads 16-bit keys several times faster (docs/LOG.md)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         past, total = fused(q, keys, values, 0.0, False, attn_mask=mask)
         return past, total

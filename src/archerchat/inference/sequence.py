@@ -189,10 +189,9 @@ class Sequence:
         token = self._forced.get(index, sampled)
         logprobs = None
         if params.logprobs is not None and not forced:
-            own, *likely = record
-            values, ids = likely[: len(likely) // 2], map(int, likely[len(likely) // 2 :])
-            top = tuple(zip(ids, values, strict=True))[: params.logprobs]
-            logprobs = TokenLogprobs(own, top)
+            count = len(record) // 2
+            top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
+            logprobs = TokenLogprobs(record[0], tuple(top)[: params.logprobs])
         stopped, text = token in params.stop_token_ids, ""
         if not stopped:
             self.token_ids.append(token)

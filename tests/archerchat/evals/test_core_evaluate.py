@@ -189,7 +189,10 @@ def test_an_interrupted_evaluation_goes_on(
     assert not path.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"key": {}, "tasks": [{"label": "x"}]}', '{"key":'])
+OTHER_TASKS = ['{"key": {}, "tasks": [{"label": "x"}]}', '{"key": {}, "tasks": [{"label": [1]}]}']
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"key":', *OTHER_TASKS])
 def test_a_broken_partial_file_is_started_over(tmp_path: Path, content: str) -> None:
     path = tmp_path / "partial.json"
     path.write_text(content)

@@ -121,7 +121,7 @@ class PartialResults:
         self._path, self._key = path, json.loads(json.dumps(key))
         self.tasks: dict[str, CoreTaskResult] = {}  # by label
         # A missing, broken or foreign file is replaced.
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, LookupError, TypeError):
             content = json.loads(path.read_bytes() if path else b"{}")
             if content["key"] == self._key:
                 found = [from_json(CoreTaskResult, value) for value in content["tasks"]]
@@ -145,9 +145,9 @@ class Estimate:
     """How much work a task is."""
 
     examples: int
-    """Over all ranks."""
+    """Examples over all ranks."""
     tokens: float
-    """Those of prompts that this rank has to run."""
+    """Prompt tokens that this rank has to run."""
 
 
 Progress = Callable[[str, float], None]
@@ -181,7 +181,7 @@ class CoreEvaluation:
         on_task: Callable[[CoreTaskResult], None] = lambda result: None,
         on_progress: Progress = lambda label, share: None,
     ) -> CoreResult:
-        """Evaluate every task that is not kept already.
+        """Evaluate every task that is not kept already; raises as `prepare` does.
 
         Args:
             model: best in the form for inference (`build_inference_model`).
@@ -255,7 +255,7 @@ class CoreEvaluation:
         return Prompter(task, examples, self.tokenizer, self.options.max_length)
 
     def estimate(self, windows: Sequence[int], done: Collection[str] = ()) -> dict[str, Estimate]:
-        """Estimate the work of each task that is not done, by label, from a few of its examples.
+        """Estimate each task that is not done, by label, from a few examples; raises as `prepare`.
 
         Args:
             windows: the model's, per layer.
