@@ -189,8 +189,8 @@ async def tokenizer_info() -> Response:
 async def detokenize(body: asked.DetokenizeRequest, models: Shared) -> Response:
     """Return the text of token ids."""
     tokenizer = (await models.get(body.model)).tokenizer
-    if body.tokens and not 0 <= min(body.tokens) <= max(body.tokens) < tokenizer.vocab_size:
-        last = tokenizer.vocab_size - 1
+    last = tokenizer.vocab_size - 1
+    if not all(0 <= token <= last for token in body.tokens):
         raise APIError(f"tokens has a token id outside 0 to {last}", "tokens")
     text = tokenizer.decode(body.tokens)
     return AsciiJSON({"content": text, "prompt": text})
