@@ -101,8 +101,8 @@ async def chat(body: asked.ChatRequest, request: Request, models: Shared) -> Res
     except ContextFull as error:
         name, code = body.MESSAGES, "context_length_exceeded"
         raise APIError(f"{name} do not fit: {error}", name, code) from error
-    if body.wants_json:
-        ask = await asyncio.to_thread(body.constrain, ask, model.tokenizer)
+    if (form := body.format) is not None and form.type != "text":
+        ask = await asyncio.to_thread(body.constrain, ask, form, model.tokenizer)
     stream = Stream(models.worker, model.engine, [ask])
     models.worker.submit(stream)
     if body.stream is None:

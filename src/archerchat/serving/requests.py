@@ -205,18 +205,12 @@ class ChatRequest(Sampled, ConversationRequest):
     def format(self) -> AnswerFormat | None:
         return self.response_format
 
-    @property
-    def wants_json(self) -> bool:
-        return self.format is not None and self.format.type != "text"
-
-    def constrain(self, request: Request, tokenizer: Tokenizer) -> Request:
+    def constrain(self, request: Request, form: AnswerFormat, tokenizer: Tokenizer) -> Request:
         """Let the model choose among the tokens that fit the wanted schema only.
 
         Raises:
             APIError: there is no schema, no value fits it, or llguidance cannot keep to it.
         """
-        form = self.format
-        assert form is not None
         schema = (form.json_schema or form).content
         if form.type == "json_object":
             schema = {"type": "object"}
