@@ -73,7 +73,7 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
         ranks = {bytes(map(BYTES.__getitem__, token)): i for token, i in given["vocab"].items()}
         steps = content["pre_tokenizer"]["pretokenizers"]
         (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
-        names = [added[i].removeprefix(MARK) for i in sorted(added)]
+        names = [*dict.fromkeys(added[i].removeprefix(MARK) for i in sorted(added))]
         if missing := [name for name in SPECIAL_TOKENS if name not in names]:
             raise TokenizerError(f"it lacks {missing[0]}")
         tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
