@@ -136,12 +136,8 @@ check_session_id = partial(
     _check, SESSION_ID, "session id", "1 to 64 lower-case letters, digits and dashes"
 )
 check_sha256 = partial(_check, SHA256, "SHA-256", "64 lower-case hexadecimal digits")
-check_checkpoint_name = partial(
-    _check,
-    CHECKPOINT_NAME,
-    "checkpoint name",
-    "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot",
-)
+NAME_RULE = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
+check_checkpoint_name = partial(_check, CHECKPOINT_NAME, "checkpoint name", NAME_RULE)
 """Each returns its argument, or raises an `EndlexError`."""
 
 
@@ -195,8 +191,8 @@ def _ensure(holds: bool, otherwise: str) -> None:
 
 
 def _check_count(value: Any, what: str) -> int:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    _ensure(is_count, f"{what} is {value!r}; it must be a whole number from 0")
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_STEP
+    _ensure(is_count, f"{what} is {value!r}; it must be a whole number from 0 to 2**62")
     return int(value)
 
 
@@ -208,7 +204,7 @@ def _check_file(file: Any) -> None:
     check_sha256(file.get("sha256", ""))
     held, limits = 0, f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes"
     for part in file["parts"]:
-        _ensure(isinstance(part, dict), f"a part of {path!r} is not an object of sha256 and bytes")
+        _ensure(isinstance(part, dict), f"each part of {path!r} is an object with sha256, bytes")
         check_sha256(part.get("sha256", ""))
         length = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
         _ensure(0 < length <= MAX_PART_BYTES, limits)
