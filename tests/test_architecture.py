@@ -218,7 +218,7 @@ BUDGETS = {
     "evals": (2000, 2000),
     "tasks": (1300, 1344),
     "sandbox": (700, 700),
-    "serving": (900, 1664),
+    "serving": (900, 1660),
     "exchange": (800, 982),
     "planning": (700, 700),
     "report": (900, 1304),

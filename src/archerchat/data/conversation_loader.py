@@ -58,12 +58,12 @@ class Counts:
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions, NaN before the first batch."""
+        """Share of the positions that are padding; NaN before the first batch."""
         return self.padding / self.targets if self.targets else math.nan
 
     @property
     def trained_share(self) -> float:
-        """Share of the positions, NaN before the first batch."""
+        """Share of the positions that are learned from; NaN before the first batch."""
         return self.trained / self.targets if self.targets else math.nan
 
 

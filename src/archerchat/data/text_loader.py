@@ -27,7 +27,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class Position:
-    """Place of the last chunk of documents that entered the packer's buffer."""
+    """Place, in indices, of the last chunk of documents that entered the packer's buffer."""
 
     shard: int
     row_group: int

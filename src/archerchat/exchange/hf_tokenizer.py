@@ -73,7 +73,7 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
         ranks = {bytes(map(BYTES.__getitem__, token)): i for token, i in given["vocab"].items()}
         steps = content["pre_tokenizer"]["pretokenizers"]
         (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
-        names = [added[i].removeprefix(MARK) for i in sorted(added)]
+        names = [*dict.fromkeys(added[i].removeprefix(MARK) for i in sorted(added))]
         if missing := [name for name in SPECIAL_TOKENS if name not in names]:
             raise TokenizerError(f"it lacks {missing[0]}")
         tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
@@ -91,15 +91,13 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
 def _parts(content: dict[str, Any]) -> dict[str, Any]:
     """Return what decides about ids, by name; special tokens in the vocabulary count once."""
     added, model = content["added_tokens"], content["model"]
-    names, vocab = {token["content"] for token in added}, model["vocab"].items()
-    merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+    names = {token["content"] for token in added}
     return {
         **{name: setting for name, setting in model.items() if setting},  # others are switched off
-        "merges": merges,
-        "vocab": {token: rank for token, rank in vocab if token not in names},
+        "merges": [each.split(" ") if isinstance(each, str) else each for each in model["merges"]],
+        "vocab": {token: rank for token, rank in model["vocab"].items() if token not in names},
         "added_tokens": sorted(token["id"] for token in added),
-        "normalizer": content["normalizer"],
-        "pre_tokenizer": content["pre_tokenizer"],
+        **{name: content[name] for name in ("normalizer", "pre_tokenizer")},
     }
 
 

@@ -126,7 +126,6 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _can_compile_fullgraph = True
     _no_split_modules = ("ArcherChatBlock",)
-    _input_embed_layer = "token_embedding"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -151,6 +150,9 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def dtype(self) -> torch.dtype:  # the library would take the first parameter's
         return self.token_embedding.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Module:  # and no setter: value embeddings are as long
+        return self.token_embedding
 
     def get_output_embeddings(self) -> nn.Module:
         return self.unembedding

@@ -101,8 +101,8 @@ async def chat(body: asked.ChatRequest, request: Request, models: Shared) -> Res
     except ContextFull as error:
         name, code = body.MESSAGES, "context_length_exceeded"
         raise APIError(f"{name} do not fit: {error}", name, code) from error
-    if body.wants_json:
-        ask = await asyncio.to_thread(body.constrain, ask, model.tokenizer)
+    if (form := body.format) is not None and form.type != "text":
+        ask = await asyncio.to_thread(body.constrain, ask, form, model.tokenizer)
     stream = Stream(models.worker, model.engine, [ask])
     models.worker.submit(stream)
     if body.stream is None:
@@ -189,8 +189,8 @@ async def tokenizer_info() -> Response:
 async def detokenize(body: asked.DetokenizeRequest, models: Shared) -> Response:
     """Return the text of token ids."""
     tokenizer = (await models.get(body.model)).tokenizer
-    if body.tokens and not 0 <= min(body.tokens) <= max(body.tokens) < tokenizer.vocab_size:
-        last = tokenizer.vocab_size - 1
+    last = tokenizer.vocab_size - 1
+    if not all(0 <= token <= last for token in body.tokens):
         raise APIError(f"tokens has a token id outside 0 to {last}", "tokens")
     text = tokenizer.decode(body.tokens)
     return AsciiJSON({"content": text, "prompt": text})

@@ -133,10 +133,10 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
         with tempfile.TemporaryDirectory(prefix="archerchat-") as folder:
             copies.extend(Copy(config, home, index, Path(folder)) for index in range(count))
             await asyncio.gather(*(copy.start() for copy in copies))
-            restarting = asyncio.gather(*(copy.keep_running() for copy in copies))
+            tasks = [asyncio.create_task(copy.keep_running()) for copy in copies]
             yield
-            restarting.cancel()
-            for copy in copies:
+            for copy, task in zip(copies, tasks, strict=True):
+                task.cancel()
                 copy.process.terminate()
             for copy in copies:
                 copy.process.join()

@@ -97,8 +97,7 @@ def _explain(error: Exception) -> APIError:
 
 def _field_name(place: Sequence[str | int]) -> str | None:
     """Return where an error is, such as `messages[0].content`, without the names of types."""
-    steps = place[1:-2] if place[-1] == "[key]" else place[1:]  # a bad key is its object's fault
-    types = re.compile(r"[\[\]()-]|^(str|int|json_invalid)$")
+    steps, types = place[1:], re.compile(r"[\[\]()-]|^(str|int|json_invalid)$")
     names = (f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps if not types.search(str(s)))
     return "".join(names).removeprefix(".") or None
 

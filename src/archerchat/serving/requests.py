@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -39,7 +40,6 @@ COMPLETION_TOKENS = 16
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
-TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
@@ -72,7 +72,7 @@ class Sampled(_Body):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=1024)
+    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES)
     seed: int | None = None
@@ -84,6 +84,9 @@ class Sampled(_Body):
         given = self.model_dump(include=NUMBERS, exclude_none=True)
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
+        for key in self.logit_bias or ():
+            if not re.fullmatch("[0-9]{1,9}", key):
+                raise _refused("logit_bias", f"has {key[:20]!r} where a token id is due")
         return replace(
             defaults,
             **given,
@@ -202,18 +205,12 @@ class ChatRequest(Sampled, ConversationRequest):
     def format(self) -> AnswerFormat | None:
         return self.response_format
 
-    @property
-    def wants_json(self) -> bool:
-        return self.format is not None and self.format.type != "text"
-
-    def constrain(self, request: Request, tokenizer: Tokenizer) -> Request:
+    def constrain(self, request: Request, form: AnswerFormat, tokenizer: Tokenizer) -> Request:
         """Let the model choose among the tokens that fit the wanted schema only.
 
         Raises:
             APIError: there is no schema, no value fits it, or llguidance cannot keep to it.
         """
-        form = self.format
-        assert form is not None
         schema = (form.json_schema or form).content
         if form.type == "json_object":
             schema = {"type": "object"}

@@ -160,6 +160,11 @@ def add_spaces(content: dict[str, Any]) -> None:
     content["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
 
 
+def repeat_a_name(content: Any) -> None:
+    first, last = content["added_tokens"][0], content["added_tokens"][-1]
+    content["added_tokens"].append(first | {"id": last["id"] + 1})
+
+
 def write_index(content: Any) -> Callable[[Path], object]:
     return lambda folder: (folder / INDEX).write_text(json.dumps(content))
 
@@ -174,6 +179,7 @@ BAD = {
     "merges": (change_tokenizer(lambda c: c["model"]["merges"].reverse()), "differs in merges"),
     "dropout": (change_tokenizer(lambda c: c["model"].update(dropout=0.1)), "differs in dropout"),
     "unigram": (change_tokenizer(lambda c: c["model"].update(type="Unigram")), "differs in type"),
+    "a name twice": (change_tokenizer(repeat_a_name), "differs in added_tokens"),
     "vocab": (change_tokenizer(lambda c: c["model"].update(vocab=[])), "tokenizer.json cannot"),
     "digits": (change_tokenizer(split_digits), "differs in pre_tokenizer"),
     "spaces": (change_tokenizer(add_spaces), "differs in pre_tokenizer"),

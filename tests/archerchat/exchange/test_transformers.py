@@ -185,6 +185,17 @@ def test_it_compiles_in_one_piece(exported: Path, ids: Tensor) -> None:
     torch.testing.assert_close(logits(compiled, ids), expected)
 
 
+def test_a_longer_vocabulary_is_refused_before_anything_changes(exported: Path) -> None:
+    """The value embeddings would keep their length, so a new token would be out of range."""
+    model = load(exported)
+    before = model.token_embedding
+    with pytest.raises(NotImplementedError):
+        model.resize_token_embeddings(WHOLE.vocab_size + 100)
+    with pytest.raises(NotImplementedError):
+        model.set_input_embeddings(torch.nn.Embedding(400, WHOLE.model_dim))
+    assert model.get_input_embeddings() is before
+
+
 def test_bfloat16_works_and_float16_is_refused(
     exported: Path, model: Transformer, ids: Tensor
 ) -> None:

@@ -198,6 +198,12 @@ def test_what_is_no_json_object_is_refused(client: TestClient, content: bytes) -
     assert response.json()["error"]["message"]
 
 
+def test_what_is_no_token_id_is_quoted(client: TestClient) -> None:
+    body = {"messages": HELLO, "logit_bias": {"1": 1, "hello": 1}}
+    message = client.post(CHAT, json=body).json()["error"]["message"]
+    assert message == "logit_bias has 'hello' where a token id is due"
+
+
 def test_a_wrong_method_is_told_the_right_one(client: TestClient) -> None:
     response = client.get(TEXT)
     assert (response.status_code, response.headers["allow"]) == (405, "POST")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +17,7 @@ import psutil
 import pytest
 
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.copies import build_front
+from archerchat.serving.copies import Copy, build_front
 
 pytestmark = pytest.mark.slow  # three processes that import torch
 TEXT = "/v1/completions"
@@ -120,3 +122,28 @@ def test_a_copy_that_ends_is_started_again(client: httpx.Client) -> None:
         copies |= {answer.headers.get("archerchat-copy")} - {None}
     assert copies == {"0", "1"}
     assert codes <= {200, 503}
+
+
+def test_the_end_of_the_copies_reports_no_error(
+    served_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C printed a traceback of the tasks that start copies again."""
+    problems: list[Any] = []
+
+    async def start(copy: Any) -> None:
+        copy.process = SimpleNamespace(
+            is_alive=lambda: True, terminate=lambda: None, join=lambda: None
+        )
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: problems.append(told))
+        app = build_front(served_home, ServeConfig(), 2)
+        async with app.router.lifespan_context(app):
+            await asyncio.sleep(0)
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0)
+        gc.collect()
+
+    monkeypatch.setattr(Copy, "start", start)
+    asyncio.run(run())
+    assert not problems
