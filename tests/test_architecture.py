@@ -223,7 +223,7 @@ BUDGETS = {
     "planning": (700, 700),
     "report": (900, 1304),
     "commands": (1700, 2168),
-    "": (17_000, 22_313),
+    "": (17_000, 22_305),
     "../../endlex/src/endlex": (12_000, 12_000),
     "serving/page/*": (900, 915),
     "../../endlex/src/endlex/server/web/static/js/*.js": (4500, 4500),
