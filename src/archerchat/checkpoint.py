@@ -140,7 +140,7 @@ def _write_sections(
     for section, entries in state.items():
         file = directory / (check_name(section, "section") + SUFFIX)
         if any(isinstance(value, Tensor) for value in entries.values()):
-            save_file(_storable(entries), file)  # not kept: the next section is copied too
+            save_file(_storable(entries), file)  # freed before the next is copied
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     return files
 

@@ -217,7 +217,7 @@ class Stage(Recipe):
 
     @property
     def saved_rows(self) -> int:
-        """Rows per micro-batch of the saved run; 0 if there is none, or none that we trained."""
+        """Rows per micro-batch of the saved run; 0 if there is none, or if it was imported."""
         identity = self.saved.meta.get("identity", {}) if self.saved else {}
         return int(identity.get("rollouts", identity).get("device_batch_size", 0))
 
