@@ -40,11 +40,13 @@ fi
 setup_environment dev
 cd "$ROOT"
 # The tests' models are tiny: a second thread helps none, and waits many times over on a busy machine.
-# A process for each core shares them out, and takes over what another has not begun.
+# One process more than there are cores shares them out, since many tests wait for other programs;
+# each takes over what another has not begun.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE # pytest keeps the tests that it has compiled: 6 s per process
 gate format ruff format --check
 gate lint ruff check
 gate types mypy
-gate tests pytest -n logical --maxprocesses 8 --dist worksteal "$@"
+workers="$(python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')"
+gate tests pytest -n "$workers" --dist worksteal "$@"
 [ -z "$failed" ] || die "failed:$failed"

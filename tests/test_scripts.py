@@ -24,7 +24,7 @@ import pytest
 import endlex
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = "-m pytest -n logical --maxprocesses 8 --dist worksteal"
+PYTEST = f"-m pytest -n {min(8, (os.cpu_count() or 1) + 1)} --dist worksteal"
 CPU_BUILD = ["filelock", "sympy>=1.13.3", 'optree; extra == "optree"']
 CUDA_BUILD = ["filelock", 'nvidia-cudnn-cu13==9; platform_system == "Linux"', "triton~=3.9"]
 

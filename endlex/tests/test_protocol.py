@@ -106,6 +106,7 @@ def change(*keys: Any, to: Any) -> dict[str, Any]:
         (change("name", to="../x"), "checkpoint name"),
         (change("step", to=-1), "step is -1"),
         (change("step", to=True), "step is True"),
+        (change("step", to=2**62 + 1), "whole number from 0 to 2"),
         (change("created", to=math.nan), "created"),
         (change("aliases", to=["../last"]), "checkpoint name"),
         (change("metadata", to=None), "metadata"),

@@ -123,7 +123,7 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace a saved section's values other than tensors, atomically or not at all."""
+    """Replace a saved section's values other than tensors, or raise a CheckpointError."""
     try:
         content = _read_meta(path)
         content["state"][section] = json.loads(json.dumps(encode_json(values)))

@@ -194,12 +194,14 @@ class RunInfo:
         content.seek(0)
         name, library = _frames(frame)
         if name == "pandas":
-            points = library.read_csv(content, dtype={"value": float})
+            words = {"keep_default_na": False, "na_values": {"value": ["NaN"]}}  # "null" is a name
+            points = library.read_csv(content, dtype={"metric": str, "value": float}, **words)
             if long:
                 return points
             wide = points.pivot(index="step", columns="metric", values="value")
             return wide.rename_axis(columns=None).reset_index()
-        points = library.read_csv(content, schema_overrides={"value": library.Float64})
+        kinds = {"metric": library.String, "value": library.Float64}
+        points = library.read_csv(content, schema_overrides=kinds)
         return points if long else points.pivot("metric", index="step", values="value").sort("step")
 
     def texts(

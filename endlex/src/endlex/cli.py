@@ -2,7 +2,8 @@
 
 The commands and their arguments are those of `cli.toml`. What a command does is a function of
 `endlex.commands`, imported when it is asked for, so that `--help` is quick and the client needs
-nothing but Python. Failures exit with 1, wrong usage with 2.
+nothing but Python; one that may fail without an error returns its exit status. Failures exit with
+1, wrong usage with 2.
 
     endlex --help
     endlex verify RUN && echo "nothing is left on this machine"
@@ -30,30 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
     replace_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
-    options = vars(build_parser().parse_args(_shield(words)))
+    if words[:1] == ["ls"]:  # else argparse takes `-word` and `--sort -NAME` for options
+        words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
+    options = vars(build_parser().parse_args(words))
     module, function = options.pop("command_function").split(":")
     try:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
-        return int(command(**options))
+        return int(command(**options) or 0)
     except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (EndlexError, OSError) as error:
+    except (EndlexError, OSError, UnicodeError) as error:  # UnicodeError: of standard input
         print(f"endlex: {error}", file=sys.stderr)
         return error.exit_status if isinstance(error, EndlexError) else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # EOFError: Ctrl-D at a question
         print("\nendlex: interrupted", file=sys.stderr)
         return 130
-
-
-def _shield(words: list[str]) -> list[str]:
-    """Let `--sort -NAME`, and `-word` in a search, pass: argparse takes both for options."""
-    if "--sort" in words[:-1] and words[words.index("--sort") + 1][:1] == "-":
-        at = words.index("--sort")
-        words[at : at + 2] = [f"--sort={words[at + 1]}"]
-    if words[:1] == ["ls"]:
-        words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
-    return words
 
 
 def read_spec() -> dict[str, Any]:
@@ -118,7 +111,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "amount": _number(float, 0),
     "positive": _number(float, 1e-9),
     "seconds": _number(float, 0.1, 86_400),
-    "text": lambda text: sys.stdin.read() if text == "-" else text,
+    "stripped": str.strip,
     "webhook": lambda url: f"json+{url}" if url else None,
     "ntfy": lambda url: f"ntfy+{url}" if url else None,
 }

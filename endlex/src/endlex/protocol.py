@@ -136,12 +136,8 @@ check_session_id = partial(
     _check, SESSION_ID, "session id", "1 to 64 lower-case letters, digits and dashes"
 )
 check_sha256 = partial(_check, SHA256, "SHA-256", "64 lower-case hexadecimal digits")
-check_checkpoint_name = partial(
-    _check,
-    CHECKPOINT_NAME,
-    "checkpoint name",
-    "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot",
-)
+NAME_RULE = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
+check_checkpoint_name = partial(_check, CHECKPOINT_NAME, "checkpoint name", NAME_RULE)
 """Each returns its argument, or raises an `EndlexError`."""
 
 
@@ -149,7 +145,7 @@ def check_checkpoint_path(path: str) -> str:
     """Return `path` if it is safe as a file's path inside a checkpoint, on any system.
 
     It may not be absolute or too long, nor have an empty, `.` or `..` component, a backslash, a
-    drive letter, or characters that no file's name should have.
+    drive letter, or characters that no file's name should have: each is an `EndlexError`.
     """
     fault = ""
     if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH_CHARS:
@@ -166,7 +162,8 @@ def check_checkpoint_path(path: str) -> str:
 def check_manifest(value: Any) -> Manifest:
     """Return `value`, decoded from JSON, if it is a whole and consistent manifest.
 
-    Its keys must be there, its paths differ, and each file's parts add up to the file.
+    Its keys must be there, its paths differ, and each file's parts add up to the file: anything
+    else is an `EndlexError`.
     """
     _ensure(isinstance(value, dict), f"a manifest is a JSON object, not {type(value).__name__}")
     theirs = f"the manifest's protocol is {value.get('protocol')!r}"
@@ -195,8 +192,8 @@ def _ensure(holds: bool, otherwise: str) -> None:
 
 
 def _check_count(value: Any, what: str) -> int:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    _ensure(is_count, f"{what} is {value!r}; it must be a whole number from 0")
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_STEP
+    _ensure(is_count, f"{what} is {value!r}; it must be a whole number from 0 to 2**62")
     return int(value)
 
 
@@ -208,7 +205,7 @@ def _check_file(file: Any) -> None:
     check_sha256(file.get("sha256", ""))
     held, limits = 0, f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes"
     for part in file["parts"]:
-        _ensure(isinstance(part, dict), f"a part of {path!r} is not an object of sha256 and bytes")
+        _ensure(isinstance(part, dict), f"each part of {path!r} is an object with sha256, bytes")
         check_sha256(part.get("sha256", ""))
         length = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
         _ensure(0 < length <= MAX_PART_BYTES, limits)

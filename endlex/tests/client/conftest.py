@@ -269,7 +269,7 @@ def stub() -> Iterator[StubServer]:
 
 @pytest.fixture
 def transport(stub: StubServer) -> Iterator[Transport]:
-    made = Transport(stub.url, connect_seconds=2.0, read_seconds=5.0)
+    made = Transport(stub.url)
     yield made
     made.close()
 

@@ -39,7 +39,7 @@ def test_waits_double_up_to_a_bound_and_heed_the_server() -> None:
 
 
 def test_patience_counts_from_the_first_fault_and_makes_three_attempts(clock: Clock) -> None:
-    patience, attempts = Patience(60.0), 0
+    patience, attempts = Patience(), 0
 
     def hang() -> str:
         nonlocal attempts
@@ -55,7 +55,7 @@ def test_patience_counts_from_the_first_fault_and_makes_three_attempts(clock: Cl
 
 
 def test_patience_ends_and_progress_renews_it(clock: Clock) -> None:
-    patience, times = Patience(60.0), list[float]()
+    patience, times = Patience(), list[float]()
 
     def fail() -> None:
         times.append(clock.now)

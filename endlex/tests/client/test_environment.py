@@ -153,6 +153,8 @@ def test_what_wandb_takes_is_taken_or_ignored_once(
     assert "ignores what means nothing here: entity, reinit" in capsys.readouterr().err
     with pytest.raises(TypeError, match="no argument 'projct'"):
         endlex.init("p", projct="x")
+    with pytest.raises(endlex.EndlexError, match="tag 5 must be printable"):
+        endlex.init("p", dir=tmp_path, job_type=5)  # type: ignore[arg-type]
     with pytest.raises(endlex.EndlexError, match="resume='never'"):
         endlex.init("p", directory=run.directory, resume="never")
     with pytest.raises(endlex.EndlexError, match="resume='must'"):
@@ -192,6 +194,18 @@ def test_the_end_of_a_forked_child_is_not_the_runs(tmp_path: Path) -> None:
     assert run_script(tmp_path, script).returncode == -signal.SIGKILL
     (journal,) = session_files(tmp_path)
     assert gone_reason(journal).startswith("killed (SIGKILL")
+
+
+def test_a_forked_child_that_exits_leaves_its_parent_the_file_for_its_stack(tmp_path: Path) -> None:
+    script = (
+        "import signal\nchild = os.fork()\nif not child:\n    sys.exit()\n"
+        "os.waitpid(child, 0)\nos.kill(os.getpid(), signal.SIGTERM)"
+    )
+    ended = run_script(tmp_path, script, PYTHONWARNINGS="always")
+    assert ended.returncode == -signal.SIGTERM
+    assert "ResourceWarning" not in ended.stderr
+    (journal,) = session_files(tmp_path)
+    assert gone_reason(journal).startswith("ended by a signal (SIGTERM or SIGHUP)")
 
 
 def test_a_forked_child_that_begins_a_run_leaves_its_own_stack(tmp_path: Path) -> None:

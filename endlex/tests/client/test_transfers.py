@@ -24,8 +24,9 @@ PART = 64 * 1024
 
 
 @pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_parts_and_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PART_BYTES", PART)
+    monkeypatch.setattr(transfers, "PATIENCE_SECONDS", 0.5)
 
 
 def checkpoint(folder: Path, size: int = 5 * PART + 7) -> Path:
@@ -89,7 +90,7 @@ def test_a_pull_that_was_cut_goes_on(
     stub.before = third_fails
     target = tmp_path / "target"
     with pytest.raises(Unreachable):
-        pull_checkpoint(RUN, "best", target, transport, patience=0.1)
+        pull_checkpoint(RUN, "best", target, transport)
     assert not target.exists()
     stub.before = lambda method, path: None
     stub.requests.clear()
@@ -103,7 +104,7 @@ def test_damage_on_the_way_is_noticed(stub: Any, transport: Transport, tmp_path:
     for sha256, part in stub.parts.items():
         stub.parts[sha256] = bytes([part[0] ^ 1]) + part[1:]
     with pytest.raises(EndlexError, match="something else than part"):
-        pull_checkpoint(RUN, "best", tmp_path / "target", transport, patience=0.5)
+        pull_checkpoint(RUN, "best", tmp_path / "target", transport)
     assert not (tmp_path / "target").exists()
 
 
@@ -207,7 +208,7 @@ def test_a_server_that_cannot_be_asked_is_no_yes(stub: Any, tmp_path: Path) -> N
     with pytest.raises(Unreachable):
         compare_directory(tmp_path / "run", Transport("http://127.0.0.1:9"))
     with pytest.raises(Unreachable):
-        sync_directory(tmp_path / "run", Transport("http://127.0.0.1:9"), patience=0.3)
+        sync_directory(tmp_path / "run", Transport("http://127.0.0.1:9"))
     stub.token = "t"
     with pytest.raises(Refused):
         compare_directory(tmp_path / "run", Transport(stub.url))

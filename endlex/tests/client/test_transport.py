@@ -93,14 +93,17 @@ def test_why_a_body_is_refused_is_read_before_it_is_all_sent() -> None:
         thread.join()
 
 
-def test_nobody_there_and_nobody_answering(black_hole: str) -> None:
+def test_nobody_there_and_nobody_answering(
+    black_hole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     with pytest.raises(Unreachable, match=r"cannot reach .*refused"):
         Transport(f"http://127.0.0.1:{port}").request("GET", PATH)
+    monkeypatch.setattr("endlex.client.transport.READ_SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(Unreachable, match="no answer in time"):
-        Transport(black_hole, read_seconds=0.2).request("GET", PATH)
+        Transport(black_hole).request("GET", PATH)
     assert time.monotonic() - began < 2
 
 

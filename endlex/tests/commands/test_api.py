@@ -75,3 +75,16 @@ def test_the_history_is_a_frame(cli: Any, online: str, frame: str) -> None:
     assert loss[2] == -math.inf
     long = found.history(["n"], frame=frame, long=True)
     assert (list(long["step"]), list(long["value"])) == ([0, 2], [1.0, 3.0])
+
+
+@pytest.mark.parametrize("frame", ["pandas", "polars"])
+@pytest.mark.parametrize("name", ["null", "NaN", "7"])
+def test_a_metric_keeps_its_name_in_a_frame(cli: Any, online: str, frame: str, name: str) -> None:
+    pytest.importorskip(frame)
+    run = endlex.init("frames", frame, mode="offline", resume="never")
+    run.log({name: 2.0}, step=0)
+    run.finish()
+    assert cli("sync", run.directory)[0] == 0
+    found = endlex.Api().run(run.id)
+    assert list(found.history([name], frame=frame, long=True)["metric"]) == [name]
+    assert list(found.history(frame=frame).columns) == ["step", name]

@@ -94,6 +94,13 @@ def test_push_to_a_run_and_to_a_new_one(cli: Any, train: Any, online: str, place
     assert json.loads(cli("show", new, "--json")[1])["project"] == "fresh"
 
 
+def test_pushing_nothing_makes_no_run(cli: Any, online: str, place: Path) -> None:
+    (place / "empty").mkdir()
+    status, _, err = cli("push", "empty")
+    assert (status, err) == (1, "endlex: 'empty' holds no files: nothing to push\n")
+    assert not (place / "endlex-runs").exists()
+
+
 def test_what_cannot_be_meant_is_said_with_what_there_is() -> None:
     def saved(name: str, step: int, **more: Any) -> dict[str, Any]:
         return {"name": name, "step": step, "created": 1.0, "state": "published", **more}

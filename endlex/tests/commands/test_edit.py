@@ -42,6 +42,64 @@ def test_runs_are_changed_many_at_once(
     assert cli("tag", ids[0])[0] == 2
 
 
+class Terminal(io.StringIO):
+    """What a person types: a line, or Ctrl-C or Ctrl-D."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Interrupted(Terminal):
+    """A key is pressed before a line is there."""
+
+    def __init__(self, key: type[BaseException]) -> None:
+        super().__init__()
+        self.key = key
+
+    def read(self, size: int | None = -1, /) -> str:
+        raise self.key
+
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        raise self.key
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [(["note", "-"], KeyboardInterrupt), (["delete"], KeyboardInterrupt), (["delete"], EOFError)],
+)
+def test_a_key_at_a_question_ends_the_command(
+    cli: Any, train: Any, online: str, monkeypatch: Any, words: list[str], key: Any
+) -> None:
+    assert cli("sync", train("asked", project="asked"))[0] == 0
+    (run, *_) = cli("ls", "--ids", "project:asked")[1].split()
+    monkeypatch.setattr("sys.stdin", Interrupted(key))
+    status, _, err = cli(words[0], run, *words[1:])
+    assert (status, err) == (130, "\nendlex: interrupted\n")
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", 1), ("\n", 1), ("yes\n", 0)])
+def test_runs_are_deleted_if_the_answer_is_yes(
+    cli: Any, train: Any, online: str, monkeypatch: Any, answer: str, status: int
+) -> None:
+    project = f"answer-{answer.strip()}"
+    assert cli("sync", train("answered", project=project))[0] == 0
+    (run,) = cli("ls", "--ids", f"project:{project}")[1].split()
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    found, _, err = cli("delete", run)
+    assert (found, err) == (status, "endlex: nothing was deleted\n" if status else "")
+    assert bool(cli("ls", "--ids", f"project:{project}")[1].split()) == bool(status)
+
+
+def test_notes_that_are_no_text_are_refused(
+    cli: Any, train: Any, online: str, monkeypatch: Any
+) -> None:
+    assert cli("sync", train("noted", project="noted"))[0] == 0
+    (run, *_) = cli("ls", "--ids", "project:noted")[1].split()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    status, _, err = cli("note", run, "-")
+    assert (status, "can't decode byte 0xe9" in err) == (1, True)
+
+
 def test_an_unknown_metric_says_what_was_meant(cli: Any, train: Any, online: str) -> None:
     assert cli("sync", train("one", project="meant"))[0] == 0
     status, _, err = cli("ls", "val/bbp<1")

@@ -48,6 +48,8 @@ def test_each_run_of_a_trackio_database(tmp_path: Path) -> None:
                 {
                     "img": media,
                     "gone": {"_type": "trackio.video", "file_path": "../../secret"},
+                    "no name": {"_type": "trackio.video", "file_path": "toy/\0"},
+                    "long": {"_type": "trackio.video", "file_path": "x" * 5000},
                     "h": {"_type": "trackio.histogram", "bins": [0, 1, 2], "values": [3, 4]},
                     "t": {"_type": "trackio.table", "_value": [{"q": "x", "a": 1}]},
                     "no table": {"_type": "trackio.table", "_value": [1]},
@@ -91,7 +93,7 @@ def test_each_run_of_a_trackio_database(tmp_path: Path) -> None:
     assert [t["rows"] for t in tables] == [[[0, 1, 3], [1, 2, 4]], [["x", 1]]]
     (picture,) = of_type(first.directory, "media")
     assert (picture["name"], picture["caption"]) == ("img", "c")
-    assert first.skipped == {"damaged row": 1, "video": 1, "table": 2}
+    assert first.skipped == {"damaged row": 1, "video": 3, "table": 2}
     assert summarize(second.directory)["summary"] == {"loss": 3.0}
     with pytest.raises(EndlexError, match="no database of trackio"):
         import_trackio(image, tmp_path / "out")

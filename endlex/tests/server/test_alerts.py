@@ -382,3 +382,5 @@ def test_a_crash_reaches_slack_discord_and_mail_with_its_last_lines(
     assert "step 2" in mail
     with pytest.raises(EndlexError, match="alerts cannot go to ftp://x"):
         notify.check_target("ftp://x/secret")
+    with pytest.raises(EndlexError, match="an address without a host: give https://"):
+        notify.check_target("ntfy+ntfy.example.org/secret")

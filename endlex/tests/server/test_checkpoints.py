@@ -70,6 +70,14 @@ def test_another_manifest_under_a_published_name_is_refused(run: Any) -> None:
     assert run.client.get(f"{URL}/c/files/model.safetensors").content == FILES["model.safetensors"]
 
 
+def test_an_alias_is_listed_with_the_newest_checkpoint_alone(run: Any) -> None:
+    for name, created, aliases in (("a", 1.0, ["last", "keep"]), ("b", 3.0, ["last", "best"])):
+        run.publish(name, FILES, created=created, aliases=aliases)
+    run.publish("late", FILES, step=99, created=2.0, aliases=["best", "keep"])
+    listed = {c["name"]: c["aliases"] for c in run.client.get(URL).json()}
+    assert listed == {"a": ["keep"], "b": ["last", "best"], "late": ["keep"]}
+
+
 @pytest.mark.parametrize(
     "change",
     [

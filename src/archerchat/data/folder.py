@@ -45,7 +45,10 @@ class Reading:
     first_empty: str = ""
 
     def iter_texts(self, files: Sequence[Path]) -> Iterator[str]:
-        """Iterate over the documents of `files` in order, without null and blank ones."""
+        """Iterate over the documents of `files` in order, without null and blank ones.
+
+        A broken file or row is a DataError, unless `skip_bad`.
+        """
         for path in files:
             for where, text in self._iter_file(path):
                 if not text or text.isspace():

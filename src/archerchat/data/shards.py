@@ -28,6 +28,7 @@ def data_directory(data: str, home: Home) -> Path:
     """Return the directory of `data`: a path, or the name of a source under the home.
 
     `./climbmix`, `~/climbmix`, `..` and `/x/climbmix` are paths; `climbmix` is always a name.
+    A UsageError lists the known names if there is no such directory.
     """
     if "/" in data or data.startswith((".", "~")):
         with contextlib.suppress(RuntimeError):  # ~ and a user that does not exist

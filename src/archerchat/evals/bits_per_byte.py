@@ -85,8 +85,12 @@ def _rows(ids: list[int], bos_id: int, length: int, device: torch.device) -> tup
 
 
 def iter_text(path: Path, part: int = PART_CHARACTERS) -> Iterator[str]:
-    """Yield a file's text in parts of about `part` characters that can be tokenized separately."""
-    lines, size = list[str](), 0
+    """Yield a file's text in parts of about `part` characters that can be tokenized separately.
+
+    A DataError says that the file cannot be read, or is not text.
+    """
+    lines: list[str] = []
+    size = 0
     for _, line in iter_lines(path, newline="\n"):
         if size >= part and not line[0].isspace():
             yield "".join(lines)

@@ -150,7 +150,7 @@ class HarnessModel:
 
 
 def register() -> type:
-    """Make `--model archerchat` known to the harness, if it is installed; return its class."""
+    """Make `--model archerchat` known to the harness; a UsageError if that is not there."""
     try:
         model = importlib.import_module("lm_eval.api.model")
         registry = importlib.import_module("lm_eval.api.registry")

@@ -150,7 +150,7 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
 
 
 def parse_mixture(text: str) -> list[TaskChoice]:
-    """Read a preset's name or a list of tasks, as `parse_choices` does."""
+    """Read a preset's name or a list of tasks; raises as `parse_choices` does."""
     text = PRESETS.get(text, text)
     flag = f"--mixture, which is {', '.join(PRESETS)}, or a list of tasks"
     return parse_choices(text, flag, (*TASKS, IdentityTask.name)) if text else []

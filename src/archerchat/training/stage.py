@@ -242,6 +242,9 @@ class Stage(Recipe):
             usual_rows: rows to use if they fit; 0 uses as many as fit.
             reserved_bytes: memory of the device that is needed for other things.
             document_masking: whether attention must keep the conversations of a row apart.
+
+        Raises:
+            UsageError: the forced attention cannot run here, or cannot keep them apart.
         """
         given, self.recomputes = self.config.device_batch_size, self.config.activation_checkpointing
         if isinstance(given, int):

@@ -28,15 +28,7 @@ from typing import Any, BinaryIO, TypedDict, cast
 
 from endlex import protocol
 from endlex.client.process import READ_ONLY, warn, write_whole
-from endlex.protocol import (
-    MANIFEST_DIR,
-    PART_BYTES,
-    STAGED_DIR,
-    EndlexError,
-    Manifest,
-    check_checkpoint_name,
-    check_checkpoint_path,
-)
+from endlex.protocol import MANIFEST_DIR, PART_BYTES, STAGED_DIR, EndlexError, Manifest
 
 FICLONE = 0x40049409  # of linux/fs.h: makes one file's content another's, copied when written
 GIVEN_UP, DAMAGED = ".given-up", ".damaged"
@@ -51,10 +43,9 @@ class FileChanged(CheckpointFailed):
     """A file is not what it was when it was saved."""
 
     def __init__(self, inside: str) -> None:
-        super().__init__(
-            f"file changed: {inside!r} was rewritten in place after it was saved; write "
-            "checkpoints under a temporary name and rename them, and save this one again"
-        )
+        fault = f"file changed: {inside!r} was rewritten in place after it was saved"
+        remedy = "write checkpoints under a temporary name and rename them, and save this one again"
+        super().__init__(f"{fault}; {remedy}")
 
 
 class StagedFile(TypedDict):
@@ -90,9 +81,10 @@ def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Pa
 
     Links are followed, but not to a directory that is around them, and out of `source` only with
     `outside_links`. Links to nothing, sockets and pipes are left out with a warning.
+    Nothing at `source`, or a link that leads out of it, is an `EndlexError`.
     """
     if source.is_file():
-        yield check_checkpoint_path(source.name), source
+        yield protocol.check_checkpoint_path(source.name), source
         return
     if not source.is_dir():
         raise EndlexError(f"{str(source)!r} is neither a file nor a directory: nothing to save")
@@ -108,7 +100,7 @@ def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[t
     for path in sorted(folder.iterdir()):
         inside = f"{prefix}{path.name}"
         if path.is_file():
-            yield check_checkpoint_path(inside), path
+            yield protocol.check_checkpoint_path(inside), path
         elif not path.is_dir():
             kind = "links to nothing" if path.is_symlink() else "is neither a file nor a directory"
             warn(f"{str(path)!r} {kind}: it is left out of the checkpoint")
@@ -125,8 +117,8 @@ def stage(
     `source` is a directory without files.
     """
     for alias in note["aliases"]:
-        check_checkpoint_name(alias)
-    name = check_checkpoint_name(note["name"] or _name_of(source, note["step"]))
+        protocol.check_checkpoint_name(alias)
+    name = protocol.check_checkpoint_name(note["name"] or _name_of(source, note["step"]))
     found = list(files_of(source, outside_links))
     if len(found) > protocol.MAX_FILES:
         limit = f"a checkpoint has at most {protocol.MAX_FILES:,}"
@@ -202,7 +194,7 @@ def read_note(directory: Path, name: str) -> Staged:
     try:
         note = json.loads(path.read_bytes())
         for file in note["files"]:
-            check_checkpoint_path(file["path"])
+            protocol.check_checkpoint_path(file["path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EndlexError(f"{path} cannot be read ({error}): save the checkpoint again") from error
     return cast(Staged, note)

@@ -158,14 +158,13 @@ class Console:
         self._flushed = time.monotonic()
         self._lock = threading.RLock()
         self._busy = False
-        self._pid = os.getpid()
         self._streams = [
             (stream, _wrap(stream, partial(self._add, name)))
             for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr))
         ]
 
     def _add(self, stream: str, text: str) -> None:
-        if os.getpid() != self._pid:  # a forked child's, and the lock may never be free there
+        if self._journal.inherited:  # in a forked child, where the lock may never be free
             return
         with self._lock:
             if self._busy:  # recording printed something, or a signal handler did meanwhile

@@ -24,7 +24,7 @@ from typing import Any
 
 from endlex import protocol
 from endlex.client.process import FULL, fsync, try_lock, warn_once
-from endlex.protocol import FINISH, MAX_BATCH_BYTES, EndlexError
+from endlex.protocol import MAX_BATCH_BYTES, EndlexError
 from endlex.reading import session_files, session_number
 
 LARGEST_EXACT = 2**53  # larger whole numbers are kept as floats, as every reader has them
@@ -155,8 +155,7 @@ def _jsonable(value: Any, depth: int = 0) -> Any:
 
 LARGEST_BACKLOG = 16 * 2**20  # bytes of records held in memory while the disk refuses them
 
-OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
-"""The journals of this process, which a forked child must abandon."""
+OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()  # those that a forked child must abandon
 
 
 class Journal:
@@ -186,7 +185,7 @@ class Journal:
         self.path = folder / f"{self.session}.jsonl"
         self.number = session_number(self.path)
         self.inherited, self._backlog = False, b""
-        self._heads, self._numbers = dict[str, str](), itertools.count()
+        self._numbers = itertools.count()
         self.lock = threading.RLock()
         """Held while a record is written. A signal handler may log in the middle of that."""
         self.count = 0  # how many records were appended
@@ -218,22 +217,19 @@ class Journal:
 
     def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
         """Do what `append` does for content that is already JSON: `,"key":value` for each."""
-        head = self._heads.get(kind)
-        if head is None:
-            head = self._heads[kind] = f'{{"type":"{kind}","session":"{self.session}","seq":'
         if len(members) > MAX_BATCH_BYTES // 4:  # else it is short enough however it is encoded
-            size = len(members.encode(errors="replace")) + len(head) + 100
+            size = len(members.encode(errors="replace")) + 200  # of what is before them
             if size > MAX_BATCH_BYTES:
                 limit = f"is larger than {MAX_BATCH_BYTES:,}: log less at once"
                 raise EndlexError(f"a {kind} record of {size:,} bytes {limit}")
         if self.inherited:
-            if kind != FINISH:
-                warn_once("this process was forked from the one that records: it records nothing")
+            warn_once("this process was forked from the one that records: it records nothing")
             return
         with self.lock:
             number = next(self._numbers)
             moment = time.time() if moment is None else moment
-            line = f'{head}{number},"time":{moment!r}{members}}}\n'
+            head = f'{{"type":"{kind}","session":"{self.session}","seq":{number}'
+            line = f'{head},"time":{moment!r}{members}}}\n'
             self._write(line.encode(errors="replace"))
             self.count = max(self.count, number + 1)
 
@@ -248,10 +244,8 @@ class Journal:
             is_lost = len(content) > LARGEST_BACKLOG
             self._backlog = (waiting if is_lost else content) + self._backlog
             remedy = ": free some space" if error.errno in FULL else ""
-            warn_once(
-                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
-                f"trying again with each new one{remedy}"
-            )
+            kept = "keeping records in memory and trying again with each new one"
+            warn_once(f"cannot write {self.path} ({error.strerror}); {kept}{remedy}")
             if is_lost:
                 raise
         else:
@@ -277,8 +271,7 @@ class Journal:
     def abandon(self) -> None:
         """Give up the file in a forked child: the parent keeps it, and its lock."""
         self.lock = threading.RLock()  # a thread that no longer exists may have held the old one
-        self.inherited = True
-        self._backlog = b""
+        self.inherited, self._backlog = True, b""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

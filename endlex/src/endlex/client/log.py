@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +27,7 @@ from endlex.reading import last_step
 HISTOGRAM = ["low", "high", "count"]  # columns of the tables that hold histograms
 PNG, OTHER = "image/png", "application/octet-stream"
 SAME_ALERT_SECONDS = 60.0
-
-
-class _Keys(dict[str, str]):
-    """A metric's name to the JSON of its key, `"train/loss":`; names are checked when first met."""
-
-    def __init__(self, accept: Callable[[str, str], str]) -> None:
-        self._accept = accept
-
-    def __missing__(self, name: str) -> str:
-        good = self._accept(name, "metric name")
-        self[name] = key = json.dumps(good, ensure_ascii=False) + ":"
-        return key
+WATCH_SECONDS = 60.0  # how often `log` looks whether the shipper still lives
 
 
 class Log:
@@ -53,7 +43,7 @@ class Log:
         self.session = "" if journal is None else journal.session  # its id, unlike any other's
         self.refused = Counter[str]()  # how often something was not recorded as it was, by name
         self._journal, self._strict, self._finished = journal, strict, False
-        self._keys = _Keys(self._accept)
+        self._key = cache(self._check_key)
         self._last_step: int | None = None
         self._next_watch = math.inf
         self._alerts = dict[str, float]()
@@ -70,14 +60,14 @@ class Log:
             step: counts from 0; one more than the last one if not given.
             commit: False leaves the step open: the next call without a step is of the same one.
         """
-        journal, keys = self._journal, self._keys
+        journal, key = self._journal, self._key
         if journal is None or self._is_over():
             return
-        members = list[str]()
+        members: list[str] = []
         try:
             for name, value in values.items():
                 if type(value) is float and -math.inf < value < math.inf:
-                    members.append(keys[name] + repr(value))
+                    members.append(key(name) + repr(value))
                 else:
                     members += self._encode(name, value)
             with journal.lock:
@@ -100,7 +90,11 @@ class Log:
             fault = EndlexError(f"metric {name!r} is {value!r:.80}, which is no number")
             self._refuse(str(name), fault)
             return []
-        return [self._keys[name] + json.dumps(number)]
+        return [self._key(name) + (f'"{number}"' if isinstance(number, str) else repr(number))]
+
+    def _check_key(self, name: str) -> str:
+        """Return the JSON of a metric's key, `"train/loss":`."""
+        return json.dumps(self._accept(name, "metric name"), ensure_ascii=False) + ":"
 
     def _accept(self, name: Any, what: str) -> str:
         """Return a name, or the nearest good one."""
@@ -214,8 +208,9 @@ class Log:
         if type(step) is int and 0 <= step <= MAX_STEP:
             return step
         with suppress(Exception):  # whatever some library's tensor raises
-            if 0 <= step <= MAX_STEP and int(step) == step and not isinstance(step, bool):
-                return int(step)
+            whole = int(step)  # first: some tensors cannot be compared with 2**62
+            if 0 <= whole <= MAX_STEP and whole == step and not isinstance(step, bool):
+                return whole
         latest = self._last_step  # here, or else in a session before this one
         if latest is None:
             latest = last_step(self.directory) if self.directory is not None else -1
@@ -225,8 +220,17 @@ class Log:
             self._refuse("step", EndlexError(f"{wrong}; recorded as step {following}"))
         return following
 
-    def _watch_shipper(self) -> None:
-        """Look whether the shipper still lives."""
+    def _watch_shipper(self, begin: bool = False) -> None:
+        """Start another shipper if this run's was killed; asking costs a few system calls."""
+        from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
+
+        self._next_watch = time.monotonic() + WATCH_SECONDS
+        if self._journal is None or self._journal.inherited:
+            return
+        try:
+            (start_shipper if begin else restart_shipper_if_killed)(self._journal.directory)
+        except (OSError, ValueError) as error:
+            warn(f"the shipper does not start ({error})")
 
     def _refuse(self, name: str, error: Exception) -> None:
         """Count what cannot be recorded as it is, and say so once per name, or raise if strict."""
@@ -272,7 +276,7 @@ def read_file(path: Path | str) -> tuple[bytes, str]:
 
 
 def encode_image(image: Any) -> tuple[bytes, str]:
-    """Return a picture's content and type; `Log.log_image` says what it may be."""
+    """Return a picture's content and type; an `EndlexError` for what `log_image` does not take."""
     if isinstance(image, str | Path):
         return read_file(image)
     buffer = io.BytesIO()
@@ -327,7 +331,7 @@ def _encode_array(array: Any) -> bytes:
 
 
 def count_values(values: Any, bins: int, edges: Sequence[float] | None) -> dict[str, Any]:
-    """Return a histogram as a table; non-finite values are left out."""
+    """Return a histogram as a table; non-finite values are left out, none is an `EndlexError`."""
     array = as_array(values).ravel()
     if edges is None:
         import numpy as np

@@ -24,7 +24,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -158,14 +158,9 @@ def describe_error(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split())
 
 
-def finish_at_exit(run: Any) -> None:
-    """Have a `Run` finished when the interpreter exits, unless it left `UNFINISHED` by then."""
-    _watch_exit()
-    UNFINISHED[run] = None
-
-
 @cache
-def _watch_exit() -> None:
+def watch_exit() -> None:
+    """Have the runs that are still `UNFINISHED` finished when the interpreter exits."""
     atexit.register(_finish_all)
     plain_exit = sys.exit
 
@@ -201,19 +196,20 @@ def watch_faults(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
         if faulthandler.is_enabled():
             return
-        file = path.open("w")  # faulthandler keeps it open
+        file = path.open("w")
         faulthandler.enable(file, all_threads=False)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 faulthandler.register(number, file, all_threads=False, chain=True)
-        os.register_at_fork(after_in_child=_leave_faults)
+        os.register_at_fork(after_in_child=partial(_leave_faults, file))
 
 
-def _leave_faults() -> None:
+def _leave_faults(file: IO[str]) -> None:
     """Keep the end of a forked child, such as a data loader's, out of the parent's file."""
     faulthandler.disable()
     for number in (signal.SIGTERM, signal.SIGHUP):
         faulthandler.unregister(number)
+    file.close()
 
 
 def oom_kills() -> int:

@@ -23,7 +23,6 @@ from endlex.protocol import EndlexError, Status, check_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
-WATCH_SECONDS = 60.0  # how often `log` looks whether the shipper still lives
 
 
 class Run(Log):
@@ -137,7 +136,7 @@ class Run(Log):
         """
         if status not in protocol.STATUSES:
             raise EndlexError(f"status {status!r} must be one of {', '.join(protocol.STATUSES)}")
-        if self._finished or self._journal is None:
+        if self._finished or self._journal is None or self._journal.inherited:
             self._finished = True
             return
         from endlex.client.environment import record_end
@@ -154,7 +153,7 @@ class Run(Log):
             names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
         UNFINISHED.pop(self, None)
-        if self.online and not self._journal.inherited:
+        if self.online:
             from endlex.client.shipper.control import wait_until_shipped
 
             wait_until_shipped(self._journal.directory, self._journal.path)
@@ -169,25 +168,14 @@ class Run(Log):
             record_environment(self._journal, code)
         if console:
             self._console = Console(self._journal)
-        process.finish_at_exit(self)
+        process.watch_exit()
+        UNFINISHED[self] = None
 
     def go_online(self, url: str) -> None:
         """Have a shipper send what this run records; without one it is recorded all the same."""
         self.url = f"{url}/runs/{self.id}"
         self._watch_shipper(begin=True)
         warn(f"{self.project}/{self.name} is at {self.url}")
-
-    def _watch_shipper(self, begin: bool = False) -> None:
-        """Start another shipper if this run's was killed; asking costs a few system calls."""
-        from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
-
-        self._next_watch = time.monotonic() + WATCH_SECONDS
-        if self._journal is None or self._journal.inherited:
-            return
-        try:
-            (start_shipper if begin else restart_shipper_if_killed)(self._journal.directory)
-        except (OSError, ValueError) as error:
-            warn(f"the shipper does not start ({error})")
 
     def _record_config(self) -> None:
         if self._journal is None or self._finished:
@@ -268,7 +256,7 @@ def init(
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
-    words = as_list(tags or ()) + as_list(job_type or ())
+    words = as_list(tags or ()) + ([job_type] if job_type else [])
     start = directories.session_start(
         owner,
         protocol.TRAINER,

@@ -34,7 +34,7 @@ from endlex.reading import content_length, session_files, writer_is_alive
 CONNECTIONS = 4
 LOCK_SECONDS = 1.0
 ATTEMPTS = 3
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 60.0  # without any progress, after which a fault of the network is raised
 
 T = TypeVar("T")
 SyncProgress = Callable[[str, int, int], None]
@@ -44,10 +44,8 @@ SyncProgress = Callable[[str, int, int], None]
 class Patience:
     """Try again after faults of the network, a few times, until nothing got further for a while."""
 
-    def __init__(
-        self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
-    ) -> None:
-        self._seconds, self._progress = seconds, progress
+    def __init__(self, progress: Callable[..., None] = lambda *_: None) -> None:
+        self._progress = progress
         self._start_over()
 
     def _start_over(self, *reached: Any) -> None:
@@ -67,7 +65,7 @@ class Patience:
                 return act()
             except Retry as error:
                 seconds, now = self._backoff.wait(error), time.monotonic()
-                self._deadline = min(self._deadline, now + self._seconds)
+                self._deadline = min(self._deadline, now + PATIENCE_SECONDS)
                 self._faults += 1
                 if self._faults >= ATTEMPTS and now + seconds > self._deadline:
                     raise
@@ -79,7 +77,6 @@ def sync_directory(
     transport: Transport,
     progress: SyncProgress = lambda what, done, total: None,
     *,
-    patience: float = PATIENCE_SECONDS,
     drop_failed: bool = False,
     resend: bool = False,
 ) -> set[str]:
@@ -88,7 +85,6 @@ def sync_directory(
     The published checkpoints are returned: a directory that can only be read still holds them.
 
     Args:
-        patience: seconds without any progress after which a fault of the network is raised.
         drop_failed: give up the checkpoints and media that can never be sent.
         resend: send journals that differ from the server's copies as new sessions.
 
@@ -101,7 +97,7 @@ def sync_directory(
     had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, run, transport)
     shipper = CheckpointShipper(directory, run, transport)
-    waiter = Patience(patience, progress)
+    waiter = Patience(progress)
     try:
         with control.holding(lock):
             try:
@@ -202,7 +198,7 @@ def push_checkpoint(
         "files": [checkpoints.describe_file(*state) for state in states],
     }
     root = source if source.is_dir() else source.parent
-    manifest, patience = checkpoints.build_manifest(root, note), Patience(progress=progress)
+    manifest, patience = checkpoints.build_manifest(root, note), Patience(progress)
     uploader = send_checkpoints.Uploader(transport, patience.report)
     patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
 
@@ -216,14 +212,10 @@ def pull_checkpoint(
     directory: Path,
     transport: Transport,
     progress: Progress = lambda done, total: None,
-    *,
-    patience: float = PATIENCE_SECONDS,
 ) -> list[Path]:
     """Download a checkpoint into a directory; return its files, each whole and verified.
 
-    Args:
-        directory: made if missing. A file that is there already is kept if it is the same.
-        patience: seconds without any progress after which a fault of the network is raised.
+    The directory is made if missing. A file that is there already is kept if it is the same.
 
     Raises:
         EndlexError: there is no such checkpoint, another file is in the way, or what the server
@@ -240,7 +232,7 @@ def pull_checkpoint(
     pieces = [piece for file in wanted for piece in _pieces(building, file)]
     total = sum(file["bytes"] for file in manifest["files"])
     done = total - sum(part["bytes"] for _, _, part in pieces)
-    waiter = Patience(patience, progress)
+    waiter = Patience(progress)
     waiter.report(done, total)
     where, lock = quoted("runs", run, "checkpoints", name), threading.Lock()
 

@@ -22,8 +22,7 @@ from endlex.protocol import EndlexError
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
-SEND_BYTES = 256 * 1024
-"""Bytes of a body sent at a time: the wait is bounded for each, not for the whole."""
+SEND_BYTES = 256 * 1024  # of a body, at a time: the wait is bounded for each, not for the whole
 LARGEST_ANSWER = 64 * 2**20
 HINTS = {  # remedies, by a part of the system's message
     "Connection refused": "is `endlex serve` running there?",
@@ -86,14 +85,7 @@ class Transport:
     under which the server lives, if any. A URL or token that is not one raises an `EndlexError`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        token: str | None = None,
-        *,
-        connect_seconds: float = CONNECT_SECONDS,
-        read_seconds: float = READ_SECONDS,
-    ) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             shown = url.rpartition("@")[2]
@@ -107,7 +99,6 @@ class Transport:
             raise EndlexError(f"the server's URL {url!r} has no valid port") from error
         self._prefix, self._token = parts.path.rstrip("/"), token
         self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
-        self._connect_seconds, self._read_seconds = connect_seconds, read_seconds
         self._local = _Local()
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
@@ -227,7 +218,7 @@ class Transport:
         if connection is None:
             connection = self._local.connection = self._new_connection()
             connection.connect()
-            connection.sock.settimeout(self._read_seconds)
+            connection.sock.settimeout(READ_SECONDS)
         try:
             view = memoryview(body or b"")
             starts = range(0, len(view), SEND_BYTES)
@@ -247,14 +238,14 @@ class Transport:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         proxy = None if self.is_local else proxy_for(self.url)
         if proxy is None:
-            return kind(self.host, self.port, timeout=self._connect_seconds)
+            return kind(self.host, self.port, timeout=CONNECT_SECONDS)
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         headers = {}
         if parts.username:
             secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             basic = base64.b64encode(secret.encode()).decode()
             headers = {"Proxy-Authorization": f"Basic {basic}"}
-        connection = kind(parts.hostname or "", parts.port or 80, timeout=self._connect_seconds)
+        connection = kind(parts.hostname or "", parts.port or 80, timeout=CONNECT_SECONDS)
         if self._secure:
             connection.set_tunnel(self.host, self.port, headers)
         else:

@@ -18,9 +18,8 @@ from endlex.client.transport import Refused, Transport, TransportError, quoted
 from endlex.protocol import CHECKPOINT, REPLACES, EndlexError, Manifest
 from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
 
-OTHER_STARTS = tuple(
-    f'{{"type":"{kind}",'.encode() for kind in (protocol.METRICS, protocol.TEXT, protocol.TABLE)
-)
+OTHER_KINDS = protocol.METRICS, protocol.TEXT, protocol.TABLE
+OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in OTHER_KINDS)
 """How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
 Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]

@@ -99,8 +99,7 @@ def _server(url: str | None) -> Iterator[Finding]:
 
 def _space(check: str, free: int, where: str, remedy: str) -> Finding:
     said = f"{format_bytes(free)} free {where}"
-    is_enough = free >= LITTLE_SPACE
-    return ("ok", check, said) if is_enough else ("fault", check, f"{said}: {remedy}")
+    return ("ok", check, said) if free >= LITTLE_SPACE else ("fault", check, f"{said}: {remedy}")
 
 
 def _clock(date: str | None, before: float, after: float) -> Finding:

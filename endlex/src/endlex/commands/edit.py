@@ -16,44 +16,43 @@ from endlex.protocol import EndlexError, UsageError
 from endlex.search import parse_search
 
 
-def confirm(question: str, yes: bool) -> bool:
-    """Return whether the user agrees, or has agreed with --yes."""
-    if yes:
-        return True
+def confirm(question: str, declined: str) -> None:
+    """Ask the user; if the answer is not yes, raise an `EndlexError` that says `declined`."""
     if not sys.stdin.isatty():
         raise UsageError("nobody is there to confirm: give --yes")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise EndlexError(declined)
 
 
-def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> int:
+def change(runs: Sequence[str], url: str | None, *, done: str = "", **changes: Any) -> None:
     """Change runs; `changes` are their name, notes, group and so on, as the server takes them."""
     server = Api(url, read_only=False)
+    if changes.get("notes") == "-":
+        changes["notes"] = sys.stdin.read()
     ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
     said = ", ".join(f"{name} = {value!r:.80}" for name, value in changes.items())
     print(f"{count(len(ids), 'run')} {done or f'changed: {said}'}")
-    return 0
 
 
-def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None) -> int:
+def tag(runs: Sequence[str], add: list[str], remove: list[str], url: str | None) -> None:
     """Add and remove tags."""
     if not (add or remove):
         raise UsageError("give tags with --add TAG or --remove TAG")
-    return change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
+    change(runs, url, done="tagged", add_tags=add, remove_tags=remove)
 
 
-def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
+def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> None:
     """Delete runs, or bring them back while they are not pruned."""
-    if not confirm(f"delete {count(len(runs), 'run')}?", yes or undo):
-        print("nothing was deleted")
-        return 1
+    if not (yes or undo):
+        confirm(f"delete {count(len(runs), 'run')}?", "nothing was deleted")
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
-    return change(runs, url, done=done, deleted=not undo)
+    change(runs, url, done=done, deleted=not undo)
 
 
 def alert(
     action: str, rule: str | None, project: str | None, url: str | None, as_json: bool, **how: Any
-) -> int:
+) -> None:
     """List, add or remove a project's rules of alerts; `how` is minutes and level of a new one."""
     server, where = Api(url, read_only=False), {"project": project or ""}
     if action == "ls":
@@ -65,7 +64,7 @@ def alert(
             print(render_table(["RULE", "MINUTES", "LEVEL"], rows))
         else:
             print("no rules: `endlex alert add 'val/bpb > 2' --minutes 10` makes one")
-        return 0
+        return
     if not rule:
         raise UsageError(f"alert {action} needs a rule, such as 'val/bpb > 2'")
     where |= {"kind": "rules", "name": rule}
@@ -79,12 +78,11 @@ def alert(
             )
         server.send("PUT", "/settings", how, query=where)
     print(f"rule {printable(rule)}: {'removed' if action == 'remove' else 'added'}")
-    return 0
 
 
 def prune(
     run: str | None, dry_run: bool, yes: bool, url: str | None, as_json: bool, **asked: Any
-) -> int:
+) -> None:
     """Ask the server what rules remove, ask the user, then remove it.
 
     `asked` is project, keep_last, keep_best, mode, keep_every and deleted, as the server has it.
@@ -104,14 +102,11 @@ def prune(
     plan = server.send("POST", "/prune", request | {"dry_run": True})
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)
-        return 0
+        return
     if not yes:  # the person who is asked sees the plan as text; JSON has the outcome alone
         _print_outcome(plan, "would be removed", as_json=False)
-        if not confirm("remove them?", yes):
-            print("nothing was removed")
-            return 1
+        confirm("remove them?", "nothing was removed")
     _print_outcome(server.send("POST", "/prune", request | {"dry_run": False}), "removed", as_json)
-    return 0
 
 
 def _print_outcome(outcome: dict[str, Any], verb: str, as_json: bool) -> None:

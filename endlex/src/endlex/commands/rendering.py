@@ -20,10 +20,9 @@ from endlex.protocol import EndlexError
 
 def printable(value: Any) -> str:
     """Return the value's text with control characters escaped, on one line."""
-    text = str(value)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
+    )
 
 
 def print_json(value: Any) -> None:

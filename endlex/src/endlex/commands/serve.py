@@ -34,7 +34,7 @@ def data_directory(data: Path | None) -> Path:
     return data or Path(import_server("settings").DataDir.from_environment().root)
 
 
-def serve(data: Path | None, alerts: Sequence[Any], min_free_gb: float | None, **given: Any) -> int:
+def serve(data: Path | None, alerts: list[Any], min_free_gb: float | None, **given: Any) -> None:
     """Serve until a signal ends it; `given` is what `Settings` takes as it is."""
     server, settings = import_server("app"), import_server("settings")
     targets = [target for target in alerts if target is not None]  # an empty --ntfy is none
@@ -45,32 +45,29 @@ def serve(data: Path | None, alerts: Sequence[Any], min_free_gb: float | None, *
         given["min_free_bytes"] = int(min_free_gb * 10**9)
     chosen = {name: value for name, value in given.items() if value is not None}
     server.serve(data_directory(data), settings.Settings(alerts=tuple(targets), **chosen))
-    return 0
 
 
-def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
-    """Make a token and print it; it cannot be shown again."""
+def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -> None:
+    """Make a token and print it, once; a bad name, scope or id is an `EndlexError`."""
     scopes = [part.strip() for part in scope.split(",") if part.strip()]
     print(import_server("api.auth").create_token(data_directory(data), name, scopes, run))
-    return 0
 
 
-def grant_runs(token: str, runs: Sequence[str], data: Path | None) -> int:
+def grant_runs(token: str, runs: Sequence[str], data: Path | None) -> None:
     """Make runs a token's own."""
     import_server("api.auth").grant_runs(data_directory(data), token, list(runs))
     print(f"token {token} may add to {count(len(runs), 'more run')}")
-    return 0
 
 
-def list_tokens(data: Path | None, as_json: bool) -> int:
+def list_tokens(data: Path | None, as_json: bool) -> None:
     """Print what tokens there are: names, scopes, own runs, when they were made and last used."""
     tokens: list[dict[str, Any]] = import_server("api.auth").list_tokens(data_directory(data))
     if as_json:
         print_json(tokens)
-        return 0
+        return
     if not tokens:
         print("no tokens: `endlex token create --name BOX --scope write,checkpoint` makes one")
-        return 0
+        return
     rows = []
     for t in tokens:
         own = "all" if "manage" in t["scopes"] else f"{len(t['runs'])}"
@@ -79,18 +76,15 @@ def list_tokens(data: Path | None, as_json: bool) -> int:
         ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
         named = [t["id"], t["name"], ",".join(t["scopes"]), own if adds else ""]
         rows.append([*named, ages[0], ages[1] or "never", ages[2]])
-    heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
-    print(render_table(heads, rows))
+    print(render_table(["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"], rows))
     if any(t["older_runs"] for t in tokens):
         print(
             "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "
             "which now only add: none of them deletes, prunes, renames, tags or archives."
         )
-    return 0
 
 
-def revoke_token(token: str, data: Path | None) -> int:
+def revoke_token(token: str, data: Path | None) -> None:
     """Make a token worthless from now on."""
     revoked = import_server("api.auth").revoke_token(data_directory(data), token)
     print(f"revoked {count(revoked, 'token')}")
-    return 0

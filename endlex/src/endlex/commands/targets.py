@@ -20,8 +20,7 @@ def is_run_directory(path: Path) -> bool:
 def find_run_directories(folder: Path) -> list[Path]:
     """Return the run directories at or below a folder, at most two levels deep."""
     levels = ("", "*/", "*/*/")
-    found = {path.parent for level in levels for path in folder.glob(f"{level}{RUN_FILE}")}
-    return sorted(found)
+    return sorted({path.parent for at in levels for path in folder.glob(f"{at}{RUN_FILE}")})
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ def local_runs(words: Sequence[str] = ()) -> LocalRuns:
     places = [*registered(), *find_run_directories(runs_folder())]
     if words:
         places = [place for word in words for place in _find_places(word)]
-    found: dict[Path, RunFile] = {}
-    gone: list[Path] = []
-    unreadable: dict[Path, str] = {}
+    found, gone, unreadable = dict[Path, RunFile](), list[Path](), dict[Path, str]()
     for directory in {place.resolve(): place for place in places}.values():
         try:
             owner = read_run_file(directory)

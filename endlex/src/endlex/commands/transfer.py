@@ -12,12 +12,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 from endlex.api import LAST, Api, choose_checkpoint
+from endlex.client.checkpoints import files_of
 from endlex.client.directories import claim_directory, require_run_file, runs_folder
 from endlex.client.process import replacing
 from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
@@ -26,7 +28,7 @@ from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes, printable
 from endlex.commands.targets import is_run_directory, local_runs
 from endlex.formats import write_run
-from endlex.importers.run_directory import Found, RunWriter
+from endlex.importers.run_directory import FoundRuns, RunWriter
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, TABLE, TEXT, EndlexError, UsageError
 from endlex.reading import iter_session, read_points, session_files, summarize
 
@@ -67,7 +69,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
     return 1 if failed or known.unreadable else 0
 
 
-def pull(run: str, directory: Path, url: str | None) -> int:
+def pull(run: str, directory: Path, url: str | None) -> None:
     """Download a checkpoint into a directory, so that a run resumed there joins the old one."""
     word, _, which = run.rpartition("@") if "@" in run else (run, "", LAST)
     if directory.exists() and not directory.is_dir():
@@ -86,22 +88,17 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         pull_checkpoint(found.id, name, directory, server.transport, show)
     about = f"{name} (step {checkpoint['step']:,}, {size}) of run {found.id}"
     print(f"{directory}: checkpoint {about}, every hash verified")
-    path, resume = directory / RUN_FILE, f"ENDLEX_RUN_ID={found.id} makes a run on another machine"
-    try:
-        owner = claim_directory(directory, found.id, found.project, found.name)["run"]
-    except EndlexError:  # a run.json, but not of Endlex
-        owner = ""
-    if owner == found.id:
-        said = f"is written: endlex.init with directory={str(directory)!r} resumes run {owner}"
-    else:
-        said = "belongs to something else and is left as it is"
-    print(f"{path} {said}; {resume} join it")
-    return 0
+    said = "belongs to something else and is left as it is"
+    with suppress(EndlexError):  # a run.json, but not of Endlex
+        if claim_directory(directory, found.id, found.project, found.name)["run"] == found.id:
+            said = f"is written: endlex.init with directory={str(directory)!r} resumes this run"
+    resume = f"ENDLEX_RUN_ID={found.id} makes a run on another machine join it"
+    print(f"{directory / RUN_FILE} {said}; {resume}")
 
 
 def push(
     path: Path, run: str | None, project: str | None, name: str | None, url: str | None, **how: Any
-) -> int:
+) -> None:
     """Upload a file or a directory as a checkpoint of an existing run, or of a new one.
 
     `how` is the checkpoint's step and aliases.
@@ -113,6 +110,8 @@ def push(
     tidy = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).lstrip(".")[:120]
     if not name and not CHECKPOINT_NAME.fullmatch(tidy):
         raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
+    if not any(files_of(path)):
+        raise EndlexError(f"{str(path)!r} holds no files: nothing to push")
     checkpoint, server = name or tidy, Api(url)
     with ProgressLine() as line:
         if run is None:
@@ -128,7 +127,6 @@ def push(
     size = format_bytes(sum(file["bytes"] for file in files))
     about = f"{checkpoint} of run {identity}: {count(len(files), 'file')}, {size}"
     print(f"checkpoint {about}, published on {server.url}")
-    return 0
 
 
 def _save(path: Path, project: str | None, name: str, how: dict[str, Any]) -> Path:
@@ -147,7 +145,7 @@ def import_runs(tool: str, path: Path, project: str | None, to: Path | None) -> 
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     importer = import_module(f"endlex.importers.{tool}")
-    found: Found = importer.find_runs(path, to or runs_folder(), project)
+    found: FoundRuns = importer.find_runs(path, to or runs_folder(), project)
     imported: list[RunWriter] = []
     failed = False
     for place, import_one in found:
@@ -173,7 +171,7 @@ def import_runs(tool: str, path: Path, project: str | None, to: Path | None) -> 
     return 1 if failed else 0
 
 
-def export(run: str, format: str | None, output: Path | None, url: str | None) -> int:
+def export(run: str, format: str | None, output: Path | None, url: str | None) -> None:
     """Write one run to a file that appears whole under its name, or to standard output."""
     kind = format or (SUFFIXES.get(output.suffix.lower()) if output else None) or "csv"
     write: Callable[[IO[bytes]], None]
@@ -193,13 +191,12 @@ def export(run: str, format: str | None, output: Path | None, url: str | None) -
             raise UsageError("parquet is not text: give a file with -o")
         write(sys.stdout.buffer)
         sys.stdout.buffer.flush()
-        return 0
+        return
     if output.is_dir():
         raise UsageError(f"{output} is a directory: give a file's name")
     with replacing(output) as file:
         write(file)
     print(f"{output}: {format_bytes(output.stat().st_size)}", file=sys.stderr)
-    return 0
 
 
 def _write_directory(directory: Path, kind: str, file: IO[bytes]) -> None:

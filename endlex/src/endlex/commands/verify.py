@@ -63,13 +63,13 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
         unreadable = {str(place): why for place, why in known.unreadable.items()}
         gone = list(map(str, known.gone))
         print_json({"safe": safe, "runs": verdicts, "gone": gone, "unreadable": unreadable})
-        return 0 if safe else 1
-    for verdict in verdicts:
-        _print(verdict, transport.url if transport else "")
-    if not runs or known.unreadable:
-        print(known)
-    print("safe to tear down" if safe else "NOT safe to tear down")
-    _print_remedy(unsafe, url)
+    else:
+        for verdict in verdicts:
+            _print(verdict, transport.url if transport else "")
+        if not runs or known.unreadable:
+            print(known)
+        print("safe to tear down" if safe else "NOT safe to tear down")
+        _print_remedy(unsafe, url)
     return 0 if safe else 1
 
 

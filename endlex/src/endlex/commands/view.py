@@ -52,7 +52,7 @@ def _load_run(text: str, url: str | None) -> Found:
 
 def ls(
     query: list[str], limit: int, ids: bool, local: bool, url: str | None, as_json: bool, **by: Any
-) -> int:
+) -> None:
     """Print a table of runs, of the server or of this machine's run directories.
 
     `by` is project, group, sort and archived, as the server takes them.
@@ -73,7 +73,6 @@ def ls(
         print(_run_table(runs) if runs else "no runs")
         if page["total"] > len(runs):
             print(f"{len(runs):,} of {count(page['total'], 'run')}: --limit shows more")
-    return 0
 
 
 def _local_runs(query: str, project: str | None, group: str | None, **other: Any) -> list[Any]:
@@ -103,7 +102,7 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> str:
     return render_table(headers, rows, right=(6,))
 
 
-def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
+def show(run: str, log: bool, url: str | None, as_json: bool) -> None:
     """Print one run, or what it printed."""
     if log:
         if is_run_directory(Path(run)):
@@ -112,22 +111,17 @@ def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
             print("\n".join(lines))
         else:
             print(Api(url).run(run).console())
-        return 0
+        return
     found = _load_run(run, url)
     if as_json:
         print_json(found)
-        return 0
+        return
     print(f"{printable(found['project'])}/{printable(found['name'])}  {found['run']}")
     host = f" on {printable(found['host'])}" if found.get("host") else ""
     print(f"{found['status']}{host}, updated {format_age(found['updated'])}")
     for key in ("tags", "group", "notes"):
         if value := found.get(key):
             print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
-    _print_sections(found)
-    return 0
-
-
-def _print_sections(found: Found) -> None:
     keys = ("last", "min", "max", "last_step", "count")
     metrics = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
     checkpoints = []
@@ -146,7 +140,7 @@ def _print_sections(found: Found) -> None:
         print("\ntexts and tables: " + ", ".join(map(printable, names)))
 
 
-def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json: bool) -> int:
+def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json: bool) -> None:
     """Print the metrics of runs side by side, and the configuration where it differs."""
     if len(runs) < 2:
         raise UsageError(f"{runs[0]!r} alone cannot be compared: give two runs or more")
@@ -164,7 +158,7 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
         about = [{k: run[k] for k in ("run", "project", "name")} for run in loaded]
         metrics = {name: [found.get(name) for found in by_name] for name in wanted}
         print_json({"runs": about, "config": differing, "metrics": metrics})
-        return 0
+        return
     heads = [f"{run['name'][:CELL]} ({run['run']})" for run in loaded]
     columns = range(1, len(loaded) + 1)
     rows = [[n, *(format_number(m.get(n, {}).get("last")) for m in by_name)] for n in wanted]
@@ -174,10 +168,9 @@ def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json
         print("\n" + render_table(["CONFIG THAT DIFFERS", *heads], rows, right=columns))
     else:
         print("\nthe configurations are equal")
-    return 0
 
 
-def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> int:
+def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> None:
     """Show a run until it ends, or until Ctrl-C."""
     plotext = None
     if sys.stdout.isatty():
@@ -198,74 +191,70 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
                 found = _load_run(run, url)
                 if is_here and any(one["status"] == "running" for one in found["sessions"]):
                     found["status"] = "running"  # whichever session it is
-                names = _choose(found, metric)
+                metrics = _choose(found, metric)
                 if plotext is not None:
-                    _draw(plotext, found, names, run, url)
-                elif (line := _line(found, names)) != printed:
+                    _draw(plotext, found, metrics, run, url)
+                elif (line := _line(found, metrics)) != printed:
                     print(line, flush=True)
                     printed = line
                 if once or found["status"] in ENDED:
-                    return 0
+                    return
             except Unreachable as error:  # the server may come back; the first look must succeed
                 if once or (printed is None and plotext is None):
                     raise
                 print(f"{error}; trying again", file=sys.stderr)
             time.sleep(every)
     print()
-    return 0
 
 
-def _choose(found: Found, wanted: Sequence[str]) -> list[str]:
+def _choose(found: Found, wanted: Sequence[str]) -> list[dict[str, Any]]:
     """Return which metrics to show: those asked for, else the usual ones, else the first."""
-    there = [m["name"] for m in found["metrics"]]
+    there = {m["name"]: m for m in found["metrics"]}
     unknown = [name for name in wanted if name not in there]
     if unknown and found["status"] in ENDED:
         raise UsageError(f"the run has no metric {', '.join(unknown)}; it has {', '.join(there)}")
     if wanted:
-        return [name for name in wanted if name in there]
-    usual = [name for name in PLOTTED if name in there]
-    rest = [name for name in there if name not in usual and not name.startswith("system/")]
-    return (usual + rest)[:PLOTS]
+        return [there[name] for name in wanted if name in there]
+    rest = [name for name in there if not name.startswith("system/")]
+    usual = dict.fromkeys(name for name in (*PLOTTED, *rest) if name in there)
+    return [there[name] for name in usual][:PLOTS]
 
 
 def _title(found: Found) -> str:
     return printable(f"{found['project']}/{found['name']} {found['run']}") + f"  {found['status']}"
 
 
-def _line(found: Found, names: Sequence[str]) -> str:
-    last = {m["name"]: m for m in found["metrics"]}
-    step = max((last[name]["last_step"] for name in names), default=0)
-    values = "  ".join(f"{printable(n)} {format_number(last[n]['last'])}" for n in names)
+def _line(found: Found, metrics: Sequence[dict[str, Any]]) -> str:
+    step = max((m["last_step"] for m in metrics), default=0)
+    values = "  ".join(f"{printable(m['name'])} {format_number(m['last'])}" for m in metrics)
     return f"{_title(found)}  step {step:,}  {values}"
 
 
-def _draw(plotext: Any, found: Found, names: Sequence[str], run: str, url: str | None) -> None:
+def _draw(plotext: Any, found: Found, metrics: list[Any], run: str, url: str | None) -> None:
     """Draw one plot per metric, as many as fit below one another."""
     columns, lines = shutil.get_terminal_size()
-    names = names[: max(1, (lines - 2) // PLOT_ROWS)]
-    last = {m["name"]: m for m in found["metrics"]}
+    metrics = metrics[: max(1, (lines - 2) // PLOT_ROWS)]
     figure = [f"{_title(found)}, updated {format_age(found['updated'])}"]
-    for name in names:
-        x, y = _series(run, url, name, columns)
+    for metric in metrics:
+        points = _series(run, url, metric["name"], columns)
         plotext.clear_figure()
         plotext.theme("clear")
-        plotext.plotsize(columns, min(PLOT_ROWS + 4, (lines - 2) // len(names)))
-        if x:
-            plotext.plot(x, y, marker="braille")
-        plotext.title(f"{printable(name)}  {format_number(last[name]['last'])}")
+        plotext.plotsize(columns, min(PLOT_ROWS + 4, (lines - 2) // len(metrics)))
+        if points:
+            plotext.plot([x for x, _ in points], [y for _, y in points], marker="braille")
+        plotext.title(f"{printable(metric['name'])}  {format_number(metric['last'])}")
         figure.append(plotext.build())
     print("\x1b[2J\x1b[H" + "\n".join(figure), flush=True)
 
 
-def _series(run: str, url: str | None, name: str, width: int) -> tuple[list[float], list[float]]:
+def _series(run: str, url: str | None, name: str, width: int) -> list[tuple[float, float]]:
     """Return the steps and values of a metric, about `width` of them at most."""
     if is_run_directory(Path(run)):
         points = read_points(Path(run)).get(name, {})
         steps = sorted(step for step, (_, value) in points.items() if math.isfinite(value))
         kept = steps[:: -max(1, len(steps) // max(1, width))][::-1]
-        return [float(step) for step in kept], [points[step][1] for step in kept]
+        return [(float(step), points[step][1]) for step in kept]
     query = {"metric": name, "x": "step", "points": width}
     found = Api(url).get(quoted("runs", run, "series"), query)["series"]
-    found = found.get(name, {"x": [], "y": []})
-    known = [pair for pair in zip(found["x"], found["y"], strict=True) if None not in pair]
-    return [x for x, _ in known], [y for _, y in known]
+    series = found.get(name, {"x": [], "y": []})
+    return [pair for pair in zip(series["x"], series["y"], strict=True) if None not in pair]

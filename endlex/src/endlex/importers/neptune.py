@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.log import read_file
-from endlex.importers.run_directory import Found, RunWriter, find_files, inside, load
+from endlex.importers.run_directory import FoundRuns, RunWriter, find_files, inside, load
 from endlex.protocol import EndlexError
 
 SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")
@@ -26,7 +26,7 @@ COLUMNS = {"project_id", "run_id", "attribute_path", "attribute_type"}
 Row = dict[str, Any]
 
 
-def find_runs(path: Path, root: Path, project: str | None) -> Found:
+def find_runs(path: Path, root: Path, project: str | None) -> FoundRuns:
     """Find the Parquet files of each run at or below `path`: a long run is several files."""
     runs: dict[str, list[Path]] = defaultdict(list)
     what = ".parquet file: give neptune-exporter's data directory"

@@ -17,6 +17,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -128,8 +129,7 @@ class RunWriter:
             self.append(protocol.METRICS, at[1], {"step": at[0], "values": encoded}, kind)
 
     def _named(self, record: str, at: Moment, name: str, **content: Any) -> None:
-        step, time = at
-        self.append(record, time, {"step": step, "name": tidy_name(name, record), **content})
+        self.append(record, at[1], {"step": at[0], "name": tidy_name(name, record), **content})
 
     def text(self, at: Moment, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
@@ -229,7 +229,7 @@ class RunWriter:
             path.replace(final / protocol.JOURNAL_DIR / path.name)
 
 
-Found = list[tuple[Path, Callable[[], RunWriter | list[RunWriter]]]]
+FoundRuns = list[tuple[Path, Callable[[], RunWriter | list[RunWriter]]]]
 """What `endlex import` finds: the places of runs, each with what imports it."""
 
 
@@ -284,10 +284,11 @@ def is_number(value: Any) -> bool:
 
 def inside(files: Path, relative: str) -> Path | None:
     """A file's path; None where there is none, it is too large, or it leads out of the run."""
-    target = (files / relative).resolve()
-    if not relative or not target.is_relative_to(files.resolve()) or not target.is_file():
-        return None
-    return target if target.stat().st_size <= LARGEST_FILE else None
+    with suppress(OSError, ValueError):  # no file can have such a name
+        target = (files / relative).resolve()
+        if target.is_relative_to(files.resolve()) and target.is_file():
+            return target if target.stat().st_size <= LARGEST_FILE else None
+    return None
 
 
 def _table_of(value: Mapping[str, Any], file: Path | None) -> tuple[list[str], list[list[Any]]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.log import HISTOGRAM
-from endlex.importers.run_directory import Found, Moment, RunWriter, find_files, load
+from endlex.importers.run_directory import FoundRuns, Moment, RunWriter, find_files, load
 from endlex.protocol import EndlexError, UsageError
 
 HEAD = struct.Struct("<QI")
@@ -29,12 +29,12 @@ FAILED = 2
 """The hparams plugin's word for a run that failed."""
 
 
-def find_runs(path: Path, root: Path, project: str | None) -> Found:
+def find_runs(path: Path, root: Path, project: str | None) -> FoundRuns:
     """Find the directories with event files; each is a run, named by its path below `path`."""
     if path.is_file():
         raise UsageError(f"{path} is a file: give the directory that holds the event files")
     files = find_files(path, "*tfevents*", "event files (events.out.tfevents...)")
-    top, found = path.resolve().name, Found()
+    top, found = path.resolve().name, FoundRuns()
     for place in sorted({file.parent for file in files}):
         name = "/".join(place.relative_to(path).parts) or top
         found.append((place, partial(import_tensorboard, place, root, project or top, name)))

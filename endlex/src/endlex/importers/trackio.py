@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.importers.run_directory import Found, RunWriter, find_files, numbers_of
+from endlex.importers.run_directory import FoundRuns, RunWriter, find_files, numbers_of
 from endlex.protocol import SYSTEM, EndlexError
 
 RunKey = str | int | None
 """What names a run in its column: a text, but some files have numbers or NULL there."""
 
 
-def find_runs(path: Path, root: Path, project: str | None) -> Found:
+def find_runs(path: Path, root: Path, project: str | None) -> FoundRuns:
     """Find the databases at or below a directory, or the one that is named."""
     files = find_files(path, "*.db", ".db file: give trackio's directory or one of its files")
     return [(file, partial(import_trackio, file, root, project)) for file in files]

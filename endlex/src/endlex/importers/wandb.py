@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import tidy_name
-from endlex.importers.run_directory import Found, RunWriter, find_files, load, numbers_of
+from endlex.importers.run_directory import FoundRuns, RunWriter, find_files, load, numbers_of
 from endlex.protocol import CONFIG, CONSOLE, SYSTEM, EndlexError
 
 MAGIC = b":W&B"
@@ -32,7 +32,7 @@ CONSOLE_LINES = 200
 """Most lines of the console per text."""
 
 
-def find_runs(path: Path, root: Path, project: str | None) -> Found:
+def find_runs(path: Path, root: Path, project: str | None) -> FoundRuns:
     """Find the `.wandb` files below a directory, or the one that is named."""
     what = ".wandb file: give an offline run's directory (wandb/offline-run-...)"
     files = find_files(path, "*.wandb", what)

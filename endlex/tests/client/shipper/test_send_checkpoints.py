@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,12 @@ from endlex.client.checkpoints import (
 )
 from endlex.client.shipper import send_checkpoints
 from endlex.client.shipper.control import wait_until_shipped
-from endlex.client.shipper.send_checkpoints import ALL_MEDIA, CheckpointShipper, Uploader
+from endlex.client.shipper.send_checkpoints import (
+    ALL_MEDIA,
+    CheckpointShipper,
+    Uploader,
+    in_parallel,
+)
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.reading import read_run, session_files
 
@@ -228,6 +235,31 @@ def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
     with pytest.raises(FileChanged):
         send(run, name, transport)
     assert stub.manifests == {}
+
+
+def test_ctrl_c_while_threads_begin_ends_what_they_do(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending, done = threading.Event(), list[int]()
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any) -> Any:  # type: ignore[override]
+            if self._threads:
+                raise KeyboardInterrupt
+            return super().submit(*arguments)
+
+        def shutdown(self, *arguments: Any, **options: Any) -> None:
+            ending.set()
+            super().shutdown(*arguments, **options)
+
+    def act(item: int) -> None:
+        ending.wait()
+        done.append(item)
+
+    monkeypatch.setattr(send_checkpoints, "ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(act, range(1000), 2, transport)
+    assert len(done) <= 1
 
 
 def test_a_replaced_file_is_kept_as_it_was(

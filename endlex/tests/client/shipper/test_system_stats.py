@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 
 from endlex.client.directories import claim_directory
-from endlex.client.shipper import system_stats
 from endlex.client.shipper.system_stats import SystemRecorder, sensors, take_sample
 from endlex.reading import end_status, read_journal
 
@@ -61,7 +61,8 @@ class Psutil:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **libraries: Any) -> None:
-    monkeypatch.setattr(system_stats, "_library", libraries.get)
+    for name in ("psutil", "pynvml"):
+        monkeypatch.setitem(sys.modules, name, libraries.get(name))  # None: it is not installed
 
 
 def test_without_libraries_there_are_disks_and_load(
@@ -101,6 +102,21 @@ def test_no_driver_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     broken.nvmlInit = no_driver  # type: ignore[method-assign]
     use(monkeypatch, pynvml=broken)
     assert not any("gpu" in name for name in take_sample(sensors(tmp_path)))
+
+
+def test_a_network_that_may_not_be_read_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pernic: bool) -> None:
+        raise PermissionError("/proc/net/dev")
+
+    closed = Psutil()
+    closed.net_io_counters = refuse  # type: ignore[method-assign, assignment]
+    use(monkeypatch, psutil=closed)
+    (tmp_path / "home").mkdir()
+    values = take_sample(sensors(tmp_path))
+    assert values["system/cpu_percent"] == 12.5
+    assert not any("net" in name for name in values)
 
 
 def test_the_real_libraries_if_they_are_here(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
     delimiter = entry.get("continuation_delimiter", DEFAULT_DELIMITER)
     if isinstance(shots, list) and len(shots) == 1:
         shots = shots[0]
-    root, wrong = (directory / DATA).resolve(), None
+    root = (directory / DATA).resolve()
+    wrong = None
     if kind not in tuple(COLUMNS):  # a list cannot be looked up in a dict
         wrong = f"is of type {kind!r}, which is none of {', '.join(COLUMNS)}"
     elif not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):

@@ -132,10 +132,16 @@ def main(arguments: list[str]) -> int:
     if lock is None:
         return 0  # another one is at work, and finds new sessions by itself
     stop = threading.Event()
+
+    def stop_on_sigterm() -> None:
+        signal.sigwait([signal.SIGTERM])
+        stop.set()
+
     # A handler would run in the main thread, which may hold the lock inside `stop`: a thread of its
-    # own waits for the signal instead.
+    # own waits for the signal instead, which macOS would drop if the trainer ignores it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_stop_on_sigterm, args=(stop,), daemon=True).start()
+    threading.Thread(target=stop_on_sigterm, daemon=True).start()
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     with control.holding(lock):
@@ -146,11 +152,6 @@ def main(arguments: list[str]) -> int:
             control.write_state(directory, FAILED, {"error": str(error)})
             return 1
     return 0
-
-
-def _stop_on_sigterm(stop: threading.Event) -> None:
-    signal.sigwait([signal.SIGTERM])
-    stop.set()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -242,8 +243,6 @@ def _count_files(directory: Path) -> int:
 
 def sync_command(directory: Path) -> str:
     """Return what to type to send the rest."""
-    import shlex
-
     return f"endlex sync {shlex.quote(str(directory))}"
 
 

@@ -197,8 +197,8 @@ def in_parallel(
                 act(item)
 
     with ThreadPoolExecutor(threads) as pool:
-        works = [pool.submit(work) for _ in range(min(threads, len(items)))]
         try:
+            works = [pool.submit(work) for _ in range(min(threads, len(items)))]
             wait(works, return_when=FIRST_EXCEPTION)
         finally:  # after a fault, or at Ctrl-C: the others find nothing left
             list(left)

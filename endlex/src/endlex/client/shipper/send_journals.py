@@ -167,7 +167,7 @@ class JournalShipper:
                     renew_session(path)
 
     def tick(self) -> bool:
-        """Look at every session once; return whether there is more to send right away."""
+        """Look at each session, and return whether more can be sent now; or raise `Retry`."""
         for path in session_files(self._directory):
             if path.stem not in self.sessions:
                 self.sessions[path.stem] = SessionShipper(self._run, path, self._transport)

@@ -41,21 +41,15 @@ def sensors(directory: Path) -> list[Sensor]:
         },
         lambda: {"system/load": os.getloadavg()[0]},
     ]
-    if (psutil := _library("psutil")) is not None:
+    with contextlib.suppress(Exception):  # not installed, or broken
+        psutil = importlib.import_module("psutil")
         found += [lambda: _machine(psutil), _network(psutil)]
-    if (nvml := _library("pynvml")) is not None:
-        with contextlib.suppress(Exception):  # no driver, or no card
-            nvml.nvmlInit()
-            for index in range(nvml.nvmlDeviceGetCount()):
-                found += _card_sensors(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index)
+    with contextlib.suppress(Exception):  # likewise, or no driver, or no card
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            found += _card_sensors(nvml, nvml.nvmlDeviceGetHandleByIndex(index), index)
     return found
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception:  # an optional library that is broken counts as not installed
-        return None
 
 
 def _machine(psutil: Any) -> dict[str, float]:
@@ -69,18 +63,14 @@ def _machine(psutil: Any) -> dict[str, float]:
 
 def _network(psutil: Any) -> Sensor:
     """Return a sensor of all interfaces but the loopback one, for the time between two calls."""
-
-    def count() -> tuple[float, int, int]:
-        interfaces = psutil.net_io_counters(pernic=True).items()
-        counts = [count for name, count in interfaces if not name.startswith("lo")]
-        sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
-        return time.monotonic(), sent, received
-
-    last = count()
+    last = 0.0, 0, 0
 
     def measure() -> dict[str, float]:
         nonlocal last
-        before, last = last, count()
+        interfaces = psutil.net_io_counters(pernic=True).items()
+        counts = [count for name, count in interfaces if not name.startswith("lo")]
+        sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
+        before, last = last, (time.monotonic(), sent, received)
         seconds, sent, received = (now - then for now, then in zip(last, before, strict=True))
         return {
             "system/net_sent_bytes_per_second": sent / max(seconds, 1e-3),

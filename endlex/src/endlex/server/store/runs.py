@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import orjson
 from pydantic import AfterValidator, BaseModel, Field
 
-from endlex.protocol import REMOVED, SYSTEM, check_name
+from endlex.protocol import REMOVED, SYSTEM, check_name, move_aliases
 from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
 from endlex.server.store import search
@@ -214,7 +214,9 @@ def list_checkpoints(db: Connection, run: int) -> list[dict[str, Any]]:
     """
     columns = "name, step, created, state, bytes, aliases, metadata, error"
     query = f"SELECT {columns} FROM checkpoint WHERE run=? AND state != ? ORDER BY step, created"
-    return dicts(db, query, (run, REMOVED))
+    found = dicts(db, query, (run, REMOVED))
+    move_aliases(found)
+    return found
 
 
 def list_alerts(db: Connection, run: str | None, open_only: bool) -> list[dict[str, Any]]:

@@ -138,8 +138,9 @@ def check_target(target: str) -> tuple[str, str]:
         return "mail", address
     if kind in ("json", "slack", "discord", "ntfy") and parts.scheme in ("http", "https"):
         return kind, address
+    where = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "an address without a host"
     raise EndlexError(
-        f"alerts cannot go to {parts.scheme}://{parts.hostname}: give https://..., "
+        f"alerts cannot go to {where}: give https://..., "
         "slack+https://..., discord+https://..., ntfy+https://... or smtps://...?to=ADDRESS"
     )
 
