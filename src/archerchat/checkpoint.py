@@ -139,8 +139,8 @@ def _write_sections(
     files = {}
     for section, entries in state.items():
         file = directory / (check_name(section, "section") + SUFFIX)
-        if tensors := _storable(entries):
-            save_file(tensors, file)
+        if any(isinstance(value, Tensor) for value in entries.values()):
+            save_file(_storable(entries), file)  # freed before the next is copied
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     return files
 
@@ -233,7 +233,7 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
     if models and tag is None:
         return max(models.values(), key=lambda model: saved_at(find_checkpoint(model)))
     if tag not in models:
-        named = f" {tag!r}" if tag else ""
+        named = "" if tag is None else f" {tag!r}"
         hint = f"; there is {', '.join(models)}" if models else ": train or import one first"
         raise UsageError(f"no {stage} model{named} under {home.stage_dir(stage)}{hint}")
     return models[tag]

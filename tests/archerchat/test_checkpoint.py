@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,25 @@ def test_a_directory_that_cannot_be_read_is_not_called_empty(
     assert list_checkpoints(directory / "step_000001" / "meta.json") == []
 
 
+def test_one_section_at_a_time_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[Tensor]] = []
+    save_file = checkpoint.save_file
+
+    class Section(dict[str, Tensor]):
+        def items(self) -> Any:
+            assert not any(copy() is not None for copy in copies), "the last section's are kept"
+            return super().items()
+
+    def save(tensors: dict[str, Tensor], file: Path) -> None:
+        copies.extend(map(weakref.ref, tensors.values()))
+        save_file(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    strided = {name: Section(weight=torch.ones(3, 4).t()) for name in ("model", "optimizer")}
+    save_checkpoint(tmp_path, 1, strided, {})
+    assert len(copies) == 2
+
+
 def test_find_checkpoint_takes_the_latest_or_names_the_steps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no checkpoint in .*missing"):
         find_checkpoint(tmp_path / "missing")
@@ -330,8 +350,8 @@ def test_find_model_takes_the_last_saved_or_names_the_tags(tmp_path: Path) -> No
     home.checkpoint_dir("base", "empty").mkdir()
     assert find_model(home, "base", None).name == "d12"
     assert find_model(home, "base", "d4") == home.checkpoint_dir("base", "d4")
-    for tag in ("d5", "empty", "../base/d4"):
-        with pytest.raises(UsageError, match="; there is d12, d4, d8"):
+    for tag in ("d5", "empty", "../base/d4", ""):
+        with pytest.raises(UsageError, match=f"model {tag!r} under .*; there is d12, d4, d8"):
             find_model(home, "base", tag)
 
 

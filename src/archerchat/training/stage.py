@@ -217,7 +217,7 @@ class Stage(Recipe):
 
     @property
     def saved_rows(self) -> int:
-        """Rows per micro-batch of the saved run; 0 if there is none, or none that we trained."""
+        """Rows per micro-batch of the saved run; 0 if there is none, or if it was imported."""
         identity = self.saved.meta.get("identity", {}) if self.saved else {}
         return int(identity.get("rollouts", identity).get("device_batch_size", 0))
 
@@ -265,17 +265,17 @@ class Stage(Recipe):
         # A step takes whole micro-batches from each stream of data.
         divided = math.gcd(per_step, per_step * runtime.world_size // streams)
         memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
-        device = runtime.compute_dtype, runtime.device, runtime.world_size, memory
+        machine = runtime.compute_dtype, runtime.device, runtime.world_size, memory
         model, again, dtype = self.model_config, self.recomputes, self.state_dtype
         estimate, fitting, recomputes = fit_micro_batch(
-            model, *device, divided, recomputes=again, state_dtype=dtype
+            model, *machine, divided, recomputes=again, state_dtype=dtype
         )
-        rows, began_with = fitting or 1, self.saved_rows
-        if usual and per_step % usual == 0:
-            rows = usual if estimate.total(usual) <= memory * (1 - RESERVED_SHARE) else rows
-        if saved and began_with > 0 and per_step % began_with == 0:
-            same = (saved.meta.get("hardware") or {}).get("device") == runtime.device_name
-            rows = began_with if same else rows
+        rows, began_with, usable = fitting or 1, self.saved_rows, memory * (1 - RESERVED_SHARE)
+        if usual and per_step % usual == 0 and estimate.total(usual) <= usable:
+            rows = usual
+        before = (saved.meta.get("hardware") or {}).get("device") if saved else None
+        if began_with > 0 and per_step % began_with == 0 and before == runtime.device_name:
+            rows = began_with
         rows = min(rows, self.most_rows or rows)
         # All ranks call this, even if one lacks the saved run or has another card.
         every_rows, every_recomputes = zip(*self.ranks.gather((rows, recomputes)), strict=True)
