@@ -13,11 +13,11 @@ from rich.table import Table
 
 from archerchat.console import duration_text
 from archerchat.data.hub import SOURCES
-from archerchat.data.shards import data_directory, list_shards, list_sources, split_shards
+from archerchat.data.shards import Shard, data_directory, list_shards, list_sources, split_shards
 from archerchat.data.text_sample import measure_text
 from archerchat.home import Home
 from archerchat.planning.memory import CPU_TOKENS, RESERVED_SHARE
-from archerchat.planning.plan import PlanConfig, build_plan
+from archerchat.planning.plan import BYTES_PER_TOKEN, PlanConfig, build_plan
 from archerchat.report.document import build_environment
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 
@@ -26,9 +26,11 @@ def plan(config: PlanConfig, home: Home) -> None:
     """Print the plan of a run."""
     text, packing = None, "best-fit"
     if config.data is not None:
-        shards, _ = split_shards(list_shards(data_directory(config.data, home)))
+        shards, held_out = split_shards(list_shards(data_directory(config.data, home)))
         tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+        with Shard(held_out[0]) as shard:  # an evaluation reads it once at most
+            eval_tokens = min(config.eval_tokens, max(1, shard.text_bytes // BYTES_PER_TOKEN))
+        config = replace(config, vocab_size=tokenizer.vocab_size, eval_tokens=eval_tokens)
         text = measure_text(shards, tokenizer, config.dial.max_seq_len + 1)
         packing = "best-fit" if config.data in SOURCES else text.packing
     content = build_plan(config, home.cache_dir)

@@ -37,6 +37,8 @@ VOCAB_SIZE = 32768
 EVAL_EVERY = 250
 EVAL_TOKENS = 41_943_040
 """Pretraining's defaults: steps between evaluations, and validation tokens of each."""
+BYTES_PER_TOKEN = 4
+"""Roughly, of validation text: it only serves to estimate the time."""
 FORWARD_SHARE = 1 / 3
 """Share of a training token's operations that an evaluated token takes."""
 MFU_DATA_CENTRE = 0.40
@@ -75,7 +77,7 @@ class PlanConfig(Config):
     eval_every: PositiveInt | None = EVAL_EVERY
     """Steps between evaluations; `none` for never."""
     eval_tokens: PositiveInt = EVAL_TOKENS
-    """Validation tokens per evaluation."""
+    """Validation tokens per evaluation. With --data, at most those that it has."""
     tokens_per_shard: PositiveInt | None = None
     """Training tokens in one shard of text. Defaults to an estimate for ClimbMix."""
     json: bool = False

@@ -174,3 +174,5 @@ def test_data_that_is_here_is_measured(
     assert content["text"]["packing"] == "concat"
     assert content["text"]["passes"] == pytest.approx(2, rel=0.001)
     assert content["hyperparameters"]["model"]["vocab_size"] == 265
+    evaluation, training = content["time"]["evaluation_hours"], content["time"]["hours"]
+    assert 0 < evaluation < training / 10  # 1 MB of validation text; the default is 42M tokens
