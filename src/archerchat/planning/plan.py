@@ -57,9 +57,10 @@ class PlanConfig(Config):
     data: str | None = None
     """Data on this machine to measure, by its name. Defaults to an estimate for ClimbMix."""
     tokenizer: str = "default"
-    """Name of the tokenizer to measure --data with."""
-    vocab_size: PositiveInt = VOCAB_SIZE
-    """Size of the vocabulary. With --data it is the tokenizer's."""
+    """Name of the tokenizer."""
+    vocab_size: PositiveInt | None = None
+    """Size of the vocabulary. Defaults to the tokenizer's, or to 32,768 if it is not here or --gpu
+    is given. With --data it is always the tokenizer's."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None
@@ -92,7 +93,7 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
     Raises:
         UsageError: the card is unknown, or no micro-batch divides the batch.
     """
-    hp = build_hyperparameters(config.dial, config.vocab_size)
+    hp = build_hyperparameters(config.dial, config.vocab_size or VOCAB_SIZE)
     schedule = build_schedule(config.dial, hp)
     rows = grad_accum_steps(hp.total_batch_tokens, 1, hp.model.sequence_length, config.num_gpus)
     runtime, gpu = _choose_device(config.gpu)
