@@ -33,7 +33,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two settings of glibc's `mallopt`."""
 KEPT_BYTES = 2**31 - 1
 """Largest blocks, and most free memory at the end of the heap, for glibc to keep."""
-STOPPING = b"\nstopping after this step and saving; press Ctrl-C again to stop without saving\n"
 SAME_REQUEST_SECONDS = 2.0
 COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable for torch's directory of compiled code."""
@@ -231,10 +230,13 @@ class StopRequest:
     """Remember whether the user or the system asked the loop to end.
 
     Signals within `SAME_REQUEST_SECONDS` count as one, since schedulers and terminals send several.
+
+    Args:
+        describe: returns what to print at the first request.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, describe: Callable[[], str]) -> None:
+        self.asked, self._describe = False, describe
         self._asked_at = 0.0
         self._interruptible = False
 
@@ -245,7 +247,7 @@ class StopRequest:
             return
         self.asked, self._asked_at = True, time.monotonic()
         with suppress(OSError):  # not `print`: the signal may have come in the middle of one
-            os.write(sys.stderr.fileno(), STOPPING)
+            os.write(sys.stderr.fileno(), f"\n{self._describe()}\n".encode())
         if self._interruptible:
             raise _Stopped
 

@@ -9,8 +9,9 @@ adds to the name. An interrupted evaluation resumes from the `.partial.json` in 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from archerchat.checkpoint import META
 from archerchat.commands.chat import SampleConfig, print_samples
 from archerchat.config import PositiveInt
 from archerchat.console import LiveLine, build_console, build_table, duration_text
-from archerchat.data.shards import data_directory, list_shards, split_shards
+from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.data.text_loader import TextLoader
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
@@ -45,6 +47,7 @@ from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, ModelOptions, build_inference_model
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
+from archerchat.planning.memory import CPU_TOKENS
 from archerchat.runtime import Runtime, dtype_name
 
 EVALUATIONS = ("core", "bpb", "sample")
@@ -67,11 +70,11 @@ class EvalBaseConfig(ModelOptions):
     """Splits for bits per byte, separated by commas: train, val. Defaults to both, or to none with
     --text."""
     split_tokens: PositiveInt = 524_288
-    """Tokens per split for bits per byte."""
+    """Tokens per split for bits per byte, within one pass over its text."""
     text: Path | None = None
     """Measure bits per byte on all of this text file."""
     device_batch_size: PositiveInt = 32
-    """Rows per batch. Halve it if you run out of memory."""
+    """Rows per batch; a CPU takes at most 8,192 tokens. Halve it if you run out of memory."""
     json: Path | None = None
     """Also write the figures to this file."""
 
@@ -191,51 +194,94 @@ def _measure_texts(
 ) -> dict[str, float]:
     model, tokenizer, trained = loaded.model, loaded.tokenizer, loaded.meta.get("config") or {}
     rows, length = config.device_batch_size, model.config.sequence_length
+    if model.device.type == "cpu":  # more are not faster there, and progress would show later
+        rows = min(rows, max(1, CPU_TOKENS // length))
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
-    texts: dict[str, Iterator[tuple[Tensor, Tensor]]] = {}
+    # For each text: its batches, its bytes, and the most tokens to measure.
+    texts: dict[str, tuple[Iterator[tuple[Tensor, Tensor]], int, float]] = {}
     if splits:
         data = config.data or trained.get("data")
         if data is None:
             raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
         table.title = f"Bits per byte on {data}"
         train, val = split_shards(list_shards(data_directory(data, home)))
+    sizes = tokenizer.token_bytes
     for name in splits:
+        shards = train if name == "train" else val
+        num_bytes = _count_bytes(shards, config.split_tokens * int(sizes.max()))
         loader = TextLoader(
-            train if name == "train" else val,
+            shards,
             tokenizer,
             batch_size=rows,
             sequence_length=length,
             packing=trained.get("packing", "best-fit"),
         )
         steps = max(1, config.split_tokens // (rows * length))
-        texts[name] = _iter_batches(loader, model.device, steps, f"{name} bits per byte", console)
+        batches = _iter_once(loader, sizes, num_bytes, steps, model.device)
+        texts[name] = batches, num_bytes, steps * rows * length
     if config.text:
         batches = iter_text_batches(config.text, tokenizer, rows, length, model.device)
-        texts[str(config.text)] = batches
-    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(model.device)
+        texts[str(config.text)] = batches, config.text.stat().st_size, math.inf
     results: dict[str, float] = {}
-    tokens = 0
-
-    def losses(inputs: Tensor, targets: Tensor) -> Tensor:
-        nonlocal tokens
-        tokens += int((targets >= 0).sum())
-        hidden = model.hidden(inputs)
-        return token_losses(hidden, model.unembedding.weight, targets, model.config.vocab_size)
-
-    for name, batches in texts.items():
-        started, tokens = time.perf_counter(), 0
-        bits = results[name] = evaluate_bits_per_byte(losses, batches, token_bytes)
+    for name, text in texts.items():
+        started, label = time.perf_counter(), Path(name).name
+        results[name], tokens = _measure(text, loaded, console, f"{label} bits per byte")
         rate = tokens / (time.perf_counter() - started)
-        table.add_row(Path(name).name, f"{bits:.4f}", f"{tokens:,}", f"{rate:,.0f}")
+        table.add_row(label, f"{results[name]:.4f}", f"{tokens:,}", f"{rate:,.0f}")
     console.print(table)
     return results
 
 
-def _iter_batches(
-    loader: TextLoader, device: torch.device, steps: int, title: str, console: Console
+def _measure(
+    text: tuple[Iterator[tuple[Tensor, Tensor]], int, float],
+    loaded: LoadedModel,
+    console: Console,
+    title: str,
+) -> tuple[float, int]:
+    """Return a text's bits per byte and the number of tokens measured, and show the time left."""
+    (batches, num_bytes, most_tokens), model = text, loaded.model
+    token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes).to(model.device)
+    tokens = seen_bytes = 0
+
+    def losses(inputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal tokens, seen_bytes
+        hidden = model.hidden(inputs)
+        values = token_losses(hidden, model.unembedding.weight, targets, model.config.vocab_size)
+        tokens += int((targets >= 0).sum())
+        seen_bytes += int(token_bytes[targets.clamp(min=0)].sum())
+        share = max(tokens / most_tokens, seen_bytes / max(1, num_bytes))
+        left = line.left(share, 1) if share <= 1 else "?"  # a compressed file holds more
+        line.show(f"{title} | {min(1, share):.0%} | about {left} left", min(1, share))
+        return values
+
+    with LiveLine(console, title, 1) as line:
+        return evaluate_bits_per_byte(losses, batches, token_bytes), tokens
+
+
+def _count_bytes(shards: Sequence[Path], enough: int) -> int:
+    """Count the bytes of the text of `shards`; stop at `enough`."""
+    count = 0
+    for text in iter_documents(shards):
+        count += len(text.encode())
+        if count >= enough:
+            break
+    return count
+
+
+def _iter_once(
+    loader: TextLoader, sizes: NDArray[Any], num_bytes: int, steps: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    with loader, LiveLine(console, title, steps) as line:
+    """Yield at most `steps` batches of inputs and targets (B, T), within one pass over the text.
+
+    The last one is cut before the row whose targets would exceed the text's `num_bytes`.
+    """
+    left = num_bytes
+    with loader:
         for step, batch in enumerate(islice(loader, steps)):
-            line.show(f"{title} | batch {step + 1} of {steps}", step)
-            inputs, targets = torch.from_numpy(batch.stacked).to(device)
-            yield inputs, targets
+            ends = sizes[batch.targets].sum(axis=1).cumsum()
+            rows = max(int(step == 0), int((ends <= left).sum()))
+            if rows:
+                inputs, targets = torch.from_numpy(batch.stacked[:, :rows]).to(device)
+                yield inputs, targets
+            if (left := left - int(ends[-1])) <= 0:
+                return

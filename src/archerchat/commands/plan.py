@@ -13,22 +13,24 @@ from rich.table import Table
 
 from archerchat.console import duration_text
 from archerchat.data.hub import SOURCES
-from archerchat.data.shards import data_directory, list_shards, list_sources, split_shards
+from archerchat.data.shards import Shard, data_directory, list_shards, list_sources, split_shards
 from archerchat.data.text_sample import measure_text
 from archerchat.home import Home
 from archerchat.planning.memory import CPU_TOKENS, RESERVED_SHARE
-from archerchat.planning.plan import PlanConfig, build_plan
+from archerchat.planning.plan import BYTES_PER_TOKEN, PlanConfig, build_plan
 from archerchat.report.document import build_environment
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 
 
 def plan(config: PlanConfig, home: Home) -> None:
     """Print the plan of a run."""
-    text, packing = None, "best-fit"
+    text, packing, config = None, "best-fit", _choose_vocabulary(config, home)
     if config.data is not None:
-        shards, _ = split_shards(list_shards(data_directory(config.data, home)))
+        shards, held_out = split_shards(list_shards(data_directory(config.data, home)))
         tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+        with Shard(held_out[0]) as shard:  # an evaluation reads it once at most
+            eval_tokens = min(config.eval_tokens, max(1, shard.text_bytes // BYTES_PER_TOKEN))
+        config = replace(config, eval_tokens=eval_tokens)
         text = measure_text(shards, tokenizer, config.dial.max_seq_len + 1)
         packing = "best-fit" if config.data in SOURCES else text.packing
     content = build_plan(config, home.cache_dir)
@@ -51,6 +53,8 @@ def plan(config: PlanConfig, home: Home) -> None:
         text=text,
         packing=packing,
         own=own,
+        has_tokenizer=_has_tokenizer(config, home),
+        quote=quote,
         free=RESERVED_SHARE,
         cpu_tokens=CPU_TOKENS,
         from_own=f" --data {quote(own)}" if own else "",
@@ -70,6 +74,22 @@ def plan(config: PlanConfig, home: Home) -> None:
     title, _, lines = commands.partition("\n")
     console.print(title, style="bold")
     console.print(lines, soft_wrap=True)
+
+
+def _has_tokenizer(config: PlanConfig, home: Home) -> bool:
+    """Whether the tokenizer is here; that does not count for another machine without --data."""
+    here = config.gpu is None and home.tokenizer_dir(config.tokenizer).is_dir()
+    return here or config.data is not None
+
+
+def _choose_vocabulary(config: PlanConfig, home: Home) -> PlanConfig:
+    """Use the vocabulary of the tokenizer if it is here; a new one of another size gets a name."""
+    if not _has_tokenizer(config, home):
+        return config
+    size = Tokenizer.load(find_tokenizer(home, config.tokenizer)).vocab_size
+    if config.data is None and config.vocab_size not in (None, size):
+        return replace(config, tokenizer=f"{config.tokenizer}-{config.vocab_size}")
+    return replace(config, vocab_size=size)
 
 
 def _pretrain_flags(config: PlanConfig, size: int | None) -> Iterator[str]:

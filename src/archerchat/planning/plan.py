@@ -37,6 +37,8 @@ VOCAB_SIZE = 32768
 EVAL_EVERY = 250
 EVAL_TOKENS = 41_943_040
 """Pretraining's defaults: steps between evaluations, and validation tokens of each."""
+BYTES_PER_TOKEN = 4
+"""Roughly, of validation text: it only serves to estimate the time."""
 FORWARD_SHARE = 1 / 3
 """Share of a training token's operations that an evaluated token takes."""
 MFU_DATA_CENTRE = 0.40
@@ -55,9 +57,10 @@ class PlanConfig(Config):
     data: str | None = None
     """Data on this machine to measure, by its name. Defaults to an estimate for ClimbMix."""
     tokenizer: str = "default"
-    """Name of the tokenizer to measure --data with."""
-    vocab_size: PositiveInt = VOCAB_SIZE
-    """Size of the vocabulary. With --data it is the tokenizer's."""
+    """Name of the tokenizer."""
+    vocab_size: PositiveInt | None = None
+    """Size of the vocabulary. Defaults to the tokenizer's, or to 32,768 if it is not here or --gpu
+    is given. With --data it is always the tokenizer's."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None
@@ -75,7 +78,7 @@ class PlanConfig(Config):
     eval_every: PositiveInt | None = EVAL_EVERY
     """Steps between evaluations; `none` for never."""
     eval_tokens: PositiveInt = EVAL_TOKENS
-    """Validation tokens per evaluation."""
+    """Validation tokens per evaluation. With --data, at most those that it has."""
     tokens_per_shard: PositiveInt | None = None
     """Training tokens in one shard of text. Defaults to an estimate for ClimbMix."""
     json: bool = False
@@ -90,7 +93,7 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
     Raises:
         UsageError: the card is unknown, or no micro-batch divides the batch.
     """
-    hp = build_hyperparameters(config.dial, config.vocab_size)
+    hp = build_hyperparameters(config.dial, config.vocab_size or VOCAB_SIZE)
     schedule = build_schedule(config.dial, hp)
     rows = grad_accum_steps(hp.total_batch_tokens, 1, hp.model.sequence_length, config.num_gpus)
     runtime, gpu = _choose_device(config.gpu)

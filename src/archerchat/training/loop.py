@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 
 from archerchat.checkpoint import Stateful
-from archerchat.console import ProgressLine
+from archerchat.console import ProgressLine, duration_text
 from archerchat.errors import ArcherChatError, CheckpointError
 from archerchat.optim.optimizer import MuonGroup
 from archerchat.runtime import StopRequest, explained_memory
@@ -57,7 +57,7 @@ class Loop(Stateful):
         self.state = LoopState()
         is_float16 = self.runtime.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=is_float16)
-        self._stop = StopRequest()
+        self._stop = StopRequest(self._describe_stop)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint's sections: the recipe's and the loop's own."""
@@ -112,6 +112,16 @@ class Loop(Stateful):
         """Whether any rank was asked to stop: then all of them stop at the same place."""
         return self.ranks.any(self._stop.asked)[0]
 
+    def _describe_stop(self) -> str:
+        """Describe what a first Ctrl-C does now, and what a second one would do."""
+        after = ""
+        if self.speed.marks:
+            left = self.speed.seconds_left_of_step(self.recipe.grad_accum_steps)
+            after = " after this step" + (f" (about {duration_text(left)})" if left else "")
+        step = self._saved_step
+        kept = f"the checkpoint of step {step} remains" if step else "no checkpoint is saved yet"
+        return f"stopping{after} and saving; press Ctrl-C again to stop at once: {kept}"
+
     def _do_due(self, step: int, finished: bool) -> None:
         """Save, evaluate and sample what is due at `step`."""
         if finished or self._save_due(step):
@@ -134,6 +144,7 @@ class Loop(Stateful):
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
+        self.speed.marks = [started]
         settings = self.recipe.settings(step)
         mean, last = self._update(settings)
         seconds = time.perf_counter() - started
@@ -145,6 +156,7 @@ class Loop(Stateful):
             total.flops += flops
         self.state.note_step(mean, seconds)
         self._report(step, settings, mean, last)
+        self.speed.marks = []
         if (step + 1) % GC_EVERY == 0:
             gc.collect()
 
@@ -160,6 +172,7 @@ class Loop(Stateful):
             share = loss / (accum * self.ranks.world_size)  # the optimizer sums over the ranks
             self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            self.speed.marks.append(time.perf_counter())
         torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
         self.scaler.unscale_(torch_optimizer)
         if self.scaler.is_enabled():  # a step that one rank skips is skipped by all

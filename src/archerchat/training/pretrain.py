@@ -37,7 +37,7 @@ from archerchat.inference.loading import build_inference_model
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.fp8 import MULTIPLE, supports_fp8
 from archerchat.optim.schedule import build_schedule
-from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
+from archerchat.planning.plan import BYTES_PER_TOKEN, EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.recipe import Evaluation, StepSettings
@@ -46,8 +46,6 @@ from archerchat.training.stage import Stage, StageConfig
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24
-BYTES_PER_TOKEN = 4
-"""Roughly, of validation text: it only serves to estimate the time."""
 
 
 @dataclass(frozen=True, kw_only=True)

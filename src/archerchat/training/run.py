@@ -113,8 +113,12 @@ def _announce_device(stage: Stage, start: Checkpoint | None) -> Iterator[tuple[s
     rate = mfu * peak.flops_per_second * runtime.world_size
     if not (seconds := _count_flops(stage, start.step if start else 0) / rate):
         return
-    yield "time", f"about {duration_text(seconds)}, if training reaches {mfu:.0%} of the peak"
-    if runtime.device.type == "cpu" and seconds > LONG_SECONDS:
+    is_cpu, more = runtime.device.type == "cpu", ""
+    if stage.compile:
+        more = " plus compiling (usually 1 to 3 minutes on a CPU)" if is_cpu else " plus compiling"
+    time = f"about {duration_text(seconds)}{more}"
+    yield "time", f"{time}, if training reaches {mfu:.0%} of the peak"
+    if is_cpu and seconds > LONG_SECONDS:
         smaller = "--num-iterations"
         if stage.name == "base":
             smaller += " or --depth, or begin with `bash runs/quickstart.sh` (10 minutes)"

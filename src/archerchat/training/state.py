@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from statistics import median_high
 
@@ -77,6 +78,8 @@ class Speed:
     """The part of the steps' time spent waiting for a batch."""
     tokens: int = 0
     flops: int = 0
+    marks: list[float] = field(default_factory=list)
+    """When the running step began, and each of its micro-batches ended; empty between steps."""
 
     def per_second(self, total: float) -> float:
         """Return what all steps did per second of the median step after the warm-up, or of a short
@@ -102,3 +105,15 @@ class Speed:
         if not steady:
             return None if steps else 0.0
         return steps * median_high(steady)
+
+    def seconds_left_of_step(self, micro_batches: int) -> float | None:
+        """Estimate the rest of the running step; None if nothing tells it, or it is nearly over."""
+        began, *ends = self.marks
+        if len(ends) > 1:  # the first one may have compiled
+            each = (ends[-1] - ends[0]) / (len(ends) - 1)
+            left = each * (micro_batches - len(ends))
+        elif self.seconds:
+            left = began + self.seconds[-1] - time.perf_counter()
+        else:
+            return None
+        return left if left >= 1 else None

@@ -251,6 +251,29 @@ def test_bits_per_byte_of_one_split_and_of_a_text(
     assert both[str(text)] == figures[str(text)]
 
 
+def test_a_small_split_is_measured_once_and_the_time_left_is_shown(
+    trained_home: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """36 KB of validation text were measured again and again, up to 524,288 tokens."""
+    monkeypatch.setattr("archerchat.console.PLAIN_LINE_SECONDS", 0.0)
+    documents = [f"the words of number {number} " * 9 for number in range(40)]
+    write_shards(documents, tmp_path / "x", documents_per_shard=20)
+    held = Tokenizer.load(trained_home.tokenizer_dir("tiny")).encode_batch(documents[20:])
+    words = ("eval", "base", "--eval", "bpb", "--device", "cpu", "--data", str(tmp_path / "x"))
+    measured = []
+    for rows in ("4", "32", "512"):
+        assert trained_home.run(*words, "--device-batch-size", rows) == 0
+        output = capsys.readouterr().out
+        measured += re.findall(r"^ *val +[\d.]+ +([\d,]+) ", output, re.M)
+        assert re.search(r"^val bits per byte \| \d+% \| about \d+ s left$", output, re.M)
+    row, total = 64, sum(map(len, held))
+    for count in measured:
+        assert total - 2 * row < int(count.replace(",", "")) <= total, (measured, total)
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(
     trained_home: Any, run_ranks: Callable[..., Any]

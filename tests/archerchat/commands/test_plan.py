@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,35 @@ def test_the_commands_use_text_that_is_here(
         parse(line.split()[1:])
 
 
+def test_a_tokenizer_that_is_here_is_planned_with(
+    cpu_only: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tokenizer train --vocab-size 32768` was printed, and refused: `default` had other tokens."""
+    home = Home(tmp_path)
+    write_shards(["x" * 99] * 20, home.data_dir("mine"), documents_per_shard=10)
+    Tokenizer({bytes([value]): value for value in range(256)}).save(home.tokenizer_dir("default"))
+    run = "plan --depth 2 --max-seq-len 64 --num-iterations 4 --total-batch-size 512"
+
+    def planned(more: str = "") -> tuple[str, list[str]]:
+        plan(parse(f"{run} {more}".split()).config, home)
+        out = capsys.readouterr().out
+        commands = out.partition("Commands\n")[2].splitlines()
+        for line in commands:
+            parse(line.split()[1:])
+        return out, [line for line in commands if "tokenizer" in line]
+
+    for more in ("", "--data mine", "--vocab-size 265"):
+        out, commands = planned(more)
+        assert re.search(r"vocabulary +\W +265 +\W +tokenizer default; ", out)
+        assert commands == []
+    train, pretrain = planned("--vocab-size 512")[1]
+    assert train == "archerchat tokenizer train --data mine --vocab-size 512 --name default-512"
+    assert pretrain.startswith("archerchat pretrain --data mine --tokenizer default-512 --depth 2")
+    train, _ = planned("--tokenizer other")[1]
+    assert train == "archerchat tokenizer train --data mine --vocab-size 32768 --name other"
+    assert planned("--gpu T4")[1] == ["archerchat tokenizer train --vocab-size 32768"]
+
+
 def test_a_plan_for_another_machine_leaves_out_this_one_s_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,3 +204,5 @@ def test_data_that_is_here_is_measured(
     assert content["text"]["packing"] == "concat"
     assert content["text"]["passes"] == pytest.approx(2, rel=0.001)
     assert content["hyperparameters"]["model"]["vocab_size"] == 265
+    evaluation, training = content["time"]["evaluation_hours"], content["time"]["hours"]
+    assert 0 < evaluation < training / 10  # 1 MB of validation text; the default is 42M tokens

@@ -147,9 +147,7 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
     (step,) = tiny_home.steps()
     assert 0 < step < 40
     directory = tiny_home.checkpoint_dir("base", "tiny")
-    assert (
-        "stopping after this step and saving; press Ctrl-C again to stop without saving" in output
-    )
+    assert "and saving; press Ctrl-C again to stop at once: no checkpoint is saved yet" in output
     assert output.splitlines()[-1] == (
         f"stopped at step {step} of 40; the checkpoint is in {directory}. Run the same command to "
         "resume"

@@ -313,6 +313,36 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
     assert "save 1" not in recipe.calls
 
 
+def test_a_first_ctrl_c_says_how_long_the_step_takes_and_what_a_second_one_would_keep(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def later(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def said(at: str, num_batches: int = 10, **state: Any) -> str:
+        """Interrupt a run at that call; each micro-batch takes a minute, each step's first 4."""
+        recipe = StubRecipe()
+        recipe.on_call = {f"batch {i}": lambda: later(60) for i in range(100)}
+        recipe.on_call["batch 1"] = lambda: later(240)
+        before = recipe.on_call.get(at, lambda: None)
+        recipe.on_call[at] = lambda: (before(), send(signal.SIGINT))[0]
+        plan = replace(PLAN, grad_accum_steps=num_batches, eval_every=2)
+        assert not run(build_loop(recipe, plan, LoopState(**state)))
+        return capfd.readouterr().err.strip()
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    again = "and saving; press Ctrl-C again to stop at once"
+    nothing, two = "no checkpoint is saved yet", "the checkpoint of step 2 remains"
+    assert said("batch 4") == f"stopping after this step (about 7 min) {again}: {nothing}"
+    assert said("batch 1") == f"stopping after this step {again}: {nothing}"
+    assert said("step 1", 2) == f"stopping after this step (about 5 min) {again}: {nothing}"
+    assert said("batch 1", step=2) == f"stopping after this step {again}: {two}"
+    assert said("evaluate 2", step=2) == f"stopping {again}: {two}"
+
+
 def test_a_signal_leaves_an_evaluation_at_once_and_saves() -> None:
     recipe = StubRecipe()
 

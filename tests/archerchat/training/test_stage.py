@@ -50,8 +50,19 @@ def test_the_time_of_a_run_is_estimated_before_its_first_step(
     assert re.search(rf"^time +about {time}, if training reaches 20% of the peak$", output, re.M), (
         output
     )
+    assert "compiling" not in output
     assert ("\nhint " in output) == (hint is not None)
     assert hint is None or f"a CPU is slow for a run of this size: {hint}" in output
+
+
+def test_the_estimated_time_of_a_compiled_run_names_compiling(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was estimated at 13 s took 3.5 minutes, most of them before its first step."""
+    monkeypatch.setattr(run, "run_loop", lambda *_: False)
+    assert tiny_home.pretrain(num_iterations=10**4, eval_every=1000, compile=True) == 130
+    line = "about 69 s plus compiling (usually 1 to 3 minutes on a CPU), if training reaches"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.slow
