@@ -34,11 +34,9 @@ TOKENS_PER_SHARD = int(CHARACTERS_PER_SHARD / CHARACTERS_PER_TOKEN * KEPT_BY_PAC
 TRAIN_SHARDS = 6542
 """Training shards of climbmix-400b-shuffle (SPEC section 4)."""
 VOCAB_SIZE = 32768
-EVAL_EVERY = 250
-EVAL_TOKENS = 41_943_040
+EVAL_EVERY, EVAL_TOKENS = 250, 41_943_040
 """Pretraining's defaults: steps between evaluations, and validation tokens of each."""
-BYTES_PER_TOKEN = 4
-"""Roughly, of validation text: it only serves to estimate the time."""
+BYTES_PER_TOKEN = 4  # of validation text, roughly: it only serves to estimate the time
 FORWARD_SHARE = 1 / 3
 """Share of a training token's operations that an evaluated token takes."""
 MFU_DATA_CENTRE = 0.40
@@ -59,8 +57,7 @@ class PlanConfig(Config):
     tokenizer: str = "default"
     """Name of the tokenizer."""
     vocab_size: PositiveInt | None = None
-    """Size of the vocabulary. Defaults to the tokenizer's, or to 32,768 if it is not here or --gpu
-    is given. With --data it is always the tokenizer's."""
+    """Size of the vocabulary. Defaults to the tokenizer's, or to 32,768 without one or with --gpu."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None
