@@ -57,7 +57,7 @@ class PlanConfig(Config):
     tokenizer: str = "default"
     """Name of the tokenizer."""
     vocab_size: PositiveInt | None = None
-    """Size of the vocabulary. Defaults to the tokenizer's, or to 32,768 without one or with --gpu."""
+    """Size of the vocabulary. Defaults to the tokenizer's, or 32,768 without one or with --gpu."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None
