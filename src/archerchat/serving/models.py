@@ -73,7 +73,7 @@ class Models:
     def _read_cards(self) -> dict[str, Card]:
         cards, names = dict[str, Card](), _find_names(self._home)
         for name in dict.fromkeys([*self.cards, *names]):
-            if name in self.loaded:
+            if name in self.loaded and name in self.cards:
                 cards[name] = self.cards[name]
             elif name in names:
                 with suppress(ArcherChatError):  # it is damaged
