@@ -97,7 +97,8 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
             missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
     dropped = checkpoints.given_up(directory)
     hashed = {path.stem for path in (directory / protocol.MANIFEST_DIR).glob("*.json")}
-    for name in sorted({*saved, *hashed} - {*staged, *dropped}):
+    sent = sorted({*saved, *hashed} - {*staged, *dropped})
+    for name in sent:
         found = _compare_checkpoint(run, directory, name, saved.get(name), transport)
         if isinstance(found, LetGo):
             let_go.append(found)
@@ -107,8 +108,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason, "wait"))
-    known = let_go or any(one.kind == "checkpoint" for one in missing)
-    no_checkpoint = not known and not _list_published(run, transport)
+    no_checkpoint = not staged and not sent and not _list_published(run, transport)
     return Comparison(missing, let_go, sorted(dropped), no_checkpoint)
 
 
