@@ -33,6 +33,7 @@ from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import (
     FULL,
     STALE,
+    UNREADABLE,
     current,
     new_directory,
     remove_directory,
@@ -281,7 +282,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         digest, format_version = content.pop("sha256"), content["format"]
     except FileNotFoundError as error:
         raise _Damaged(f"{file} is missing") from error
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (*UNREADABLE, AttributeError, KeyError, TypeError) as error:
         raise _Damaged(f"{file} is not a checkpoint's JSON ({error})") from error
     if format_version not in (1, FORMAT):
         raise CheckpointError(

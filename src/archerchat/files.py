@@ -214,11 +214,15 @@ def hash_ends(*paths: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+UNREADABLE = (OSError, ValueError, RecursionError)
+"""What reading a JSON file that somebody else wrote can raise."""
+
+
 def recall(path: Path) -> dict[str, Any]:
     """Return the values that `remember` kept in a file; none if it cannot be read."""
     try:
         return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (*UNREADABLE, TypeError):
         return {}
 
 

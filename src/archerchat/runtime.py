@@ -261,13 +261,24 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as requests; only the main thread can."""
-        main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        """Take SIGINT and SIGTERM as requests; only the main thread can.
+
+        Meanwhile Ctrl-C arrives in another thread. The main thread blocks it, as do the programs
+        that it starts: a compiler that died of it would leave half a file in torch's cache.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        ended = threading.Event()
+        threading.Thread(target=ended.wait, name="signals", daemon=True).start()
+        numbers = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(number, self._ask) for number in numbers]
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            ended.set()
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 

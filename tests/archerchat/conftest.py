@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -38,6 +39,18 @@ from archerchat.model.transformer import Transformer
 from archerchat.planning.peak_flops import CACHE_FILE, cache_key
 from archerchat.runtime import DTYPES, build_runtime
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+
+
+def signal_this_process(number: signal.Signals) -> None:
+    """Send a signal as a terminal does, and wait until it is here: another thread may take it."""
+    arrived, here = os.pipe()
+    os.set_blocking(here, False)
+    before = signal.set_wakeup_fd(here)
+    os.kill(os.getpid(), number)
+    os.read(arrived, 1)
+    signal.set_wakeup_fd(before)
+    os.close(arrived)
+    os.close(here)
 
 
 def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

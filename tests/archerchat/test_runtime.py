@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,3 +202,29 @@ def test_compiled_code_is_kept_apart_for_each_processor(
     assert places[0] != places[1]
     assert [place.parent for place in places] == [tmp_path, tmp_path]
     assert all(torch.__version__ in place.name for place in places)
+
+
+CTRL_C = """
+import os, signal, subprocess, sys, time
+from archerchat.runtime import StopRequest
+stop = StopRequest()
+with stop.listening():
+    waits = [sys.executable, "-c", "print(1, flush=True); input()"]
+    child = subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    os.killpg(0, signal.SIGINT)  # as a terminal does
+    while not stop.asked:
+        time.sleep(0.01)
+    child.communicate(b"\\n")
+assert child.returncode == 0, child.returncode
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_ctrl_c_does_not_kill_a_compiler() -> None:
+    """It would leave half a file in torch's cache, and every later run would fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C], start_new_session=True, capture_output=True, text=True
+    )
+    assert done.stderr.startswith("\nstopping after this step"), done.stderr
+    assert done.stderr.endswith("KeyboardInterrupt\n")  # afterwards it is Python's again

@@ -25,7 +25,14 @@ import pyarrow as pa
 from archerchat.config import Config, Limit, PositiveInt, Seed, compare_configs
 from archerchat.data.shards import write_shards
 from archerchat.errors import DataError, UsageError
-from archerchat.files import current, explained_writes, new_directory, remove_leftovers, write_json
+from archerchat.files import (
+    UNREADABLE,
+    current,
+    explained_writes,
+    new_directory,
+    remove_leftovers,
+    write_json,
+)
 from archerchat.tokenizer.bpe import replace_surrogates
 
 MANIFEST = "corpus.json"
@@ -123,7 +130,7 @@ def _load_manifest(directory: Path) -> dict[str, Any] | None:
         if manifest["format"] != FORMAT or not all(isinstance(part, dict) for part in parts):
             return None
         _facts_by_file(manifest["recipe"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return None
     return manifest
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.errors import TokenizerError, UsageError
+from archerchat.files import UNREADABLE
 from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -80,7 +81,7 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
         ours = _parts(tokenizer_json(tokenizer))
         if differing := [name for name in given | ours if given.get(name) != ours.get(name)]:
             raise TokenizerError(f"it differs in {', '.join(differing)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, TokenizerError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError, TokenizerError) as error:
         raise UsageError(
             f"{path} cannot be used with the same ids here ({error}): restore the tokenizer that "
             "the model was exported with"

@@ -22,7 +22,14 @@ from torch import Tensor
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.hf_tokenizer import MARK, TOKENIZER_FILE, tokenizer_json
 from archerchat.exchange.weights import PARTS, ImportedModel, fit, parse_config, rename
-from archerchat.files import exclusive, fsync_path, new_directory, write_bytes, write_json
+from archerchat.files import (
+    UNREADABLE,
+    exclusive,
+    fsync_path,
+    new_directory,
+    write_bytes,
+    write_json,
+)
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import NORM_EPSILON, ROTARY_BASE
@@ -250,7 +257,7 @@ def _load_state(directory: Path) -> dict[str, Tensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"cannot read {path} ({error}): give a Hugging Face folder") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} does not hold an object: give a Hugging Face folder")

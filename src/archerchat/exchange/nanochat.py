@@ -25,6 +25,7 @@ from torch import Tensor
 from archerchat.dial import LearningRates
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.exchange.weights import PARTS, ImportedModel, fit, listed, parse_config, rename
+from archerchat.files import UNREADABLE
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
@@ -129,7 +130,7 @@ def _load_meta(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         if unknown := given.keys() - CONFIG_NAMES:
             raise ValueError(f"it has the unknown {listed(unknown)}, of another version")
         return meta, parse_config(given, CONFIG_NAMES)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*UNREADABLE, KeyError, TypeError) as error:
         raise CheckpointError(
             f"cannot read {path} as nanochat's model_config ({error}): copy it from the source"
         ) from error

@@ -47,7 +47,7 @@ def compiled(
                     return fast(*args, **kwargs)
             except _compiler_errors() as error:
                 broken = True
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).split("\n")[:2])  # the second names what was raised
                 name = getattr(function, "__qualname__", repr(function))
                 warnings.warn(
                     f"{name} runs uncompiled, and slower: {reason}", CompileWarning, stacklevel=2

@@ -25,6 +25,7 @@ from archerchat.errors import UsageError
 from archerchat.evals.chat import ANSWER_TOKENS
 from archerchat.evals.core.evaluate import FULL_TASKS
 from archerchat.evals.statistics import TaskResult
+from archerchat.files import UNREADABLE
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.training.state import OVERFIT_SHARE
@@ -277,7 +278,7 @@ def load_results(home: Home, stage: str, tag: str) -> list[Result]:
     results = []
     for kind in SCORES:
         for path in (home.root / "evals" / stage / tag).glob(f"{kind}_*.json"):
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
                 results.append(_read(kind, stage, tag, json.loads(path.read_bytes())))
 
     def fullness(result: Result) -> tuple[bool, int, int, int]:

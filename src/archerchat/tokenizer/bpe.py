@@ -24,7 +24,7 @@ import rustbpe
 import tiktoken
 
 from archerchat.errors import DataError, TokenizerError, UsageError
-from archerchat.files import explained_writes, new_directory, write_bytes, write_json
+from archerchat.files import UNREADABLE, explained_writes, new_directory, write_bytes, write_json
 from archerchat.home import Home
 
 SPLIT_PATTERN = (
@@ -242,7 +242,7 @@ def _load_metadata(path: Path) -> dict[str, Any]:
         complete = all(isinstance(metadata[key], kind) for key, kind in kinds.items())
         if complete and metadata["format"] == FORMAT:
             return metadata
-    except (ValueError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         pass
     raise TokenizerError(f"{path} does not describe a tokenizer of format {FORMAT}")
 

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.archerchat.conftest import signal_this_process
 from torch import Tensor, nn
 
 from archerchat.console import ProgressLine
@@ -163,7 +163,7 @@ def run(loop: Loop, metrics: MetricsLog | None = None) -> bool:
 
 def send(*numbers: signal.Signals) -> None:
     for number in numbers:
-        os.kill(os.getpid(), number)
+        signal_this_process(number)
 
 
 def test_saves_then_evaluates_then_samples_then_trains() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.archerchat.conftest import signal_this_process
 
 from archerchat import checkpoint
 from archerchat.checkpoint import find_checkpoint, load_checkpoint
@@ -104,7 +104,7 @@ def test_a_run_that_ended_in_its_last_evaluation_is_finished_by_the_next(
     def interrupted(recipe: Recipe, batches: Any) -> float:
         calls.append(1)
         if len(calls) == 2:  # after step 2
-            os.kill(os.getpid(), signal.SIGINT)
+            signal_this_process(signal.SIGINT)
         return measure(recipe, batches)
 
     with monkeypatch.context() as patch:
