@@ -198,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._part(names[1], int(query["offset"]), body)
         if "files" in names:
             return self._file(names)
+        if names[2:] == ["checkpoints"]:
+            known = {"state": "published", "created": 0.0, "metadata": None}
+            return 200, [known | m for key, m in self.stub.manifests.items() if key[0] == names[1]]
         return self._manifest((names[1], names[3]), body)
 
     def _journal(self, key: tuple[str, str], query: dict[str, str], body: bytes) -> tuple[int, Any]:

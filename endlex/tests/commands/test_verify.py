@@ -35,6 +35,27 @@ def test_the_command_that_it_names_makes_it_safe(cli: Any, train: Any, online: s
     assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
 
 
+def test_a_run_without_a_checkpoint_on_the_server_gets_a_warning(
+    cli: Any, train: Any, online: str, place: Path
+) -> None:
+    directory = train("bare")
+    assert cli("sync", directory)[0] == 0
+    status, out, _ = cli("verify", directory)
+    last = out.splitlines()[-1]
+    assert (status, last) == (0, "safe to tear down if you need no model of demo/bare")
+    assert "every checkpoint" not in out
+    assert "no checkpoint of run demo/bare is on the server" in out
+    assert json.loads(cli("verify", directory, "--json")[1])["runs"][0]["no_checkpoint"]
+
+    (place / "model.bin").write_bytes(b"weights")
+    command = out.partition("endlex ")[2].splitlines()[0].replace("PATH", "model.bin")
+    assert cli(*command.split())[0] == 0
+    status, out, _ = cli("verify", directory)
+    assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
+    assert "and every checkpoint: the same" in out
+    assert not json.loads(cli("verify", directory, "--json")[1])["runs"][0]["no_checkpoint"]
+
+
 def test_no_server_is_not_safe(cli: Any, train: Any) -> None:
     directory = train()
     status, out, _ = cli("verify", directory)
@@ -210,7 +231,8 @@ def test_a_checkpoint_that_can_never_be_sent_is_named_and_may_be_given_up(
     assert not any(unsent(run.directory))  # type: ignore[arg-type]
     assert cli("sync", "--drop-failed", run.directory)[0] == 0
     status, out, _ = cli("verify", run.directory)
-    assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
+    no_model = "safe to tear down if you need no model of demo/rewritten"
+    assert (status, out.splitlines()[-1]) == (0, no_model)
     assert "given up here, since it could not be sent: first" in out
     again = endlex.init("demo", directory=run.directory, mode="offline")
     assert again.save("last.pt", step=1, name="first") == "first-2"  # nothing hides behind the name

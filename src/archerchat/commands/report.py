@@ -12,6 +12,7 @@ from archerchat.files import write_bytes, write_json
 from archerchat.home import Home, check_name
 from archerchat.planning.gpus import Prices
 from archerchat.report.comparison import (
+    FIRST_STEPS,
     compare,
     compute_multiplier,
     draw_comparison,
@@ -117,7 +118,7 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
 class CompareConfig:
     """Compare two runs in loss, bits per byte, CORE and ChatCORE.
 
-    The exit code is 0 if they agree and 1 if they differ.
+    The exit code is 0 if they agree, 1 if they differ, and 2 if they have too few steps in common.
     """
 
     first: str
@@ -142,17 +143,23 @@ def run_comparison(config: CompareConfig, home: Home) -> None:
     for row in rows:
         figures = (row.first, row.second, row.difference)
         shown = (f"{figure:,.{0 if abs(figure) >= 1000 else 4}f}" for figure in figures)
-        verdict = {None: "", True: "agrees", False: "DIFFERS"}[row.agrees]
+        unknown = "too few steps" if row.few_steps else ""
+        verdict = {None: unknown, True: "agrees", False: "DIFFERS"}[row.agrees]
         table.add_row(row.name, *shown, f"{row.limit:g}" if row.limit else "", verdict)
     build_console().print(table)
     if multiplier:
         print("compute multiplier of {}: {:.3f}".format(*multiplier))
     differing = [row.name for row in rows if row.agrees is False]
+    judged = any(row.agrees is not None for row in rows)
+    few = next((row.few_steps for row in rows if row.few_steps), None)
+    warning = f"{few} common step(s) are too few to say that losses agree: {FIRST_STEPS} are needed"
+    if few and judged:
+        print(warning)
     if config.json is not None:
         content = {
             "rows": [asdict(row) | {"agrees": row.agrees} for row in rows],
             "compute_multiplier": multiplier and {"run": multiplier[0], "factor": multiplier[1]},
-            "agree": not differing,
+            "agree": not differing if judged else None,
         }
         write_json(config.json, content)
     if config.plot is not None:
@@ -161,3 +168,5 @@ def run_comparison(config: CompareConfig, home: Home) -> None:
         raise ArcherChatError(
             f"{first.name} and {second.name} do not agree in {', '.join(differing)}"
         )
+    if not judged:
+        raise UsageError(f"{first.name} and {second.name} cannot be compared: {warning}")

@@ -66,6 +66,8 @@ class Row:
     first: float
     second: float
     difference: float
+    few_steps: int | None = None
+    """The number of common steps, if it is too small to say that the runs agree."""
 
     @property
     def limit(self) -> float | None:
@@ -73,8 +75,13 @@ class Row:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the difference is within the limit; None if there is no limit."""
-        return abs(self.difference) <= self.limit if self.limit else None
+        """Whether the difference is within the limit; None if there is no limit or too few steps.
+
+        A difference beyond the limit shows after any number of steps.
+        """
+        if not self.limit or (not abs(self.difference) > self.limit and self.few_steps):
+            return None
+        return abs(self.difference) <= self.limit
 
 
 def read_course(home: Home, name: str) -> Course:
@@ -164,13 +171,14 @@ def compare(first: Course, second: Course) -> list[Row]:
     """Return every quantity that both have."""
     steps = sorted(first.losses.keys() & second.losses.keys())
     starts, ends = [s for s in steps if s < FIRST_STEPS], steps[-math.ceil(len(steps) / 10) :]
+    few = len(steps) if steps and steps[-1] < FIRST_STEPS - 1 else None
     rows = []
     for name, chosen in ((FIRST_LOSS, starts), (LAST_LOSS, ends)):
         if chosen:
             pairs = [(first.losses[step], second.losses[step]) for step in chosen]
             one, other = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
             worst = max((b - a for a, b in pairs), key=abs)
-            rows.append(Row(name, one, other, worst if name == FIRST_LOSS else other - one))
+            rows.append(Row(name, one, other, worst if name == FIRST_LOSS else other - one, few))
     for name in SCORES:
         if name in first.scores and name in second.scores:
             one, other = first.scores[name], second.scores[name]

@@ -45,6 +45,7 @@ def build_environment(folder: Path) -> Environment:
         "compact": compact,
         "dollars": lambda v: ABSENT if v is None else f"${v:,.{2 if v >= 0.1 else 3}f}",
         "duration": duration_text,
+        "file_name": lambda v: Path(v).name,
         "moment": lambda v: datetime.fromtimestamp(v, UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "percent": lambda v, digits=1: f"{v:z.{digits}%}",
         "score": lambda v: ABSENT if v is None else f"{v:z.4f}",

@@ -158,6 +158,7 @@ async def _echo(
 @router.get("/v1/models")
 async def list_models(models: Shared) -> Response:
     """List the models on offer; the first answers requests that name none."""
+    await models.refresh()
     data = [{**card, "loaded": name in models.loaded} for name, card in models.cards.items()]
     return AsciiJSON({"object": "list", "data": data})
 
@@ -165,7 +166,7 @@ async def list_models(models: Shared) -> Response:
 @router.get("/v1/models/{name}")
 async def show_model(name: str, models: Shared) -> Response:
     """Describe a model."""
-    return AsciiJSON(models.find(name))
+    return AsciiJSON(await models.find(name))
 
 
 @router.post("/tokenize")

@@ -80,6 +80,13 @@ def _explain(error: Exception) -> APIError:
         case RequestValidationError():
             # Of a union's branches, the one that went furthest says most.
             worst = max(error.errors(), key=lambda each: len(each["loc"]))
+            if worst["type"] == "json_invalid":
+                place = f"at character {worst['loc'][1] + 1}"
+                return APIError(f"the body is not JSON: {worst['ctx']['error']} {place}")
+            if isinstance(worst["input"], bytes):  # a web page may send other types unasked
+                return APIError(
+                    "the body is not marked as JSON: send Content-Type: application/json"
+                )
             param = _field_name(worst["loc"])
             return APIError(f"{param or 'the body'}: {worst['msg']}", param)
         case ArcherChatError():  # it may name flags of the command line, which are fields here

@@ -1,8 +1,10 @@
-"""The models that a server offers: found at its start, loaded on first use, few at a time."""
+"""The models that a server offers: found in the home, loaded on first use, few at a time."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +16,7 @@ from archerchat.checkpoint import (
     load_checkpoint,
     saved_at,
 )
-from archerchat.errors import UsageError
+from archerchat.errors import ArcherChatError, UsageError
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import load_model, read_bits_per_byte, read_model_config
@@ -59,17 +61,42 @@ class Models:
         if not self.cards:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
 
-    def find(self, name: str | None) -> Card:
-        """Return the card of a name or a tag, or the first for None."""
-        for card in self.cards.values():
-            if name in (None, card["id"], card["tag"]):
-                return card
-        message = f"there is no model {name!r}; there is {', '.join(self.cards)}"
-        raise APIError(message, "model", "model_not_found", status=404)
+    async def refresh(self) -> None:
+        """Look again at the home, unless the models to offer were named; loaded ones stay.
+
+        New models come last, so that requests that name no model keep their default.
+        """
+        if not self._config.model:
+            with suppress(ArcherChatError, OSError):  # a model was deleted at this moment
+                self.cards = await asyncio.to_thread(self._read_cards)
+
+    def _read_cards(self) -> dict[str, Card]:
+        cards, names = dict[str, Card](), _find_names(self._home)
+        for name in dict.fromkeys([*self.cards, *names]):
+            if name in self.loaded and name in self.cards:
+                cards[name] = self.cards[name]
+            elif name in names:
+                with suppress(ArcherChatError):  # it is damaged
+                    cards[name] = _read_card(self._home, name)
+        return cards
+
+    async def find(self, name: str | None) -> Card:
+        """Return the card of a name or a tag, or the first for None; look again if unknown."""
+        if (card := self._look_up(name)) is None:
+            await self.refresh()
+            card = self._look_up(name)
+        if card is None:
+            message = f"there is no model {name!r}; there is {', '.join(self.cards)}"
+            raise APIError(message, "model", "model_not_found", status=404)
+        return card
+
+    def _look_up(self, name: str | None) -> Card | None:
+        cards = self.cards.values()
+        return next((card for card in cards if name in (None, card["id"], card["tag"])), None)
 
     async def get(self, name: str | None) -> ServedModel:
         """Return a model, loaded if need be; APIError if there is none, or no room now."""
-        card = self.find(name)
+        card = await self.find(name)
         found = self.loaded.get(card["id"])
         if found is None:
             found = await self.worker.call(partial(self._load, card))

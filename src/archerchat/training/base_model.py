@@ -117,5 +117,5 @@ class Tuning(Stage):
                 part["text"] if part["type"] == "text" else f"[{part['text']}]" for part in parts
             )
             question = conversation["messages"][0]["content"]
-            texts[question[:60]] = f"{question} {answer}"
+            texts[question[:60]] = f"{question} → {answer}"
         return texts

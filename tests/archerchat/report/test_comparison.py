@@ -75,6 +75,14 @@ def test_runs_agree_within_the_noise() -> None:
     assert SPEED not in rows
 
 
+def test_too_few_common_steps_show_a_difference_but_no_agreement() -> None:
+    one, long = Course("a", dict.fromkeys(range(3), 6.0)), dict.fromkeys(range(101), 6.0)
+    rows = compare(one, Course("b", long))
+    assert [(row.agrees, row.few_steps) for row in rows] == [(None, 3)] * 2
+    assert [row.agrees for row in compare(one, Course("c", long | {1: 7.0}))] == [False, None]
+    assert all(row.agrees for row in compare(Course("a", long), Course("b", long)))
+
+
 def test_the_compute_multiplier_is_interpolated_in_log_log() -> None:
     """Bits fall as 4 / sqrt(steps): the slow one needs four times the compute."""
     fast = Course("fast", bits={s: 4 / s**0.5 for s in (25, 49, 225, 400)}, flops_per_step=2.0)

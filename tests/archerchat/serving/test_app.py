@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -326,6 +328,32 @@ def test_models_stats_and_metrics(client: TestClient) -> None:
     assert "tiny:base" in stats["models"]
     assert "archerchat_rows 0\n" in client.get("/metrics").text
     assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_models_that_were_trained_since_are_offered(
+    served_home: Any, serve: Any, tmp_path: Path
+) -> None:
+    home = served_home.copy(tmp_path / "home")
+    base, tuned, more = (home.stage_dir(stage) for stage in ("base", "sft", "rl"))
+    tuned.unlink() if tuned.is_symlink() else shutil.rmtree(tuned)
+    client = serve(home)
+
+    def names() -> list[str]:
+        return [card["id"] for card in client.get("/v1/models").json()["data"]]
+
+    assert names() == ["tiny:base"]
+    assert client.get("/v1/models/tiny:sft").status_code == 404
+    shutil.copytree(base, tuned)
+    ask(client, TEXT, model="tiny:sft", prompt="ab", max_tokens=2)
+    shutil.copytree(base, more)
+    assert names() == ["tiny:base", "tiny:sft", "tiny:rl"]  # the default stays
+    shutil.rmtree(more)
+    assert names() == ["tiny:base", "tiny:sft"]
+    (max(base.glob("tiny/step_*")) / "meta.json").write_text("damaged")
+    shutil.copytree(base, more)
+    assert names() == ["tiny:sft"]
+    named = serve(home, model=("tiny:sft",))
+    assert len(named.get("/v1/models").json()["data"]) == 1
 
 
 def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:

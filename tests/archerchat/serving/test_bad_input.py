@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shlex
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from archerchat.serving.config import ServeConfig
 from archerchat.serving.worker import Stream
 from archerchat.tokenizer.bpe import Tokenizer
 
+JSON = "application/json"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "a"}]
 
@@ -185,6 +188,29 @@ def test_a_wrong_field_is_named(
     assert (response.status_code, error["param"]) == (status, param), error
     assert set(error) == {"message", "type", "param", "code"}
     assert param is None or param.split("[")[0].split(".")[0] in error["message"]
+
+
+def test_a_body_that_is_no_json_is_explained(client: TestClient) -> None:
+    def error(content: bytes, **headers: str) -> Any:
+        return client.post(CHAT, content=content, headers=headers).json()["error"]
+
+    broken = error(b'{"messages": [{"role": "user" "content"}]}', **{"content-type": JSON})
+    assert broken["param"] is None
+    assert broken["message"] == "the body is not JSON: Expecting ',' delimiter at character 31"
+    whole = json.dumps({"messages": HELLO}).encode()
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        assert "send Content-Type: application/json" in error(whole, **headers)["message"]
+
+
+def test_the_guide_s_curl_command_works(client: TestClient) -> None:
+    guide = Path(__file__).parents[3] / "docs" / "serving.md"
+    command = guide.read_text(encoding="utf-8").split("```bash\ncurl ")[1].split("```")[0]
+    url, _, header, _, body = shlex.split(command.replace("\\\n", ""))
+    headers = dict([header.split(": ")])
+    response = client.post(
+        url.split(":8000")[1], headers=headers, content=body.replace("d12", "tiny")
+    )
+    assert response.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 @pytest.mark.parametrize(

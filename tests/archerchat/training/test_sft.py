@@ -155,7 +155,7 @@ def test_own_questions_are_answered(trained_home: Any, capsys: pytest.CaptureFix
     run = words(num_iterations=1, eval_every=-1)
     assert trained_home.run(*run, "--sample-prompt", "Where is Rome?") == 0
     output = capsys.readouterr().out
-    assert "step 1: 'Where is Rome? " in output
+    assert "step 1: 'Where is Rome? → " in output
     assert "Who are you?" not in output
 
 
@@ -308,6 +308,10 @@ def test_a_file_in_another_layout_is_learned_and_named(
     card = (folder / "README.md").read_text()
     assert "| Started from | base model tiny, step 4 |" in card
     assert "apply_chat_template" in card
+    assert trained_home.run("report", "tiny", "--out", str(tmp_path / "report")) == 0
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert re.search(r"; data: talks\.jsonl\b", report)
+    assert "data: none" not in report
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ class Comparison:
     missing: list[Missing] = field(default_factory=list)
     let_go: list[LetGo] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)  # checkpoints that could not be sent
+    no_checkpoint: bool = False  # on the server, none waits, and none was removed on purpose
 
 
 _Saved = tuple[float, Any]  # when, in Unix seconds, and the word with which it replaces others
@@ -96,7 +97,8 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
             missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
     dropped = checkpoints.given_up(directory)
     hashed = {path.stem for path in (directory / protocol.MANIFEST_DIR).glob("*.json")}
-    for name in sorted({*saved, *hashed} - {*staged, *dropped}):
+    sent = sorted({*saved, *hashed} - {*staged, *dropped})
+    for name in sent:
         found = _compare_checkpoint(run, directory, name, saved.get(name), transport)
         if isinstance(found, LetGo):
             let_go.append(found)
@@ -106,7 +108,8 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason, "wait"))
-    return Comparison(missing, let_go, sorted(dropped))
+    no_checkpoint = not staged and not sent and not _list_published(run, transport)
+    return Comparison(missing, let_go, sorted(dropped), no_checkpoint)
 
 
 def _compare_journal(run: str, path: Path, server: Transport, shipper: bool) -> Iterator[Missing]:
@@ -182,18 +185,22 @@ def _compare_checkpoint(
 
 def _is_replaced(run: str, time: float, word: Any, transport: Transport) -> bool:
     """Whether the server has a checkpoint saved after `time` to replace those of this word."""
-    if word is None:
-        return False
+    return word is not None and any(
+        created > time and replaces == word for created, replaces in _list_published(run, transport)
+    )
+
+
+def _list_published(run: str, transport: Transport) -> list[_Saved]:
+    """Return when each of the run's checkpoints on the server was saved, and what it replaces."""
     try:
-        return any(
-            other["state"] == "published"
-            and other["created"] > time
-            and (other["metadata"] or {}).get(REPLACES) == word
+        return [
+            (float(other["created"]), (other["metadata"] or {}).get(REPLACES))
             for other in transport.request("GET", quoted("runs", run, "checkpoints")).content
-        )
+            if other["state"] == "published"
+        ]
     except Refused:
-        return False
-    except (KeyError, TypeError, AttributeError) as error:
+        return []
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise transport.ill_answer() from error
 
 

@@ -4,7 +4,8 @@ The answer is yes only when the server was asked just now and holds, with equal 
 of every journal and every checkpoint that was saved, and nothing is at work here that could add to
 them. Everything else, an unreachable server too, is a no, with what is missing and the command
 that sends it. A checkpoint that the server published and that a rule or a person removed is named,
-and no loss; one that it published and knows nothing of any more is.
+and no loss; one that it published and knows nothing of any more is. Endlex cannot compare files
+that it was never given, so a run without any checkpoint on the server gets a warning.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
             _print(verdict, transport.url if transport else "")
         if not runs or known.unreadable:
             print(known)
-        print("safe to tear down" if safe else "NOT safe to tear down")
+        bare = [_name(verdict) for verdict in verdicts if verdict["no_checkpoint"]]
+        names = ", ".join(bare[:NAMED]) + (f" and {len(bare) - NAMED} more" if bare[NAMED:] else "")
+        if_no_model = f" if you need no model of {names}" if bare else ""
+        print(f"safe to tear down{if_no_model}" if safe else "NOT safe to tear down")
         _print_remedy(unsafe, url)
     return 0 if safe else 1
 
@@ -107,12 +111,23 @@ def _wait_for_shipper(directory: Path) -> None:
         time.sleep(0.1)
 
 
+def _name(verdict: Verdict) -> str:
+    return f"{printable(verdict['project'])}/{printable(verdict['name'])}"
+
+
 def _print(verdict: Verdict, url: str) -> None:
-    print(f"{verdict['directory']}  ({printable(verdict['project'])}/{printable(verdict['name'])})")
+    print(f"{verdict['directory']}  ({_name(verdict)})")
     if verdict["safe"]:
         held = f"{count(verdict['journals'], 'journal')}, {format_bytes(verdict['bytes'])}"
-        kept = "every checkpoint that is kept" if verdict["let_go"] else "every checkpoint"
-        print(f"  {held} and {kept}: the same on {url}")
+        if not verdict["no_checkpoint"]:
+            held += " and every checkpoint" + (" that is kept" if verdict["let_go"] else "")
+        print(f"  {held}: the same on {url}")
+    if verdict["safe"] and verdict["no_checkpoint"]:
+        push = ("endlex", "push", "PATH", "--run", verdict["directory"], "--url", url)
+        print(
+            f"  warning: no checkpoint of run {_name(verdict)} is on the server. A model that is "
+            f"saved only on this machine would be lost. To send one: {shlex.join(push)}"
+        )
     for reason in dict.fromkeys(one["reason"] for one in verdict["let_go"]):
         gone = [one for one in verdict["let_go"] if one["reason"] == reason]
         names = ", ".join(printable(one["name"]) for one in gone[:NAMED])
