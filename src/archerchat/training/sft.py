@@ -49,6 +49,8 @@ SAMPLE_QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12
 SAMPLE_TOKENS = 64
 ENOUGH_STEPS = 50
 """Fewest steps after which a model has changed much; a shorter run gets a warning."""
+FEW_OWN = 0.01
+"""Share of the mixture below which a warning says that the user's own conversations get lost."""
 ESTIMATE_FROM = 64
 """Number of conversations that are rendered to estimate the length of a run."""
 
@@ -216,7 +218,7 @@ class Finetuning(Tuning):
         return self.answer_questions(engine, conversations, SAMPLE_TOKENS)
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        estimate, moments = self.first_estimate, "from zero"
+        estimate, size, moments = self.first_estimate, len(self.train), "from zero"
         if self.config.warm_start and "optimizer" in self.base.hashes:
             moments = f"from the base model's step {self.base.step}"
         elif self.config.warm_start:
@@ -230,6 +232,11 @@ class Finetuning(Tuning):
         for label in ("found", "left_out"):
             notes = (note for task in self.train.tasks for note in getattr(task, label))
             yield from ((label.replace("_", " "), note) for note in dict.fromkeys(notes))
+        files = len(self.config.data.jsonl)
+        own = sum(map(len, self.train.tasks[-files:])) if files else 0
+        if 0 < own < FEW_OWN * size:
+            lost = f"your --jsonl is {own:,} of the {size:,} conversations, too few to be learned"
+            yield "warning", f"{lost}; --mixture none --num-epochs 100 trains on yours alone"
         about = "" if self.config.num_iterations else "about "
         yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:

@@ -337,6 +337,28 @@ def test_conversations_that_validate_for_want_of_others_are_named(
     assert found[1].split(", ") == [str(answer + 1) for answer in sorted(answers)]
 
 
+@pytest.mark.parametrize(("tasks", "is_lost"), [("SimpleSpelling:500", True), ("identity", False)])
+def test_own_conversations_that_the_mixture_drowns_get_a_warning(
+    trained_home: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tasks: str,
+    is_lost: bool,
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    turns = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    path.write_text(f"{json.dumps(turns)}\n" * (4 if is_lost else 40))
+    more = {"num_iterations": 1, "total_batch_size": 256, "sample_every": "none"}
+    assert trained_home.run(*words(mixture=tasks, jsonl=path, **more)) == 0
+    warned = (
+        "your --jsonl is 4 of the 504 conversations, too few to be learned; "
+        "--mixture none --num-epochs 100 trains on yours alone"
+    )
+    output = " ".join(capsys.readouterr().out.split())
+    assert (warned in output) == is_lost
+    assert ("your --jsonl" in output) == is_lost
+
+
 # Bad input
 
 
