@@ -91,9 +91,11 @@ def iter_held_back(validation: TaskMixture) -> Iterator[str]:
         if isinstance(task, JsonlTask) and task.picked is not None:
             size, numbers = len(task.rows), [str(index + 1) for index in sorted(task.picked)]
             listed = ", ".join(numbers[:MAX_NAMED] + ["..."] * (len(numbers) > MAX_NAMED))
-            few = f"trained on too because there are fewer than {HELD_BACK}"
+            one = len(numbers) == 1
+            which = f"conversation {listed} is" if one else f"conversations {listed} are"
+            few = f"also trained on, because there are fewer than {HELD_BACK}"
             use = few if size < HELD_BACK else "held back from training"
-            yield f"number {listed} of {size} in {task.name}, {use}; --val-jsonl chooses others"
+            yield f"of {size} in {task.name}, {which} {use}; --val-jsonl chooses others"
 
 
 class Finetuning(Tuning):
@@ -245,8 +247,8 @@ class Finetuning(Tuning):
                 batch //= 2
             passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
             flags = f"--num-epochs {passes} --total-batch-size {batch}"
-            few = f"{estimate} step(s) are too few to learn from"
-            yield "warning", f"{few}; {flags} would be about {ENOUGH_STEPS}"
+            few = f"too few steps to learn much; {flags} would take about {ENOUGH_STEPS}"
+            yield "warning", few
 
     def closing_lines(self, finished: bool) -> list[str]:
         used = self.used()
