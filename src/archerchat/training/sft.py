@@ -238,7 +238,8 @@ class Finetuning(Tuning):
         own = sum(map(len, self.train.tasks[-files:])) if files else 0
         if 0 < own < FEW_OWN * size:
             lost = f"your --jsonl is {own:,} of the {size:,} conversations, too few to be learned"
-            yield "warning", f"{lost}; --mixture none --num-epochs 100 trains on yours alone"
+            alone = "--mixture none --num-epochs 200 --document-masking trains on yours alone"
+            yield "warning", f"{lost}; {alone}"
         about = "" if self.config.num_iterations else "about "
         yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:

@@ -356,7 +356,7 @@ def test_own_conversations_that_the_mixture_drowns_get_a_warning(
     assert trained_home.run(*words(mixture=tasks, jsonl=path, **more)) == 0
     warned = (
         "your --jsonl is 4 of the 504 conversations, too few to be learned; "
-        "--mixture none --num-epochs 100 trains on yours alone"
+        "--mixture none --num-epochs 200 --document-masking trains on yours alone"
     )
     output = " ".join(capsys.readouterr().out.split())
     assert (warned in output) == is_lost
