@@ -3,7 +3,7 @@
 #
 # The text is what every Python installation carries: the standard library's sources and
 # documentation; the conversations are generated. A slow machine trains fewer steps, so that the ten
-# minutes hold. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again after
+# minutes hold. Results go under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again after
 # an interruption, and it resumes; what was done before is not repeated.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/stages.sh"

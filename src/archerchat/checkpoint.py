@@ -235,7 +235,12 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
         return max(models.values(), key=lambda model: saved_at(find_checkpoint(model)))
     if tag not in models:
         named = "" if tag is None else f" {tag!r}"
-        hint = f"; there is {', '.join(models)}" if models else ": train or import one first"
+        command = "pretrain" if stage == "base" else stage
+        hint = f": make one with `archerchat {command}`, or import one"
+        if models:
+            hint = f"; there is {', '.join(models)}"
+        elif stage == "sft" and list_models(home, "base"):
+            hint += "; `archerchat chat --source base` talks to a base model"
         raise UsageError(f"no {stage} model{named} under {home.stage_dir(stage)}{hint}")
     return models[tag]
 

@@ -1,7 +1,7 @@
 """Where everything lives on disk.
 
-One base directory (`ARCHERCHAT_HOME`, default `~/.cache/archerchat`) holds everything that
-ArcherChat writes or downloads:
+One base directory (`ARCHERCHAT_HOME`, default `~/.cache/archerchat`) holds what ArcherChat writes
+or downloads, except torch's compiled code and Endlex's own files:
 
     data/<source>/shard_00000.parquet    text shards; the last one is for validation
     tokenizers/<name>/                   ranks and JSON

@@ -161,10 +161,13 @@ def test_help_does_not_wait_for_torch() -> None:
     [
         (
             "pretrian",
-            "archerchat has no command 'pretrian'; it has pretrain\n",
+            "archerchat has no command 'pretrian'; did you mean pretrain?\n",
         ),
-        ("eval core", "archerchat eval has no command 'core'; it has base"),
+        ("eval core", "archerchat eval has no command 'core'; choose from base, chat\n"),
         ("pretrain --depth 2 --bogus 7", "--bogus"),
+        ("pretrain --depht 6", "perhaps you meant --depth instead of --depht\n"),
+        ("plan --dept=6", "perhaps you meant --depth instead of --dept\n"),
+        ("tokenizer train --nam x", "Perhaps you meant"),
         ("pretrain --depth 2 --num-iteration", "--num-iteration"),
         ("pretrain --depth 2 surplus", "surplus"),
         ("pretrain", "--depth"),

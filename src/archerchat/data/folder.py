@@ -13,6 +13,7 @@ from typing import Any
 
 from archerchat.data.shards import TEXT_COLUMN, iter_documents
 from archerchat.errors import DataError
+from archerchat.tasks.conversation import find_layout
 from archerchat.text_files import (
     JSON_KINDS,
     TABLE_KINDS,
@@ -98,10 +99,12 @@ class Reading:
                 if value is None or isinstance(value, str):
                     yield where, value
                 else:
+                    remedy = "fix it, or give --text-column"
+                    if "messages" in columns or find_layout(columns) != "OpenAI":
+                        remedy = "train on conversations with `archerchat sft --jsonl FILE`"
                     self._refuse(
                         f"{where}: no text in {self.column!r} (it has "
-                        f"{', '.join(map(str, columns)) or 'nothing'}): fix it, or give "
-                        "--text-column"
+                        f"{', '.join(map(str, columns)) or 'nothing'}): {remedy}"
                     )
         else:
             pieces = list(split_text("".join(line for _, line in iter_lines(path, self._refuse))))

@@ -22,6 +22,8 @@ from archerchat.home import Home
 TEXT_COLUMN = "text"
 TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
 MAKE_DATA = "make some with `archerchat data download` or `archerchat data build stdlib`"
+PUBLISHED = ("climbmix", "fineweb-edu", "stdlib")
+"""Names that the commands of `MAKE_DATA` make."""
 
 
 def data_directory(data: str, home: Home) -> Path:
@@ -39,8 +41,15 @@ def data_directory(data: str, home: Home) -> Path:
         return directory
     names = ", ".join(source.name for source in list_sources(home))
     known = f"; there is {names}. Choose one of them, or " if names else ": "
+    own = (
+        ""
+        if data in PUBLISHED
+        else (
+            f"make it from your own text with `archerchat data build DIRECTORY --name {data}`, or "
+        )
+    )
     here = f". For the directory {data} that is here, write ./{data}" if Path(data).is_dir() else ""
-    raise UsageError(f"no data {data!r} under {directory.parent}{known}{MAKE_DATA}{here}")
+    raise UsageError(f"no data {data!r} under {directory.parent}{known}{own}{MAKE_DATA}{here}")
 
 
 def list_sources(home: Home) -> list[Path]:

@@ -121,7 +121,7 @@ class MixtureConfig:
 
 
 def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture, TaskMixture]:
-    """Build what to train on and what to validate on.
+    """Build what to train on, with the files of --jsonl last, and what to validate on.
 
     Raises:
         UsageError: the list cannot be read, names no known task, or names nothing at all.

@@ -49,6 +49,8 @@ SAMPLE_QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12
 SAMPLE_TOKENS = 64
 ENOUGH_STEPS = 50
 """Fewest steps after which a model has changed much; a shorter run gets a warning."""
+FEW_OWN = 0.01
+"""Share of the mixture below which a warning says that the user's own conversations get lost."""
 ESTIMATE_FROM = 64
 """Number of conversations that are rendered to estimate the length of a run."""
 
@@ -89,9 +91,11 @@ def iter_held_back(validation: TaskMixture) -> Iterator[str]:
         if isinstance(task, JsonlTask) and task.picked is not None:
             size, numbers = len(task.rows), [str(index + 1) for index in sorted(task.picked)]
             listed = ", ".join(numbers[:MAX_NAMED] + ["..."] * (len(numbers) > MAX_NAMED))
-            few = f"trained on too because there are fewer than {HELD_BACK}"
+            one = len(numbers) == 1
+            which = f"conversation {listed} is" if one else f"conversations {listed} are"
+            few = f"also trained on, because there are fewer than {HELD_BACK}"
             use = few if size < HELD_BACK else "held back from training"
-            yield f"number {listed} of {size} in {task.name}, {use}; --val-jsonl chooses others"
+            yield f"of {size} in {task.name}, {which} {use}; --val-jsonl chooses others"
 
 
 class Finetuning(Tuning):
@@ -216,7 +220,7 @@ class Finetuning(Tuning):
         return self.answer_questions(engine, conversations, SAMPLE_TOKENS)
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        estimate, moments = self.first_estimate, "from zero"
+        estimate, size, moments = self.first_estimate, len(self.train), "from zero"
         if self.config.warm_start and "optimizer" in self.base.hashes:
             moments = f"from the base model's step {self.base.step}"
         elif self.config.warm_start:
@@ -230,6 +234,12 @@ class Finetuning(Tuning):
         for label in ("found", "left_out"):
             notes = (note for task in self.train.tasks for note in getattr(task, label))
             yield from ((label.replace("_", " "), note) for note in dict.fromkeys(notes))
+        files = len(self.config.data.jsonl)
+        own = sum(map(len, self.train.tasks[-files:])) if files else 0
+        if 0 < own < FEW_OWN * size:
+            lost = f"your --jsonl is {own:,} of the {size:,} conversations, too few to be learned"
+            alone = "--mixture none --num-epochs 200 --document-masking trains on yours alone"
+            yield "warning", f"{lost}; {alone}"
         about = "" if self.config.num_iterations else "about "
         yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:
@@ -238,8 +248,8 @@ class Finetuning(Tuning):
                 batch //= 2
             passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
             flags = f"--num-epochs {passes} --total-batch-size {batch}"
-            few = f"{estimate} step(s) are too few to learn from"
-            yield "warning", f"{few}; {flags} would be about {ENOUGH_STEPS}"
+            few = f"too few steps to learn much; {flags} would take about {ENOUGH_STEPS}"
+            yield "warning", few
 
     def closing_lines(self, finished: bool) -> list[str]:
         used = self.used()

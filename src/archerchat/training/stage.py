@@ -171,7 +171,8 @@ class Stage(Recipe):
 
     def describe_steps(self, count: int) -> str:
         batch = f"{self.grad_accum_steps} x {self.rows} rows of {self.sequence_length}"
-        return f"{count:,} steps of {self.total_batch_tokens:,} tokens ({batch})"
+        steps = f"{count:,} step" if count == 1 else f"{count:,} steps"
+        return f"{steps} of {self.total_batch_tokens:,} tokens ({batch})"
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Describe the stage's metric as a finished run's summary has it."""

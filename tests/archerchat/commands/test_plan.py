@@ -120,7 +120,9 @@ def test_the_commands_use_text_that_is_here(
     words = "plan --depth 2 --max-seq-len 64 --num-iterations 4 --total-batch-size 512"
     plan(parse(words.split()).config, home)
     out = capsys.readouterr().out
-    assert "--data mine tells how far it goes" in out
+    assert "add --data mine to see how many tokens" in out
+    assert "1 micro-batch per step" in out
+    assert "attention reaches 64 tokens back in 1 of them and" in " ".join(out.split())
     assert out.partition("Commands\n")[2].splitlines()[:2] == [
         "archerchat tokenizer train --data mine --vocab-size 32768",
         f"archerchat pretrain --data mine {words[5:]} --device-batch-size 8",
@@ -180,7 +182,7 @@ def test_any_name_of_a_folder_is_printed_as_it_is(
     write_shards(["x" * 99] * 20, tmp_path / "data" / "my [red] :art:", documents_per_shard=10)
     plan(PlanConfig(DialConfig(4)), home)
     out = capsys.readouterr().out
-    assert "--data my [red] :art: tells" in out
+    assert "--data my [red] :art: to" in out
     command = next(line for line in out.splitlines() if line.startswith("archerchat tokenizer"))
     assert shlex.split(command)[3:5] == ["--data", "my [red] :art:"]
 

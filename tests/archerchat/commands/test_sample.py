@@ -127,7 +127,7 @@ def test_without_a_model_the_message_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("ARCHERCHAT_HOME", str(tmp_path))
     assert main(["sample"]) == 2
-    assert "train or import one first" in capsys.readouterr().err
+    assert "make one with `archerchat pretrain`, or import one" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -103,6 +103,11 @@ def test_cut_texts_are_counted(tmp_path: Path) -> None:
             b'{"content": "other"}',
             r"b\.jsonl:3: no text in 'text' \(it has content\).*--text-c",
         ),
+        (
+            b'{"messages": []}',
+            r"b\.jsonl:3: no text .*: train on conversations with `archerchat sft --jsonl FILE`",
+        ),
+        (b'{"conversations": []}', "archerchat sft --jsonl FILE"),
         (b'{"text": 5}', r"b\.jsonl:3: no text in 'text'"),
         (b'["text"]', r"b\.jsonl:3: no text in 'text'"),
         (b"5", r"b\.jsonl:3: no text in 'text'"),

@@ -176,7 +176,10 @@ def test_a_name_that_does_not_exist_is_refused_with_those_that_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     home = Home(tmp_path / "home")
-    with pytest.raises(UsageError, match=r"no data 'mine' under .*data: make some with") as none:
+    first = (
+        r"no data 'mine' under .*data: make it .* `archerchat data build DIRECTORY --name mine`,"
+    )
+    with pytest.raises(UsageError, match=first) as none:
         data_directory("mine", home)
     assert "./mine" not in str(none.value)
     for name in ("b", "a"):

@@ -60,7 +60,11 @@ def test_an_unknown_name_or_step_says_what_there_is(trained_home: Any, runtime: 
         load_model(trained_home, runtime, "base", "big")
     with pytest.raises(UsageError, match=r"no step 3 in .*; it holds 2, 4"):
         load_model(trained_home, runtime, "base", "tiny", 3)
-    with pytest.raises(UsageError, match=r"no sft model .*under .*: train or import one first"):
+    without = (
+        r"no sft model under .*: make one with `archerchat sft`, or import one; "
+        r"`archerchat chat --source base` talks to a base model$"
+    )
+    with pytest.raises(UsageError, match=without):
         load_model(trained_home, runtime, "sft", None)
 
 

@@ -138,8 +138,8 @@ def test_steps_and_passes_go_beyond_one_pass(
     output = capsys.readouterr().out
     (one,) = steps(trained_home, "one")
     assert re.search(
-        rf"^warning +{one} step\(s\) are too few to learn from; --num-epochs \d+ "
-        r"--total-batch-size 256 would be about 50$",
+        r"^warning +too few steps to learn much; --num-epochs \d+ "
+        r"--total-batch-size 256 would take about 50$",
         output,
         re.M,
     )
@@ -316,7 +316,11 @@ def test_a_file_in_another_layout_is_learned_and_named(
 
 @pytest.mark.parametrize(
     ("count", "use"),
-    [(40, "held back from training"), (12, "trained on too because there are fewer than 20")],
+    [
+        (40, "are held back from training"),
+        (20, "is held back from training"),
+        (12, "is also trained on, because there are fewer than 20"),
+    ],
 )
 def test_conversations_that_validate_for_want_of_others_are_named(
     trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, count: int, use: str
@@ -329,8 +333,8 @@ def test_conversations_that_validate_for_want_of_others_are_named(
     output = " ".join(capsys.readouterr().out.split())
     kept = max(1, count // 20)
     found = re.search(
-        rf" validation {kept} conversations of talks.jsonl validation number ([\d, ]+) of {count} "
-        rf"in talks.jsonl, {use}; --val-jsonl chooses others ",
+        rf" validation {kept} conversations? of talks.jsonl validation of {count} in talks.jsonl, "
+        rf"conversations? ([\d, ]+) {use}; --val-jsonl chooses others ",
         output,
     )
     assert found, output
@@ -339,6 +343,28 @@ def test_conversations_that_validate_for_want_of_others_are_named(
     )
     answers = [int(validation[index]["messages"][-1]["content"]) for index in range(kept)]
     assert found[1].split(", ") == [str(answer + 1) for answer in sorted(answers)]
+
+
+@pytest.mark.parametrize(("tasks", "is_lost"), [("SimpleSpelling:500", True), ("identity", False)])
+def test_own_conversations_that_the_mixture_drowns_get_a_warning(
+    trained_home: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tasks: str,
+    is_lost: bool,
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    turns = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    path.write_text(f"{json.dumps(turns)}\n" * (4 if is_lost else 40))
+    more = {"num_iterations": 1, "total_batch_size": 256, "sample_every": "none"}
+    assert trained_home.run(*words(mixture=tasks, jsonl=path, **more)) == 0
+    warned = (
+        "your --jsonl is 4 of the 504 conversations, too few to be learned; "
+        "--mixture none --num-epochs 200 --document-masking trains on yours alone"
+    )
+    output = " ".join(capsys.readouterr().out.split())
+    assert (warned in output) == is_lost
+    assert ("your --jsonl" in output) == is_lost
 
 
 # Bad input
