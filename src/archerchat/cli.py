@@ -12,7 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from inspect import getdoc
 from pathlib import Path
@@ -96,8 +96,7 @@ COMMANDS: dict[str, Command | Group] = {
             "commands.exports:export_huggingface", "write a model as a Hugging Face folder"
         ),
         "conversations": Command(
-            "commands.exports:export_conversations",
-            "write conversations in a layout of other tools",
+            "commands.exports:export_conversations", "write conversations for other tools"
         ),
     },
     "push": Command("commands.exports:push", "upload a model to the Hugging Face hub"),
@@ -147,39 +146,17 @@ def parse(argv: Sequence[str]) -> Parsed:
             saved["default"] = load_settings(configuration, home, command.stage, found.resume)
     is_brief = "-h" in words
     usual = f"{getdoc(configuration)}\n\nThese are the usual options; `{path} --help` has all."
-    try:
-        config = tyro.cli(
-            configuration,
-            prog=path,
-            description=usual if is_brief else None,
-            args=words,
-            config=(tyro.conf.OmitArgPrefixes,),
-            registry=_rules(configuration, hidden=RARE.split() if is_brief else ()),
-            compact_help=not {"-h", "-H", "--help-verbose"}.isdisjoint(words),
-            **saved,
-        )
-    except SystemExit as stop:
-        if stop.code:
-            _suggest(configuration, words)
-        raise
+    config = tyro.cli(
+        configuration,
+        prog=path,
+        description=usual if is_brief else None,
+        args=words,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=_rules(configuration, hidden=RARE.split() if is_brief else ()),
+        compact_help=not {"-h", "-H", "--help-verbose"}.isdisjoint(words),
+        **saved,
+    )
     return Parsed(function, config)
-
-
-def _suggest(configuration: type[Any], words: Sequence[str]) -> None:
-    """Name the flag that has to be given, if one of `words` may be a misspelling of it.
-
-    tyro makes suggestions only where no such flag is missing.
-    """
-    groups = filter(is_dataclass, get_type_hints(configuration).values())
-    needed = {f"--{f.name}" for group in groups for f in fields(group) if _is_needed(f)}
-    given = {word.partition("=")[0] for word in words}
-    for word in given:
-        for flag in get_close_matches(word, needed - given):
-            print(f"error: perhaps you meant {flag} instead of {word}", file=sys.stderr)
-
-
-def _is_needed(field: Field[Any]) -> bool:
-    return field.default is field.default_factory is MISSING
 
 
 def _find(argv: Sequence[str]) -> tuple[Command, str, list[str]]:
@@ -198,8 +175,8 @@ def _find(argv: Sequence[str]) -> tuple[Command, str, list[str]]:
             print(_overview(path, level))
             raise SystemExit(0)
         if name not in level:
-            meant = " or ".join(get_close_matches(name, level))
-            hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(level)}"
+            near = get_close_matches(name, level)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(level)}"
             print(f"error: {path} has no command {name!r}; {hint}", file=sys.stderr)
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"
@@ -245,7 +222,7 @@ def _rules(configuration: type[Any], hidden: Collection[str]) -> tc.ConstructorR
         spec = tc.ConstructorRegistry.get_struct_spec(info)
         is_nested = False
         assert isinstance(spec, tc.StructConstructorSpec)
-        needed = {field.name for field in fields(info.type) if _is_needed(field)}
+        needed = {f.name for f in fields(info.type) if f.default is f.default_factory is MISSING}
         is_top = info.type is configuration
         described = [
             _described(field, field.name in hidden, is_top and field.name in needed)
