@@ -2,6 +2,7 @@
 
 import gc
 import os
+from itertools import islice
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,11 +21,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)  # after the tests that nobody asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long tests where workers share them out, or one ends long after the others.
+    """Let every worker begin with its share of the long tests, or one ends long after the others.
 
-    Those outside the packages' folders run whole programs, and are the longest.
+    Each gets a stretch of the list. The longest tests, outside the packages' folders, run whole
+    programs. The others stay in their order, since those of a file share what they set up.
     """
-    if os.environ.get("PYTEST_XDIST_WORKER"):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
         depth = {item: len(item.path.relative_to(item.config.rootpath).parts) for item in items}
         items.sort(key=lambda item: (item.get_closest_marker("slow") is None, depth[item]))
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        others = iter(items[len(slow) :])
+        ordered = []
+        for worker in range(workers):
+            share = slow[worker::workers]
+            ordered += [*share, *islice(others, max(0, len(items) // workers - len(share)))]
+        items[:] = [*ordered, *others]
