@@ -68,9 +68,9 @@ def kill_savers(directory: Path, kills: int, chooser: random.Random) -> dict[str
             load_checkpoint(find_checkpoint(directory, s)) for s in list_checkpoints(directory)
         ]
         whole = all(bool((c.state["model"]["w"] == c.step).all()) for c in loaded)
-        # A process killed between a rename and the pruning leaves one more than it keeps.
-        lost += not (whole and loaded[-1].step > last and len(loaded) <= KEPT + 1)
+        lost += not (whole and loaded[-1].step > last)
         last = loaded[-1].step
+    # Each kill between a rename and the pruning left one more than is kept: none may stay.
     save_checkpoint(directory, last + 1, {"model": {"w": torch.zeros(1)}}, {}, keep_last=1)
     lost += [path.name for path in directory.iterdir()] != [f"step_{last + 1:06d}"]
     return {"kills": kills, "lost": int(lost)}
