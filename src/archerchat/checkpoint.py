@@ -235,8 +235,8 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
         return max(models.values(), key=lambda model: saved_at(find_checkpoint(model)))
     if tag not in models:
         named = "" if tag is None else f" {tag!r}"
-        command = "pretrain" if stage == "base" else stage
-        hint = f": make one with `archerchat {command}`, or import one"
+        command = "archerchat pretrain" if stage == "base" else f"archerchat {stage}"
+        hint = f": make one with `{command}`, or import one"
         if models:
             hint = f"; there is {', '.join(models)}"
         elif stage == "sft" and list_models(home, "base"):

@@ -162,7 +162,7 @@ def test_fields_too_deep_to_be_printed_leave_a_fixed_text(box: Any) -> None:
     (found,) = box.client.get("/api/v1/runs").json()["runs"]
     said = found["notes"]
     assert said == "(nested too deeply to be shown)" or said.startswith("{'a': {'a'")
-    assert found["config"] == {"config": said}
+    assert said.startswith(found["config"]["config"])  # which is cut earlier
     assert found["tags"] == [said, "fast"]
 
 
