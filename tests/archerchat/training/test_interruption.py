@@ -180,6 +180,6 @@ def test_a_second_ctrl_c_ends_the_process_at_once(
     child.send_signal(signal.SIGINT)
     assert child.wait() == 130
     output = child.output()
-    assert output.splitlines()[-1] == "interrupted"
+    assert output.endswith("interrupted\n")  # maybe in the middle of a line
     assert "Traceback" not in output
     assert tiny_home.steps() == []
