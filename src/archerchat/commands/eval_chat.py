@@ -74,10 +74,7 @@ class EvalChatConfig(ModelOptions):
 
 
 def evaluate(config: EvalChatConfig, home: Home) -> None:
-    """Evaluate the tasks one by one, and print and write the figures.
-
-    The results are written after each task, to a `.partial.json` until all tasks are done.
-    """
+    """Evaluate task by task; print the figures, and write them, at first to a `.partial.json`."""
     limits, sampling = parse_tasks(config.tasks, config.max_problems), config.sampling
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)

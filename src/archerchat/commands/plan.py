@@ -60,6 +60,11 @@ def plan(config: PlanConfig, home: Home) -> None:
         from_own=f" --data {quote(own)}" if own else "",
         pretrain_flags=" ".join(_pretrain_flags(config, content["memory"]["device_batch_size"])),
     )
+    _print(printed)
+
+
+def _print(printed: str) -> None:
+    """Print tables, each a title and rows of cells, and the commands at the end."""
     *tables, commands = printed.strip().split("\n\n")
     console = Console(markup=False, emoji=False, highlight=False)
     for part in tables:

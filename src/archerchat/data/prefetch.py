@@ -62,7 +62,7 @@ class State(Generic[ProgressT]):
     progress: ProgressT
     """A dataclass of JSON values."""
     documents: tuple[Buffered, ...] = ()
-    """Those in the packer's buffer, in its order."""
+    """Documents in the packer's buffer, in the buffer's order."""
 
 
 class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):

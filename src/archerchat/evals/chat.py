@@ -103,9 +103,9 @@ class Answer:
     text: str
     """The answer without calculator expressions and results, as it was judged."""
     right: bool
-    """Whether it is right by the reference's rule."""
+    """Whether the answer is right by the reference's rule."""
     lenient: bool
-    """Whether it is right by the reference's rule or by the task's lenient rule."""
+    """Whether the answer is right by the reference's rule or by the task's lenient rule."""
     prompt_cut: bool
 
     @property

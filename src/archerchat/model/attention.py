@@ -127,9 +127,10 @@ def attend(
     mask: Any = None,
     segments: Tensor | None = None,
 ) -> Tensor:
-    """Attend causally: the query at t sees keys t-window .. t, scaled by 1/sqrt(D).
+    """Attend causally, and return (B, T, H, D) in q's dtype.
 
-    There may be more keys than queries: the last query then is the last key's.
+    The query at t sees keys t-window .. t, scaled by 1/sqrt(D). There may be more keys than
+    queries: the last query then is the last key's.
 
     Args:
         q: (B, T, H, D).
@@ -141,9 +142,6 @@ def attend(
         segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
             document only, and T = S. `flash` cannot do this; `varlen` without a mask computes as
             `sdpa` does.
-
-    Returns:
-        (B, T, H, D) in q's dtype.
     """
     window = min(window, k.size(1) - 1)
     if backend == "flash":

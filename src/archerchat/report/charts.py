@@ -40,7 +40,7 @@ class Series:
     """`faint` is a curve behind the others. A curve of one point is drawn as a dot."""
     color: int = 0
     on_right: bool = False
-    """Whether it has its own axis, on the right."""
+    """Whether the curve is drawn against an axis of its own, on the right."""
     band: Sequence[tuple[float, float, float]] = ()
     """An interval around the curve: (x, low, high), by x."""
 

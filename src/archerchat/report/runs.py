@@ -266,7 +266,7 @@ class Result:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it can be compared with published scores."""
+        """Whether the score can be compared with published ones."""
         return self.score is not None and not self.conditions
 
 

@@ -70,7 +70,7 @@ class Evaluation:
     at_start: bool = True
     """Whether step 0 is measured too."""
     slow: bool = False
-    """Whether it takes so long that a checkpoint is saved first."""
+    """Whether the evaluation takes so long that a checkpoint is saved first."""
 
 
 class BatchLoader(Stateful, Protocol):

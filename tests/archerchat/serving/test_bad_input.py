@@ -29,6 +29,13 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "a"}]
 
 
+def text_scope(**asgi: str) -> dict[str, Any]:
+    """Return an ASGI scope that asks for a text; `asgi` is what the server announces of itself."""
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": TEXT, "query_string": b""}
+    return scope | {"headers": headers, "asgi": {"version": "3.0", **asgi}}
+
+
 def said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
@@ -438,15 +445,7 @@ def test_a_client_that_never_reads_loses_its_place(
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": TEXT,
-        "headers": headers,
-        "query_string": b"",
-        "asgi": {"version": "3.0"},
-    }
+    scope = text_scope()
     with pytest.raises(TimeoutError):  # uvicorn closes the connection then
         client.portal.call(client.app, scope, receive, send)
     assert client.get("/stats").json()["samples_in_work"] == 0
@@ -475,15 +474,7 @@ def test_a_client_that_leaves_is_noticed_whatever_the_server_announces(
         async with asyncio.timeout(10):
             await client.app(scope, receive, send)
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": TEXT,
-        "headers": headers,
-        "query_string": b"",
-        "asgi": {"version": "3.0", "spec_version": version},
-    }
+    scope = text_scope(spec_version=version)
     try:
         client.portal.call(leave)
         assert models.worker.samples == 0
