@@ -1,4 +1,4 @@
-"""What kill -9 at random moments leaves of a run: should be all of it.
+"""Kill a run with SIGKILL at random moments, and check that nothing is lost.
 
     python benchmarks/kills.py                         # 100 kills of each kind
     python benchmarks/kills.py checkpoints --kills 12  # only a process that saves, as the tests do
@@ -68,7 +68,8 @@ def kill_savers(directory: Path, kills: int, chooser: random.Random) -> dict[str
             load_checkpoint(find_checkpoint(directory, s)) for s in list_checkpoints(directory)
         ]
         whole = all(bool((c.state["model"]["w"] == c.step).all()) for c in loaded)
-        lost += not (whole and loaded[-1].step > last)
+        resumed = load_checkpoint(find_checkpoint(directory))  # what a run resumes from
+        lost += not (whole and resumed.step == loaded[-1].step > last)
         last = loaded[-1].step
     # Each kill between a rename and the pruning left one more than is kept: none may stay.
     save_checkpoint(directory, last + 1, {"model": {"w": torch.zeros(1)}}, {}, keep_last=1)

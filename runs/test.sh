@@ -40,8 +40,8 @@ fi
 setup_environment dev
 cd "$ROOT"
 # The tests' models are tiny: a second thread helps none, and waits many times over on a busy machine.
-# One process more than there are cores shares them out, since many tests wait for other programs;
-# each takes over what another has not begun.
+# Run one process more than there are cores, since many tests wait for other programs. Each takes over
+# what another has not begun.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE # pytest keeps the tests that it has compiled: 6 s per process
 gate format ruff format --check

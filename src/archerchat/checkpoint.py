@@ -240,7 +240,7 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
         if models:
             hint = f"; there is {', '.join(models)}"
         elif stage == "sft" and list_models(home, "base"):
-            hint += "; `archerchat chat --source base` talks to a base model"
+            hint += "; there is a base model, which --source base uses"
         raise UsageError(f"no {stage} model{named} under {home.stage_dir(stage)}{hint}")
     return models[tag]
 

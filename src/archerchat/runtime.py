@@ -265,24 +265,39 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM as requests; only the main thread can.
 
-        Meanwhile Ctrl-C arrives in another thread. The main thread blocks it, as do the programs
-        that it starts: a compiler that died of it would leave half a file in torch's cache.
+        Meanwhile the main thread blocks Ctrl-C, and so do the programs that it starts: a compiler
+        that died of it would leave half a file in torch's cache. Another thread receives it, and
+        wakes the main thread, which may be waiting, so that it is told at once.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        ended = threading.Event()
-        threading.Thread(target=ended.wait, name="signals", daemon=True).start()
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._ask) for number in numbers]
+        main, (arrived, written) = threading.get_ident(), os.pipe()
+
+        def wake() -> None:
+            while number := os.read(arrived, 1):
+                if number[0] == signal.SIGINT:
+                    signal.pthread_kill(main, signal.SIGURG)
+            os.close(arrived)
+
+        threading.Thread(target=wake, name="signals", daemon=True).start()
+        os.set_blocking(written, False)
+        before_fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        handlers = {signal.SIGURG: _ignore, signal.SIGINT: self._ask, signal.SIGTERM: self._ask}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            ended.set()
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(before_fd)
+            os.close(written)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Interrupt what the main thread waits for, and nothing more."""
 
 
 @contextmanager

@@ -46,11 +46,13 @@ def signal_this_process(number: signal.Signals) -> None:
     arrived, here = os.pipe()
     os.set_blocking(here, False)
     before = signal.set_wakeup_fd(here)
-    os.kill(os.getpid(), number)
-    os.read(arrived, 1)
-    signal.set_wakeup_fd(before)
-    os.close(arrived)
-    os.close(here)
+    try:
+        os.kill(os.getpid(), number)
+        os.read(arrived, 1)
+    finally:  # its handler may raise
+        signal.set_wakeup_fd(before)
+        os.close(arrived)
+        os.close(here)
 
 
 def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

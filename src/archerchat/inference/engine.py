@@ -157,8 +157,11 @@ class Engine:
 
     @torch.no_grad()
     def admit(self) -> list[Event]:
-        """Fill free rows with waiting requests; return what happened, first tokens included, which
-        a server shows without waiting for the other half of the step."""
+        """Fill free rows with waiting requests; return what is known by now.
+
+        Without `overlap`, or with masks, that includes their first tokens, which a server shows
+        without waiting for the other half of the step.
+        """
         self._compact()
         self._start_waiting()
         masked = any(sequence.mask for sequence in self._running)

@@ -130,8 +130,8 @@ class CastLinear(Linear):
 
     def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)
-        # In a tuple, which keeps it from being a parameter here.
-        self.packed, self._source = packed, (source.weight,)
+        self.packed = packed
+        self._source = (source.weight,)  # a tuple keeps it from being a parameter here
         self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
         self.refresh()
 

@@ -251,7 +251,8 @@ class Loop(Stateful):
             )
         if 0 < state.step == self._saved_step:
             score = metric.score(value)
-            is_best, state.best_saved = score < state.best_saved, min(state.best_saved, score)
+            is_best = score < state.best_saved
+            state.best_saved = min(state.best_saved, score)
             if self.ranks.is_master:
                 self.checkpoints.note_measured(state.step, asdict(state))
             if is_best:

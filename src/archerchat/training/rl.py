@@ -233,7 +233,8 @@ class Reinforcement(Tuning):
         yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
         used = f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with"
         yield "questions", used
-        sampling, steps = config.sampling, f"{self.num_iterations:,} steps"
+        sampling, count = config.sampling, self.num_iterations
+        steps = f"{count:,} step{'s' * (count != 1)}"
         answers = f"{sampling.num_samples} answers each, of up to {sampling.max_new_tokens} tokens"
         batch = f"{self.grad_accum_steps} x {self.rows} rows"
         yield "training", f"{steps} of {config.examples_per_step} questions, {answers} ({batch})"
@@ -241,7 +242,7 @@ class Reinforcement(Tuning):
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         start = "val/pass_at_"
-        found = {name.removeprefix(start): figures[name] for name in figures if start in name}
+        found = {n.removeprefix(start): figures[n] for n in figures if n.startswith(start)}
         passed = ", ".join(f"pass@{k} {value:.4f}" for k, value in found.items())
         return f"on the test: {passed or 'not measured'}"
 

@@ -90,12 +90,13 @@ def iter_held_back(validation: TaskMixture) -> Iterator[str]:
     for task in validation.tasks:
         if isinstance(task, JsonlTask) and task.picked is not None:
             size, numbers = len(task.rows), [str(index + 1) for index in sorted(task.picked)]
-            listed = ", ".join(numbers[:MAX_NAMED] + ["..."] * (len(numbers) > MAX_NAMED))
-            one = len(numbers) == 1
-            which = f"conversation {listed} is" if one else f"conversations {listed} are"
+            listed = ", ".join(numbers[:MAX_NAMED])
+            if len(numbers) > MAX_NAMED:
+                listed += ", ..."
             few = f"also trained on, because there are fewer than {HELD_BACK}"
             use = few if size < HELD_BACK else "held back from training"
-            yield f"of {size} in {task.name}, {which} {use}; --val-jsonl chooses others"
+            which = f"{len(numbers)} of the {size} in {task.name} (number {listed})"
+            yield f"{which}, {use}; choose others with --val-jsonl"
 
 
 class Finetuning(Tuning):
@@ -237,9 +238,8 @@ class Finetuning(Tuning):
         files = len(self.config.data.jsonl)
         own = sum(map(len, self.train.tasks[-files:])) if files else 0
         if 0 < own < FEW_OWN * size:
-            lost = f"your --jsonl is {own:,} of the {size:,} conversations, too few to be learned"
-            alone = "--mixture none --num-epochs 200 --document-masking trains on yours alone"
-            yield "warning", f"{lost}; {alone}"
+            lost = f"your --jsonl is {own:,} of the {size:,} conversations: hardly any is learned"
+            yield "warning", f"{lost}. --mixture none trains on yours alone (docs/conversations.md)"
         about = "" if self.config.num_iterations else "about "
         yield "training", about + self.describe_steps(estimate)
         if estimate < ENOUGH_STEPS:

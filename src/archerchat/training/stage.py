@@ -260,20 +260,27 @@ class Stage(Recipe):
 
         A resumed run keeps its rows on the kind of device it was saved on, to be bit-identical.
         """
-        runtime, saved, per_step, streams = self.runtime, self.saved, self.count_micro_batches(1), 1
+        runtime, saved = self.runtime, self.saved
+        per_step, streams = self.count_micro_batches(1), 1
         if saved and "loader" in saved.hashes:
             streams = saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
         # A step takes whole micro-batches from each stream of data.
         divided = math.gcd(per_step, per_step * runtime.world_size // streams)
         memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
-        machine = runtime.compute_dtype, runtime.device, runtime.world_size, memory
-        model, again, dtype = self.model_config, self.recomputes, self.state_dtype
         estimate, fitting, recomputes = fit_micro_batch(
-            model, *machine, divided, recomputes=again, state_dtype=dtype
+            self.model_config,
+            runtime.compute_dtype,
+            runtime.device,
+            runtime.world_size,
+            memory,
+            divided,
+            recomputes=self.recomputes,
+            state_dtype=self.state_dtype,
         )
-        rows, began_with, usable = fitting or 1, self.saved_rows, memory * (1 - RESERVED_SHARE)
+        rows, usable = fitting or 1, memory * (1 - RESERVED_SHARE)
         if usual and per_step % usual == 0 and estimate.total(usual) <= usable:
             rows = usual
+        began_with = self.saved_rows
         before = (saved.meta.get("hardware") or {}).get("device") if saved else None
         if began_with > 0 and per_step % began_with == 0 and before == runtime.device_name:
             rows = began_with

@@ -109,11 +109,11 @@ class Speed:
     def seconds_left_of_step(self, micro_batches: int) -> float | None:
         """Estimate the rest of the running step; None if nothing tells it, or it is nearly over."""
         began, *ends = self.marks
-        if len(ends) > 1:  # the first one may have compiled
+        if self.seconds:
+            left = began + self.seconds[-1] - time.perf_counter()
+        elif len(ends) > 1:  # the first one may have compiled; on CUDA, they may still be running
             each = (ends[-1] - ends[0]) / (len(ends) - 1)
             left = each * (micro_batches - len(ends))
-        elif self.seconds:
-            left = began + self.seconds[-1] - time.perf_counter()
         else:
             return None
         return left if left >= 1 else None

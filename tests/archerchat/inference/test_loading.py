@@ -62,7 +62,7 @@ def test_an_unknown_name_or_step_says_what_there_is(trained_home: Any, runtime: 
         load_model(trained_home, runtime, "base", "tiny", 3)
     without = (
         r"no sft model under .*: make one with `archerchat sft`, or import one; "
-        r"`archerchat chat --source base` talks to a base model$"
+        r"there is a base model, which --source base uses$"
     )
     with pytest.raises(UsageError, match=without):
         load_model(trained_home, runtime, "sft", None)

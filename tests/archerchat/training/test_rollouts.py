@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -81,9 +82,10 @@ def test_each_epoch_asks_every_question_once_in_an_order_of_its_own() -> None:
     assert question_indices(9, 3, 1, 4) == steps[4]
     assert question_indices(9, 3, 2, 4) != steps[4]
     # Each epoch's order is made once, however many of its questions a step asks.
-    with patch("archerchat.training.rollouts.list", wraps=list, create=True) as made:
-        question_indices(9, 6, 1, 1)
+    with patch("archerchat.training.rollouts.Random", wraps=Random) as made:
+        asked = question_indices(9, 6, 1, 1)
     assert made.call_count == 2
+    assert asked == [*epochs[0][6:], *epochs[1][:3]]
     # An epoch may end within a step.
     uneven = [i for step in range(7) for i in question_indices(7, 3, 1, step)]
     assert sorted(uneven) == sorted([*range(7)] * 3)

@@ -317,9 +317,9 @@ def test_a_file_in_another_layout_is_learned_and_named(
 @pytest.mark.parametrize(
     ("count", "use"),
     [
-        (40, "are held back from training"),
-        (20, "is held back from training"),
-        (12, "is also trained on, because there are fewer than 20"),
+        (40, "held back from training"),
+        (20, "held back from training"),
+        (12, "also trained on, because there are fewer than 20"),
     ],
 )
 def test_conversations_that_validate_for_want_of_others_are_named(
@@ -333,8 +333,8 @@ def test_conversations_that_validate_for_want_of_others_are_named(
     output = " ".join(capsys.readouterr().out.split())
     kept = max(1, count // 20)
     found = re.search(
-        rf" validation {kept} conversations? of talks.jsonl validation of {count} in talks.jsonl, "
-        rf"conversations? ([\d, ]+) {use}; --val-jsonl chooses others ",
+        rf" validation {kept} conversations? of talks.jsonl validation {kept} of the {count} in "
+        rf"talks.jsonl \(number ([\d, ]+)\), {use}; choose others with --val-jsonl ",
         output,
     )
     assert found, output
@@ -359,8 +359,8 @@ def test_own_conversations_that_the_mixture_drowns_get_a_warning(
     more = {"num_iterations": 1, "total_batch_size": 256, "sample_every": "none"}
     assert trained_home.run(*words(mixture=tasks, jsonl=path, **more)) == 0
     warned = (
-        "your --jsonl is 4 of the 504 conversations, too few to be learned; "
-        "--mixture none --num-epochs 200 --document-masking trains on yours alone"
+        "your --jsonl is 4 of the 504 conversations: hardly any is learned. "
+        "--mixture none trains on yours alone (docs/conversations.md)"
     )
     output = " ".join(capsys.readouterr().out.split())
     assert (warned in output) == is_lost
